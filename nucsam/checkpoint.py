@@ -1,0 +1,170 @@
+"""What a run writes and reads: adapter, resumable state, merged weights. Every write is atomic.
+
+Files are safetensors with one metadata entry, `nucsam`, a JSON document; nothing is ever unpickled.
+"""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nucsam import lora
+from nucsam.base import Base, load_base
+from nucsam.config import Config, load
+from nucsam.model import Nucsam, build
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors and a JSON document to `path`, or leave what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt", "nucsam": json.dumps(metadata)})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON document of a file of `write_tensors`; a ValueError names a file that is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get("nucsam")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; expected one that nucsam wrote") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    if metadata is None:
+        raise ValueError(f"{path}: found no `nucsam` metadata, expected a file that nucsam wrote")
+    return tensors, json.loads(metadata)
+
+
+class atomic:
+    """Context of a temporary path beside `path` that takes its name on success and vanishes on failure."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.partial = path, path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+    def __enter__(self) -> Path:
+        return self.partial
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.partial.unlink(missing_ok=True)
+            return
+        with self.partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        self.partial.replace(self.path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, or leave what was there."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def save_adapter(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write what was trained: LoRA matrices and head, or with `model.train = "full"` every trained tensor.
+
+    `metadata` must hold `config` (tables of the run) and `base` (sha256 and source).
+    """
+    assert {"config", "base"} <= metadata.keys()
+    write_tensors(path, weights, {"kind": "adapter", **metadata})
+
+
+def load_adapter(path: Path, model: Nucsam, base: Base) -> dict[str, Any]:
+    """Put an adapter file's weights into `model`, built on `base`, and return its metadata.
+
+    ValueError where the adapter was trained on another base, or does not fit the model.
+    """
+    weights, metadata = read_tensors(path)
+    if metadata.get("kind") != "adapter":
+        raise ValueError(f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'adapter'")
+    trained_on = metadata["base"]
+    if trained_on["sha256"] != base.sha256:
+        raise ValueError(
+            f"{path}: trained on the base {trained_on['sha256'][:12]} ({trained_on['source']}), "
+            f"found the base {base.sha256[:12]} ({base.source})"
+        )
+    put(model, weights, path)
+    return metadata
+
+
+def put(model: Nucsam, weights: dict[str, Tensor], source: Path) -> None:
+    """Copy trained weights into the model in place; they must be exactly its trainable parameters."""
+    own = model.trainable()
+    if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
+        odd = sorted(own.keys() ^ weights.keys()) or [n for n in own if own[n].shape != weights[n].shape]
+        raise ValueError(f"{source}: weights do not fit the model: {len(odd)} tensors differ, such as {odd[0]}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+
+
+def open_run(run: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
+    """The model of a run directory with its best adapter, its configuration, base, and the adapter's metadata."""
+    if not (run / "config.toml").is_file():
+        raise ValueError(f"{run}: found no config.toml, expected a run directory of nucsam train")
+    config = load(run / "config.toml")
+    base = run_base(run, config)
+    net = build(config.model, base, seed=config.train.seed)
+    metadata = load_adapter(run / "adapter.safetensors", net, base)
+    return net.eval(), config, base, metadata
+
+
+def run_base(run: Path, config: Config) -> Base:
+    """The base of a run: what `model.weights` names, or the random base that the run keeps beside it."""
+    if config.model.weights != "none":
+        return load_base(config.model.weights)
+    base = load_base(run / "base.safetensors")
+    return replace(base, source=json.loads(base.metadata["nucsam"])["source"])
+
+
+def merged(model: Nucsam, base: Base) -> dict[str, Tensor]:
+    """Stock MobileSAM's tensors, LoRA merged, and the head's (`head.*`).
+
+    Starts from the base's own tensors (unfolded BatchNorms, dead classifier, mask decoder) and replaces only what
+    was trained.
+    """
+    trained = {name.rpartition(".lora_")[0] + ".weight" if ".lora_" in name else name for name in model.trainable()}
+    state = lora.merged_state_dict(model)
+    return base.state | {name: state[name] for name in state if name in trained or name.startswith("head.")}
+
+
+def save_state(
+    path: Path,
+    weights: dict[str, nn.Parameter],
+    average: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    metadata: dict[str, Any],
+) -> None:
+    """Write all that a run needs to go on: weights, their running average, the optimizer's state and `metadata`."""
+    tensors = {f"weights.{name}": p for name, p in weights.items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
+    for name, p in weights.items():
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[p].items()}
+    write_tensors(path, tensors, {"kind": "state", **metadata})
+
+
+def load_state(
+    path: Path,
+    weights: dict[str, nn.Parameter],
+    average: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Any]:
+    """Put a state file's tensors where `save_state` took them from, and return its metadata."""
+    tensors, metadata = read_tensors(path)
+    with torch.no_grad():
+        for name, p in weights.items():
+            p.copy_(tensors.pop(f"weights.{name}"))
+        for name, tensor in average.items():
+            tensor.copy_(tensors.pop(f"average.{name}"))
+    for key, tensor in tensors.items():
+        name, _, entry = key.removeprefix("optimizer.").rpartition(".")
+        p = weights[name]
+        optimizer.state[p][entry] = tensor if entry == "step" else tensor.to(p.device)
+    return metadata

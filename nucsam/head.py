@@ -1,0 +1,119 @@
+"""Heads: encoder features -> dense maps, with the loss and the instance step that belong to the maps.
+
+A head has `loss(maps, labels, counted, n, weights) -> {name: (B,)}` and `instances(maps, config) -> label map`.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nucsam import instances, losses, targets
+from nucsam.config import Instances, Loss
+
+NUCLEUS_WEIGHT = 3.0  # of a nucleus pixel in the distance loss, 1 for background
+
+
+class Block(nn.Sequential):
+    """3 x 3 convolution, GroupNorm, GELU: no batch statistics, so DDP and batch size change nothing."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.GELU())
+
+
+class InstanceHead(nn.Module):
+    """Top-down pyramid over the encoder's scales, to a map of three classes and two of distances.
+
+    Maps (B, 5, H, W) at image resolution, all logits: background, inside, boundary; centre distance, inverted boundary
+    distance (`targets.distances`).
+    """
+
+    channels = 5
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        widths = (width, width * 3 // 4, width // 2, width // 4)  # at strides 16, 8, 4, 2
+        self.lateral = nn.ModuleList(nn.Conv2d(i, w, 1) for i, w in zip((160 + 320, 128, 64, 32), widths))
+        self.top_down = nn.ModuleList(nn.Conv2d(a, b, 1, bias=False) for a, b in pairwise(widths))
+        self.blocks = nn.ModuleList(Block(w, w) for w in widths)
+        self.out = nn.Conv2d(widths[-1], self.channels, 1)
+
+    def forward(self, features, size: tuple[int, int]) -> Tensor:
+        """Features of B x 3 x h x w model px -> maps (B, 5, *size)."""
+        maps = [torch.cat([features.s16, features.s16b], dim=1), features.s8, features.s4, features.s2]
+        x = self.blocks[0](self.lateral[0](maps[0]))
+        for level in range(1, 4):
+            up = F.interpolate(self.top_down[level - 1](x), scale_factor=2.0, mode="bilinear")
+            x = self.blocks[level](self.lateral[level](maps[level]) + up)
+        x = self.out(x)
+        return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear")
+
+    def loss(self, maps: Tensor, labels: Tensor, counted: Tensor, n: int, weights: Loss) -> dict[str, Tensor]:
+        """Weighted loss terms, each (B,), of maps (B, 5, H, W) on label maps (B, H, W) with ids up to n."""
+        logits = maps[:, :3]
+        classes, nucleus = targets.classes(labels), labels > 0
+        probability = 1 - logits.softmax(1)[:, targets.BACKGROUND]
+        pixel_weights = torch.where(nucleus, NUCLEUS_WEIGHT, 1.0)
+        class_weights = logits.new_tensor([1.0, 1.0, weights.boundary])
+        aims = targets.distances(labels, classes, n)
+        return {
+            "cross_entropy": weights.cross_entropy * losses.cross_entropy(logits, classes, counted, class_weights),
+            "tversky": weights.tversky * losses.focal_tversky(probability, nucleus, counted),
+            "distance": weights.distance * losses.absolute(maps[:, 3:].sigmoid(), aims, counted * pixel_weights),
+        }
+
+    def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
+        """Maps (5, H, W) of one image -> label map int32 (H, W), 0 = background."""
+        foreground = _sigmoid(np.logaddexp(maps[1], maps[2]) - maps[0])
+        return instances.from_distances(
+            foreground,
+            _sigmoid(maps[3]),
+            _sigmoid(maps[4]),
+            threshold=config.foreground,
+            seed_centre=config.seed_centre,
+            seed_boundary=config.seed_boundary,
+            area=config.area,
+        )
+
+
+class SamHead:
+    """MobileSAM's own mask decoder without prompts: one foreground logit (B, 1, H, W), split by watershed.
+
+    No module of its own: the model that owns the two stock modules keeps them under their stock names.
+    """
+
+    def __init__(self, prompt_encoder: nn.Module, mask_decoder: nn.Module) -> None:
+        self.prompt_encoder, self.mask_decoder = prompt_encoder, mask_decoder
+
+    def __call__(self, embedding: Tensor, size: tuple[int, int]) -> Tensor:
+        """Embedding (B, 256, h / 16, w / 16) -> maps (B, 1, *size)."""
+        side = tuple(embedding.shape[-2:])
+        position = self.prompt_encoder.pe_layer(side)[None].to(embedding.dtype)
+        sparse = embedding.new_zeros(1, 0, embedding.shape[1])
+        dense = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+        logits, _ = self.mask_decoder(
+            image_embeddings=embedding,
+            image_pe=position,
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
+        return F.interpolate(logits, size=size, mode="bilinear")
+
+    def loss(self, maps: Tensor, labels: Tensor, counted: Tensor, n: int, weights: Loss) -> dict[str, Tensor]:
+        """Weighted loss terms, each (B,): Dice and cross-entropy on the foreground."""
+        logits, nucleus = maps[:, 0], labels > 0
+        return {
+            "cross_entropy": weights.cross_entropy * losses.binary_cross_entropy(logits, nucleus, counted),
+            "dice": weights.dice * losses.dice(logits.sigmoid(), nucleus, counted),
+        }
+
+    def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
+        """Maps (1, H, W) of one image -> label map int32 (H, W), 0 = background."""
+        return instances.from_foreground(_sigmoid(maps[0]), threshold=config.foreground, area=config.area)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))

@@ -1,0 +1,123 @@
+"""The model: builds, loads and freezes. The one place that knows which parameters train."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nucsam import lora
+from nucsam.base import Base, build_sam, state_sha256
+from nucsam.config import Instances, Loss, Model
+from nucsam.encoder import Encoder
+from nucsam.head import InstanceHead, SamHead
+
+# Modules of the mask decoder that a foreground map without prompts never reaches: they get no gradient.
+_UNREACHED = (
+    "mask_decoder.iou_prediction_head",
+    *(f"mask_decoder.output_hypernetworks_mlps.{i}" for i in (1, 2, 3)),
+)
+
+
+class Nucsam(nn.Module):
+    """MobileSAM's encoder, with LoRA where the configuration says so, and a head.
+
+    Parameter names of the MobileSAM part are the stock ones (`image_encoder.*`, and `prompt_encoder.*`,
+    `mask_decoder.*` with the sam head); the instance head's begin with `head.`.
+    """
+
+    def __init__(self, config: Model, checkpoint: bool = False) -> None:
+        super().__init__()
+        sam = build_sam()
+        self.image_encoder = Encoder(sam.image_encoder, checkpoint=checkpoint)
+        if config.head == "sam":
+            self.prompt_encoder, self.mask_decoder = sam.prompt_encoder, sam.mask_decoder
+            self.head = SamHead(self.prompt_encoder, self.mask_decoder)
+        else:
+            self.head = InstanceHead(config.width)
+
+    def forward(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """RGB float images (B, 3, h, w), 0..255, multiples of 32 model px -> dense maps (B, C, *size), image px."""
+        features = self.image_encoder(images)
+        if isinstance(self.head, SamHead):
+            features = self.image_encoder.embed(features)
+        return self.head(features, size)
+
+    def loss(self, maps: Tensor, labels: Tensor, counted: Tensor, n: int, weights: Loss) -> dict[str, Tensor]:
+        """The head's weighted loss terms, each (B,): see `nucsam.head`."""
+        return self.head.loss(maps, labels, counted, n, weights)
+
+    def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
+        """Maps (C, H, W) of one image -> label map int32 (H, W)."""
+        return self.head.instances(maps, config)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def build(config: Model, base: Base, *, seed: int, checkpoint: bool = False) -> Nucsam:
+    """The model of a configuration on base weights; head and adapters are drawn from `seed`.
+
+    A base that is a nucsam export brings its head, which must have the configured shape.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Nucsam(config, checkpoint)
+        wanted = model.state_dict().keys()
+        extra = base.extra if config.head == "instance" else {}
+        state = {name: tensor for name, tensor in {**base.state, **extra}.items() if name in wanted}
+        _load(
+            model,
+            state,
+            required=[name for name in wanted if not name.startswith("head.")],
+            source=base.source,
+        )
+        if config.train == "lora":
+            lora.inject(model, config.pattern, rank=config.rank, alpha=config.alpha)
+    _freeze(model, config)
+    return model
+
+
+def calibrated(base: Base, images: Tensor) -> Base:
+    """A random base with its BatchNorm statistics taken from RGB float images (B, 3, H, W), 0..255.
+
+    BatchNorms are pinned in training, and a fresh one's mean 0 and variance 1 are not those of its input.
+    """
+    sam = build_sam()
+    sam.load_state_dict(base.state)
+    encoder = Encoder(sam.image_encoder)
+    encoder.calibrate(images)
+    state = base.state | {f"image_encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    return replace(base, state=state, sha256=state_sha256(state))
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], *, required: list[str], source: str) -> None:
+    own = model.state_dict()
+    missing = [name for name in required if name not in state]
+    assert not missing, missing  # load_base has checked the MobileSAM part
+    wrong = [
+        f"{name}: found {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in state
+        if state[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{source}: weights do not fit model.width: {'; '.join(wrong[:3])}")
+    model.load_state_dict(state, strict=False)
+
+
+def _freeze(model: Nucsam, config: Model) -> None:
+    def trains(name: str) -> bool:
+        if name.startswith("head."):
+            return True
+        if config.train == "lora":
+            return ".lora_" in name
+        if name.startswith(_UNREACHED) or name.startswith("prompt_encoder."):
+            return False
+        if name.startswith("image_encoder."):
+            reached = config.head == "sam" or not name.startswith("image_encoder.neck.")
+            return config.train == "full" and reached
+        return True  # the sam head's mask decoder
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains(name))

@@ -1,0 +1,162 @@
+"""A training run's directory: what is written when, and how far the run has come."""
+
+import json
+import math
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from nucsam import __version__, checkpoint
+from nucsam.base import Base
+from nucsam.config import Config, differences, load, to_toml
+
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy", "scipy", "scikit-image")
+MAY_CHANGE = (
+    "data.root:",
+    "data.workers:",
+    "data.memory:",
+    "train.save_minutes:",
+    "train.log_with:",
+)  # on --resume
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what its state file holds beside tensors."""
+
+    step: int = 0  # optimizer steps done
+    images: int = 0  # seen by this process since the epoch began
+    sums: dict[str, float] = field(default_factory=dict)  # of each loss term over those images
+    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
+    best: dict[str, Any] = field(default_factory=dict)  # the line of the epoch whose weights are kept
+
+
+class Run:
+    """Files of one run directory. Only the main process writes; every process reads.
+
+    `weights` are the trainable parameters, `average` their running average (empty where EMA is off).
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        config: Config,
+        base: Base,
+        weights: dict[str, nn.Parameter],
+        average: dict[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        scaler: Any = None,
+    ) -> None:
+        self.out, self.config, self.base = out, config, base
+        self.weights, self.average, self.optimizer, self.scaler = weights, average, optimizer, scaler
+        self.progress, self.sums = Progress(), {}
+        self.saved = time.monotonic()
+
+    @property
+    def state(self) -> Path:
+        return self.out / "state" / "last.safetensors"
+
+    def restore(self) -> None:
+        """Go on where `save` left off."""
+        metadata = checkpoint.load_state(self.state, self.weights, self.average, self.optimizer)
+        self.progress = Progress(**metadata["progress"])
+        device = next(iter(self.weights.values())).device
+        self.sums = {name: torch.tensor(total, device=device) for name, total in self.progress.sums.items()}
+        if self.scaler is not None:
+            self.scaler.load_state_dict(metadata["scaler"])
+
+    def save(self) -> None:
+        """Write the resumable state."""
+        self.check()
+        self.progress.sums = {name: float(total) for name, total in self.sums.items()}
+        metadata = {
+            "progress": asdict(self.progress),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else {},
+        }
+        checkpoint.save_state(self.state, self.weights, self.average, self.optimizer, metadata)
+        self.saved = time.monotonic()
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Count a batch's loss terms, each (B,), without waiting for the device."""
+        for name, term in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + term.detach().sum()
+        self.progress.images += len(term)
+
+    def check(self) -> None:
+        """RuntimeError if a loss since the epoch began is not finite: nothing is saved after that."""
+        odd = {name: float(total) for name, total in self.sums.items() if not math.isfinite(float(total))}
+        if odd:
+            raise RuntimeError(
+                f"the loss is not finite at or before step {self.progress.step}: {odd}. Lower train.lr_head and "
+                "train.lr_adapter, or use train.precision=bf16 or fp32; --resume goes on from the last saved state"
+            )
+
+    def losses(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means of the loss terms over the epoch's images, on all processes; the next epoch begins from 0."""
+        self.check()
+        totals = torch.stack([*self.sums.values()]) / self.progress.images
+        totals = accelerator.reduce(totals, "mean").tolist()
+        means = {f"loss_{name}": value for name, value in zip(self.sums, totals)}
+        self.sums, self.progress.images = {}, 0
+        return {"loss": sum(means.values()), **means}
+
+    def log(self, line: dict[str, Any], keep: dict[str, Tensor] | None) -> None:
+        """Add an epoch's line to metrics.jsonl; `keep` are the weights to keep if the line is the best so far."""
+        progress, measure = self.progress, self.config.train.best
+        progress.history.append(line)
+        if keep is not None and line[measure] > progress.best.get(measure, -1.0):
+            progress.best = line
+            self.keep(keep)
+        lines = "".join(json.dumps(line) + "\n" for line in progress.history)
+        checkpoint.write_text(self.out / "metrics.jsonl", lines)
+        self.save()
+
+    def keep(self, weights: dict[str, Tensor]) -> None:
+        """Write `weights` as the run's adapter."""
+        metadata = {
+            "version": __version__,
+            "config": self.config.to_dict(),
+            "base": {"sha256": self.base.sha256, "source": self.base.source},
+            "epoch": self.progress.best.get("epoch", 0),
+            "selected": {"by": self.config.train.best, "on": self.config.data.select, **self.progress.best},
+        }
+        checkpoint.save_adapter(self.out / "adapter.safetensors", weights, metadata)
+
+    def environment(self, facts: dict[str, Any]) -> None:
+        """Write environment.json: versions, hardware and the facts of this run."""
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+        found = {
+            "nucsam": __version__,
+            "python": platform.python_version(),
+            "packages": {name: version(name) for name in PACKAGES},
+            "platform": platform.platform(),
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "command": sys.argv,
+            **facts,
+        }
+        checkpoint.write_text(self.out / "environment.json", json.dumps(found, indent=2) + "\n")
+
+
+def prepare(out: Path, config: Config, resume: bool) -> None:
+    """Make the run directory, or check that it can be gone on with.
+
+    ValueError where `out` holds a run and `resume` is off, or another configuration and `resume` is on.
+    """
+    written = out / "config.toml"
+    if resume and written.is_file():
+        changed = [line for line in differences(load(written), config) if not line.startswith(MAY_CHANGE)]
+        if changed:
+            raise ValueError(f"{written}: --resume with another configuration: {'; '.join(changed)} (found -> wanted)")
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: found files, expected no such folder or an empty one; --resume goes on with a run")
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(written, to_toml(config))

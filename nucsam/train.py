@@ -1,0 +1,332 @@
+"""The training loop of one fold, read from top to bottom: `accelerate launch -m nucsam.train`."""
+
+import math
+import os
+import resource
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from nucsam import checkpoint, data, evaluate, model, scoring
+from nucsam.augment import augment, window
+from nucsam.base import Base, load_base
+from nucsam.config import Config, Train
+from nucsam.run import Run, prepare
+
+console = Console()
+CALIBRATION_IMAGES = 16  # crops that set a random base's BatchNorm statistics
+ADAM_EPS = 1e-6  # at PyTorch's 1e-8 a gradient that is all rounding error moves its weight by the full rate
+CHECK_STEPS = 20  # optimizer steps between looks at the loss, each of which waits for the device
+
+
+def train(config: Config, out: Path, *, resume: bool = False, build: Callable = model.build) -> dict[str, Any]:
+    """Train one fold and score its test images (with fold "all", the inner split's); all files go under `out`.
+
+    `build(config.model, base, seed=..., checkpoint=...)` makes the model; it must have what `nucsam.model.Nucsam` has.
+    Returns scores.json's content. A user's mistake is a ValueError; a loss that is not finite a RuntimeError.
+    """
+    d, t = config.data, config.train
+    on_gpu = torch.cuda.is_available()
+    accelerator = Accelerator(
+        cpu=not on_gpu,
+        mixed_precision=_precision(t.precision, on_gpu),
+        log_with=t.log_with or None,
+        project_dir=out,
+    )
+    processes, main, device = accelerator.num_processes, accelerator.is_main_process, accelerator.device
+    _check_processes(processes)
+
+    records = data.find_records(d.root, layout=d.layout, group=d.group)
+    split = data.split_records(records, scheme=d.split, folds=d.folds, fold=d.fold, inner=d.inner, seed=d.seed)
+    training = split.train + split.inner if d.select == "test" else split.train
+    selecting = split.test if d.select == "test" else split.inner
+    samples = data.Samples(records, memory_gib=d.memory, progress=main)
+    if main:
+        prepare(out, config, resume)
+    accelerator.wait_for_everyone()
+
+    crops = data.Crops(samples, window=window(d.crop, config.augment), seed=t.seed)
+    batches = data.EpochBatches(
+        training,
+        batch=t.batch,
+        rank=accelerator.process_index,
+        processes=processes,
+        accumulation=t.accumulate,
+        seed=t.seed,
+    )
+    loader = DataLoader(
+        crops,
+        batch_sampler=batches,
+        num_workers=d.workers,
+        persistent_workers=d.workers > 0,
+        pin_memory=on_gpu,
+    )
+
+    base = _base(config, out, [crops[0, i] for i in training[:CALIBRATION_IMAGES]], accelerator)
+    net = build(config.model, base, seed=t.seed, checkpoint=t.checkpoint).to(device)
+    weights = net.trainable()
+    optimizer = torch.optim.AdamW(_groups(weights, t), betas=(0.9, 0.99), eps=ADAM_EPS)
+    ddp, optimizer = accelerator.prepare(net, optimizer)
+    average = {name: p.detach().clone() for name, p in weights.items()} if t.ema else {}
+    run = Run(out, config, base, weights, average, optimizer, accelerator.scaler)
+    if resume and run.state.is_file():
+        run.restore()
+    progress, steps = run.progress, batches.steps * t.epochs
+    if main:
+        run.environment(_facts(net, accelerator, split, base))
+    accelerator.init_trackers(
+        "nucsam", {f"{k}.{n}": v for k, table in config.to_dict().items() for n, v in table.items()}
+    )
+
+    def validate() -> dict[str, float]:
+        current = {name: p.detach().clone() for name, p in weights.items()}
+        checkpoint.put(net, average or current, out)
+        found = scoring.score_images(net, config, samples, selecting, accelerator)
+        checkpoint.put(net, current, out)
+        net.train()
+        return scoring.headline(found)
+
+    if progress.step == 0 and base.extra and not progress.history:
+        line = {"epoch": 0, "step": 0, **validate()}
+        if main:
+            run.log(line, keep=average or weights)
+    net.train()
+    stopping = _Sigterm()
+    with _bar(shown=main) as bar:
+        task = bar.add_task("", total=steps, completed=progress.step, speed="")
+        while progress.step < steps:
+            epoch, within = divmod(progress.step, batches.steps)
+            batches.set_epoch(epoch, skip=within * t.accumulate)
+            stream, began = iter(loader), time.monotonic()
+            for _ in range(within, batches.steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * rate(progress.step, steps, batches.steps, t)
+                for micro in range(t.accumulate):
+                    batch = next(stream)
+                    n = int(batch["label"].max())
+                    window_maps = (batch[key].to(device, non_blocking=True) for key in ("image", "label", "counted"))
+                    images, labels, counted = augment(
+                        *window_maps, batch["draws"], crop=d.crop, scale=d.scale, config=config.augment
+                    )
+                    with nullcontext() if micro == t.accumulate - 1 else accelerator.no_sync(ddp):
+                        maps = ddp(images, (d.crop, d.crop))
+                        terms = net.loss(maps, labels, counted, n, config.loss)
+                        accelerator.backward(sum(terms.values()).mean() / t.accumulate)
+                    run.add(terms)
+                accelerator.clip_grad_norm_(list(weights.values()), t.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                progress.step += 1
+                if average:
+                    _update(average, weights, min(t.ema, (1 + progress.step) / (10 + progress.step)))
+                bar.update(
+                    task,
+                    completed=progress.step,
+                    description=f"epoch {epoch + 1}/{t.epochs}",
+                    speed=_rate_text(bar.tasks[task], t.batch * t.accumulate * processes),
+                )
+                if progress.step % CHECK_STEPS == 0:
+                    run.check()
+                if stopping(accelerator, progress.step):
+                    if main:
+                        run.save()
+                    raise SystemExit(128 + signal.SIGTERM)
+                if main and time.monotonic() - run.saved > 60 * t.save_minutes:
+                    run.save()
+
+            seconds = time.monotonic() - began
+            line = {"epoch": epoch + 1, "step": progress.step, **run.losses(accelerator)}
+            line["lr"] = optimizer.param_groups[-1]["lr"]
+            line |= _speed(seconds, (batches.steps - within) * t.accumulate * t.batch * processes)
+            validated = (epoch + 1) % t.validate_every == 0 or epoch + 1 == t.epochs
+            if validated:
+                line |= validate()
+            if main:
+                run.log(line, keep=(average or weights) if validated else None)
+            accelerator.log({k: v for k, v in line.items() if k != "step"}, step=progress.step)
+            if main:
+                bar.console.print(_sentence(line))
+
+    accelerator.wait_for_everyone()  # the main process has written the best weights
+    metadata = checkpoint.load_adapter(out / "adapter.safetensors", net, base)
+    indices = split.test or split.inner
+    found = scoring.score_images(net, config, samples, indices, accelerator)
+    scores = scoring.describe(found, metadata, of="test" if split.test else "inner", untrained=False)
+    if main:
+        evaluate.write_json(out / "scores.json", scores)
+        _warn_if_worse(progress.history, t.best)
+        console.print(scoring.sentence(scores))
+    accelerator.end_training()
+    if torch.distributed.is_initialized():  # gloo sometimes aborts at interpreter exit otherwise
+        accelerator.wait_for_everyone()
+        torch.distributed.destroy_process_group()
+    return scores
+
+
+def rate(step: int, steps: int, epoch_steps: int, t: Train) -> float:
+    """Learning rate of an optimizer step (from 0), as a part of its peak."""
+    if t.schedule == "step":
+        return t.gamma ** (step // (t.step_epochs * epoch_steps))
+    warmup = max(1, round(t.warmup * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _precision(wanted: str, on_gpu: bool) -> str | None:
+    """Accelerate's name; None = what the launcher says. A CPU has no fp16 arithmetic: fp32 there, said aloud."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    name = {"auto": launched, "fp32": "no"}.get(wanted, wanted)
+    if name == "fp16" and not on_gpu:
+        warnings.warn("train.precision: fp16 needs a GPU; computing in fp32 on this CPU", stacklevel=3)
+        return "no"
+    return name
+
+
+def _check_processes(processes: int) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != processes:
+        raise ValueError(
+            f"WORLD_SIZE: the launcher started {launched} processes, Accelerate joined {processes}, so each would "
+            "train alone; on CPUs set ACCELERATE_USE_CPU=true or use launch/cpu2.yaml"
+        )
+
+
+def _base(config: Config, out: Path, crops: list[dict[str, Tensor]], accelerator: Accelerator) -> Base:
+    """The base weights; random ones are calibrated on a few crops and kept in the run."""
+    if config.model.weights != "none":
+        with accelerator.main_process_first():  # one download
+            return checkpoint.run_base(out, config)
+    kept = out / "base.safetensors"
+    if accelerator.is_main_process and not kept.exists():
+        side = max(64, round(config.data.crop * config.data.scale) // 32 * 32)
+        images = torch.stack([crop["image"] for crop in crops]).float()
+        images = nn.functional.interpolate(images, size=(side, side), mode="bilinear")
+        base = model.calibrated(load_base("none", seed=config.train.seed), images)
+        checkpoint.write_tensors(kept, base.state, {"kind": "base", "source": base.source})
+    accelerator.wait_for_everyone()
+    return checkpoint.run_base(out, config)
+
+
+def _groups(weights: dict[str, nn.Parameter], t: Train) -> list[dict[str, Any]]:
+    """Adapter (or encoder) and head, each with its peak rate; no decay on vectors (norms, biases)."""
+    groups = []
+    for of_head, peak in ((False, t.lr_adapter), (True, t.lr_head)):
+        own = [p for name, p in weights.items() if _is_head(name) == of_head]
+        for vector in (False, True):
+            params = [p for p in own if (p.ndim < 2) == vector]
+            decay = 0.0 if vector else t.weight_decay
+            if params:
+                groups.append({"params": params, "lr": peak, "peak": peak, "weight_decay": decay})
+    return groups
+
+
+def _is_head(name: str) -> bool:
+    return name.startswith(("head.", "mask_decoder.")) and ".lora_" not in name
+
+
+@torch.no_grad()
+def _update(average: dict[str, Tensor], weights: dict[str, nn.Parameter], decay: float) -> None:
+    torch._foreach_lerp_(list(average.values()), [p.detach() for p in weights.values()], 1 - decay)
+
+
+def _bar(shown: bool) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} steps, {task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, disable=not shown)
+
+
+def _rate_text(task: Task, images: int) -> str:
+    return f"{task.speed * images:.1f} images/s" if task.speed else ""
+
+
+def _sentence(line: dict[str, Any]) -> str:
+    """An epoch for a person: its loss, speed and, where validated, scores in percent."""
+    scores = ", ".join(f"{name.upper()} {100 * line[name]:.1f}" for name in scoring.HEADLINE if name in line)
+    return f"epoch {line['epoch']}: loss {line['loss']:.3f}, {line['images_per_second']:.1f} images/s" + (
+        f"; {scores}" if scores else ""
+    )
+
+
+def _speed(seconds: float, images: int) -> dict[str, float]:
+    if torch.cuda.is_available():
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "seconds": round(seconds, 3),
+        "images_per_second": round(images / seconds, 3),
+        "peak_memory_gib": round(memory / 2**30, 3),
+    }
+
+
+def _facts(net: nn.Module, accelerator: Accelerator, split: data.Split, base: Base) -> dict[str, Any]:
+    """What environment.json says of this run; the first lines of it are printed."""
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    facts = {
+        "parameters_trainable": trainable,
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "base": base.source,
+        "base_sha256": base.sha256,
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "images": {"train": len(split.train), "inner": len(split.inner), "test": len(split.test)},
+    }
+    console.print(
+        f"trains {trainable:,} of {facts['parameters']:,} parameters on base {base.source}; "
+        f"images: {len(split.train)} train, {len(split.inner)} inner, {len(split.test)} test; "
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {accelerator.mixed_precision}"
+    )
+    if base.source.startswith("none"):
+        console.print("[yellow]random base weights: the scores say nothing about MobileSAM[/]")
+    return facts
+
+
+def _warn_if_worse(history: list[dict[str, Any]], best: str) -> None:
+    first, last = history[0], history[-1]
+    if first["epoch"] == 0 and last[best] < first[best]:
+        console.print(
+            f"[yellow]training made it worse: {best} {100 * first[best]:.1f} at epoch 0, {100 * last[best]:.1f} at the "
+            "end; the kept weights are those of the best epoch[/]"
+        )
+
+
+class _Sigterm:
+    """Whether the processes were told to end: with several, all learn it at the same step."""
+
+    def __init__(self) -> None:
+        self.told = False
+        signal.signal(signal.SIGTERM, self._tell)
+
+    def _tell(self, *_: object) -> None:
+        self.told = True
+
+    def __call__(self, accelerator: Accelerator, step: int) -> bool:
+        if accelerator.num_processes == 1:
+            return self.told
+        if step % CHECK_STEPS:
+            return False
+        told = torch.tensor(float(self.told), device=accelerator.device)
+        return bool(accelerator.reduce(told, "sum") > 0)
+
+
+if __name__ == "__main__":
+    from nucsam.cli import run as run_command
+
+    sys.exit(run_command(["train", *sys.argv[1:]]))

@@ -1,0 +1,37 @@
+"""Shared by the tests: one thread, a tiny data set, and the configuration of a run of seconds."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # the tests are of the CPU also where there is a GPU
+
+import pytest
+
+TINY = {
+    "data": {"crop": 64, "scale": 1.0, "workers": 0, "folds": 3, "inner": 0.3},
+    "model": {"weights": "none", "width": 32},
+    "train": {"epochs": 2, "batch": 2, "validate_every": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Twelve synthetic images of 96 px in NuInsSeg's layout."""
+    from nucsam.synthetic import write_dataset
+
+    out = tmp_path_factory.mktemp("data") / "set"
+    write_dataset(out, images=12, size=96, seed=3)
+    return out
+
+
+@pytest.fixture
+def tiny(folder):
+    """Makes the configuration of a run of seconds; arguments are table.key=value overrides."""
+    from nucsam.config import override
+
+    def make(*overrides):
+        tables = {name: dict(values) for name, values in TINY.items()}
+        tables["data"]["root"] = str(folder)
+        return override(tables, list(overrides))
+
+    return make

@@ -1,0 +1,402 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from nucsam import checkpoint
+from nucsam.base import Base, load_base, state_sha256
+from nucsam.checkpoint import (
+    atomic,
+    load_adapter,
+    load_state,
+    merged,
+    open_run,
+    read_tensors,
+    save_adapter,
+    save_state,
+    write_tensors,
+    write_text,
+)
+from nucsam.config import Config, Loss, Model, Train, to_toml
+from nucsam.model import Nucsam, build
+
+SIX = [(train, head) for train in ("lora", "full", "head") for head in ("instance", "sam")]
+IMAGES = 255 * torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    """Random weights with nothing left at 0 or 1: BatchNorms, their statistics, attention biases."""
+    fresh, generator = load_base("none", seed=1), torch.Generator().manual_seed(4)
+    state = {}
+    for name, tensor in fresh.state.items():
+        if tensor.is_floating_point() and tensor.ndim < 3:
+            tensor = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        state[name] = tensor.abs() + 0.1 if name.endswith("running_var") else tensor
+    return replace(fresh, state=state, sha256=state_sha256(state))
+
+
+def trained(base: Base, seed: int = 5, **model) -> Nucsam:
+    """A model whose trainable weights are all away from where they began."""
+    net, generator = build(Model(width=32, **model), base, seed=0).eval(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.trainable().values():
+            p += 0.05 * torch.randn(p.shape, generator=generator)
+    return net
+
+
+@pytest.fixture(scope="module")
+def plain(base) -> Nucsam:
+    """A model to be refused things, which leave it as it is."""
+    return build(Model(width=32), base, seed=0)
+
+
+@pytest.fixture(scope="module")
+def weights(base) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in trained(base).trainable().items()}
+
+
+def facts(base: Base) -> dict:
+    return {"config": Config().to_dict(), "base": {"sha256": base.sha256, "source": base.source}, "epoch": 3}
+
+
+@torch.no_grad()
+def maps(net: Nucsam) -> torch.Tensor:
+    return net(IMAGES, (64, 96))
+
+
+# Files
+
+
+def test_tensors_and_metadata_come_back(tmp_path):
+    tensors = {
+        "a.weight": torch.randn(3, 4),
+        "half": torch.randn(5).half(),
+        "bfloat": torch.randn(5).bfloat16(),
+        "count": torch.tensor(7),
+        "flag": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 3),
+        "turned": torch.randn(4, 3).T,
+        "last": torch.randn(1, 3, 2, 2).contiguous(memory_format=torch.channels_last),
+        "learned": torch.nn.Parameter(torch.randn(2)),
+    }
+    metadata = {"kind": "x", "nested": {"list": [1, 2.5, None, "核"]}}
+    write_tensors(tmp_path / "new" / "folder" / "a.safetensors", tensors, metadata)
+    found, described = read_tensors(tmp_path / "new" / "folder" / "a.safetensors")
+    assert described == metadata
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_writing_again_replaces(tmp_path):
+    for value in (1.0, 2.0):
+        write_tensors(tmp_path / "a.safetensors", {"x": torch.tensor(value)}, {"value": value})
+    found, metadata = read_tensors(tmp_path / "a.safetensors")
+    assert (found["x"].item(), metadata) == (2.0, {"value": 2.0})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"x": torch.zeros(3)}, {})
+    before = path.read_bytes()
+
+    def full(tensors, filename, metadata):
+        Path(filename).write_bytes(b"half a f")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        write_tensors(path, {"x": torch.ones(3)}, {})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match="no space"):
+        write_tensors(tmp_path / "b.safetensors", {"x": torch.ones(3)}, {})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_interrupted_text_leaves_the_old_one(tmp_path, error):
+    path = tmp_path / "a.txt"
+    write_text(path, "old\n")
+    with pytest.raises(error), atomic(path) as partial:
+        assert partial.parent == tmp_path  # the same file system, so that taking the name is atomic
+        partial.write_text("ne")
+        assert path.read_text() == "old\n"
+        raise error
+    assert path.read_text() == "old\n"
+    assert list(tmp_path.iterdir()) == [path]
+    write_text(path, "näw\n")
+    assert path.read_text(encoding="utf-8") == "näw\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failure_before_a_byte_is_written(tmp_path):
+    with pytest.raises(ValueError, match="early"), atomic(tmp_path / "a.txt"):
+        raise ValueError("early")
+    assert list(tmp_path.iterdir()) == []
+
+
+def broken(tmp_path: Path) -> dict[str, Path]:
+    write_tensors(tmp_path / "whole", {"x": torch.randn(1000)}, {})
+    whole = (tmp_path / "whole").read_bytes()
+    files = {
+        "truncated": whole[:-100],
+        "header cut": whole[:20],
+        "empty": b"",
+        "text": b"not tensors at all, but a text that is long enough",
+        "pickle": b"\x80\x02}q\x00.",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    save_file({"x": torch.zeros(2)}, tmp_path / "foreign", metadata={"format": "pt"})
+    save_file({"x": torch.zeros(2)}, tmp_path / "bare")
+    (tmp_path / "folder").mkdir()
+    return {name: tmp_path / name for name in (*files, "foreign", "bare", "folder", "missing")}
+
+
+BROKEN = ["truncated", "header cut", "empty", "text", "pickle", "foreign", "bare", "folder", "missing"]
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_files_that_are_not_ours_are_named(tmp_path, name):
+    files = broken(tmp_path)
+    assert list(files) == BROKEN
+    with pytest.raises(ValueError) as caught:
+        read_tensors(files[name])
+    message = str(caught.value)
+    assert message.startswith(f"{files[name]}: ")
+    expected = {"foreign": "found no `nucsam` metadata", "bare": "found no `nucsam` metadata", "missing": "no such file"}
+    assert expected.get(name, "not a readable safetensors file") in message
+
+
+# Adapter
+
+
+@pytest.mark.parametrize(("train", "head"), SIX)
+def test_adapter_round_trip(base, tmp_path, train, head):
+    net = trained(base, train=train, head=head)
+    save_adapter(tmp_path / "a.safetensors", net.trainable(), facts(base))
+    other = build(Model(width=32, train=train, head=head), base, seed=8).eval()
+    assert not torch.allclose(maps(other), maps(net), atol=1e-3)
+    kept = {name: p for name, p in other.named_parameters()}
+    metadata = load_adapter(tmp_path / "a.safetensors", other, base)
+    assert metadata == {"kind": "adapter", **facts(base)}
+    assert torch.equal(maps(other), maps(net))
+    assert all(p is kept[name] for name, p in other.named_parameters())  # in place: an optimizer still holds them
+    assert read_tensors(tmp_path / "a.safetensors")[0].keys() == net.trainable().keys()
+
+
+@pytest.fixture
+def saved(base, weights, tmp_path) -> Path:
+    save_adapter(tmp_path / "adapter.safetensors", weights, facts(base))
+    return tmp_path / "adapter.safetensors"
+
+
+def refusal(path: Path, net: Nucsam, base: Base) -> str:
+    before = {name: p.clone() for name, p in net.trainable().items()}
+    with pytest.raises(ValueError) as caught:
+        load_adapter(path, net, base)
+    assert all(torch.equal(p, before[name]) for name, p in net.trainable().items())
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    return message
+
+
+def test_adapter_of_another_base_is_refused(base, saved):
+    other = load_base("none", seed=2)
+    message = refusal(saved, build(Model(width=32), other, seed=0), other)
+    assert f"trained on the base {base.sha256[:12]} (none (random, seed 1))" in message
+    assert f"found the base {other.sha256[:12]} (none (random, seed 2))" in message
+
+
+@pytest.mark.parametrize("model", [Model(width=64), Model(width=32, rank=8), Model(width=32, train="full"), Model(head="sam")])
+def test_adapter_of_another_model_is_refused(base, saved, model):
+    assert "weights do not fit the model" in refusal(saved, build(model, base, seed=0), base)
+
+
+def test_adapter_without_a_tensor_is_refused(base, plain, saved):
+    weights, metadata = read_tensors(saved)
+    name = "image_encoder.layers.2.blocks.3.attn.qkv.lora_A"
+    del weights[name]
+    write_tensors(saved, weights, metadata)
+    message = refusal(saved, plain, base)
+    assert message.endswith(f"weights do not fit the model: 1 tensors differ, such as {name}")
+
+
+def test_file_of_another_kind_is_refused(base, plain, saved):
+    weights, metadata = read_tensors(saved)
+    write_tensors(saved, weights, metadata | {"kind": "merged"})
+    message = refusal(saved, plain, base)
+    assert message == f"{saved}: found a file of kind 'merged', expected 'adapter'"
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_adapters_are_refused(base, plain, tmp_path, name):
+    refusal(broken(tmp_path)[name], plain, base)
+
+
+# Merging
+
+
+@pytest.mark.parametrize(("train", "head"), SIX)
+def test_merged_is_the_trained_model_and_not_the_base(base, train, head):
+    net = trained(base, train=train, head=head)
+    state = merged(net, base)
+    config = Model(width=32, train="head", head=head)
+    extra = {name: t for name, t in state.items() if name.startswith("head.")}
+    stock = {name: t for name, t in state.items() if name not in extra}
+    assert stock.keys() == base.state.keys()
+    assert extra.keys() == {name for name in net.state_dict() if name.startswith("head.")}
+    assert bool(extra) == (head == "instance")
+    assert all(t.shape == base.state[name].shape and t.dtype == base.state[name].dtype for name, t in stock.items())
+    alone = build(config, replace(base, state=stock, extra=extra), seed=9).eval()
+    torch.testing.assert_close(maps(alone), maps(net), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(maps(alone), maps(build(config, replace(base, extra=extra), seed=9)), atol=1e-3) or (
+        train == "head" and head == "instance"  # whose encoder is the base's
+    )
+    changed = {name for name in stock if not torch.equal(stock[name], base.state[name])}
+    owners = {name.rpartition(".lora_")[0] + ".weight" if ".lora_" in name else name for name in net.trainable()}
+    assert changed == {name for name in owners if not name.startswith("head.")}
+
+
+def test_merging_is_w_plus_scale_times_b_a(base):
+    net = trained(base, rank=2, alpha=6.0)
+    state, name = merged(net, base), "image_encoder.layers.2.blocks.3.attn.qkv"
+    weights = net.trainable()
+    update = 3.0 * weights[f"{name}.lora_B"] @ weights[f"{name}.lora_A"]
+    torch.testing.assert_close(state[f"{name}.weight"], base.state[f"{name}.weight"] + update)
+    assert update.abs().max() > 0.01
+
+
+def test_merging_twice_changes_nothing(base):
+    net = trained(base)
+    before, own = state_sha256(base.state), {name: t.clone() for name, t in net.state_dict().items()}
+    one, two = merged(net, base), merged(net, base)
+    assert state_sha256(one) == state_sha256(two)
+    assert state_sha256(base.state) == before
+    assert all(torch.equal(t, own[name]) for name, t in net.state_dict().items())
+
+
+# Resumable state
+
+
+def loop(net: Nucsam, optimizer: torch.optim.Optimizer, average: dict[str, torch.Tensor], steps: int) -> None:
+    labels = torch.zeros(2, 64, 96, dtype=torch.int64)
+    labels[:, 10:30, 20:40] = 1
+    for _ in range(steps):
+        optimizer.zero_grad()
+        terms = net.loss(net(IMAGES, (64, 96)), labels, labels >= 0, 1, Loss())
+        sum(terms.values()).mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in net.trainable().items():
+                average[name].lerp_(p, 0.5)
+
+
+def start(base: Base, seed: int) -> tuple[Nucsam, torch.optim.Optimizer, dict[str, torch.Tensor]]:
+    net = build(Model(width=32), base, seed=seed)
+    weights = net.trainable()
+    halves = [{"params": [p for p in weights.values() if (p.ndim < 2) == vector]} for vector in (False, True)]
+    average = {name: p.detach().clone() for name, p in weights.items()}
+    return net, torch.optim.AdamW(halves, lr=1e-3), average
+
+
+def test_state_comes_back_bit_for_bit_and_goes_on_the_same(base, tmp_path):
+    path = tmp_path / "state" / "last.safetensors"
+    net, optimizer, average = start(base, 0)
+    loop(net, optimizer, average, 2)
+    save_state(path, net.trainable(), average, optimizer, {"progress": {"step": 2}})
+
+    other, restored, other_average = start(base, 1)
+    assert load_state(path, other.trainable(), other_average, restored) == {"kind": "state", "progress": {"step": 2}}
+
+    def same() -> None:
+        for name, p in net.trainable().items():
+            q = other.trainable()[name]
+            assert torch.equal(p, q)
+            assert torch.equal(average[name], other_average[name])
+            assert optimizer.state[p].keys() == restored.state[q].keys() == {"step", "exp_avg", "exp_avg_sq"}
+            for key, value in optimizer.state[p].items():
+                assert value.dtype == restored.state[q][key].dtype
+                assert value.device == restored.state[q][key].device
+                assert torch.equal(value, restored.state[q][key])
+
+    same()
+    at_save = {name: p.detach().clone() for name, p in net.trainable().items()}
+    loop(net, optimizer, average, 2)
+    loop(other, restored, other_average, 2)
+    same()
+    assert not any(torch.equal(p, at_save[name]) for name, p in net.trainable().items())
+
+
+def test_state_without_its_optimizer_goes_on_elsewhere(base, tmp_path):
+    """Negative control of the test above: the optimizer's state matters."""
+    path = tmp_path / "last.safetensors"
+    net, optimizer, average = start(base, 0)
+    loop(net, optimizer, average, 2)
+    save_state(path, net.trainable(), average, optimizer, {})
+    other, restored, other_average = start(base, 0)
+    load_state(path, other.trainable(), other_average, restored)
+    restored.state.clear()
+    loop(net, optimizer, average, 1)
+    loop(other, restored, other_average, 1)
+    assert any(not torch.equal(p, other.trainable()[name]) for name, p in net.trainable().items())
+
+
+def test_state_before_the_first_step_and_without_an_average(base, tmp_path):
+    net, optimizer, _ = start(base, 0)
+    save_state(tmp_path / "s", net.trainable(), {}, optimizer, {"progress": {}})
+    other, restored, _ = start(base, 1)
+    load_state(tmp_path / "s", other.trainable(), {}, restored)
+    assert all(torch.equal(p, other.trainable()[name]) for name, p in net.trainable().items())
+    assert not restored.state
+
+
+# A run directory
+
+
+def run_directory(folder: Path, base: Base, weights: dict[str, torch.Tensor]) -> None:
+    """A run as training leaves it, on random weights that it keeps beside it."""
+    model = Model(width=32, weights="none")
+    write_tensors(folder / "base.safetensors", base.state, {"kind": "base", "source": base.source})
+    write_text(folder / "config.toml", to_toml(replace(Config(), model=model, train=Train(seed=4))))
+    save_adapter(folder / "adapter.safetensors", weights, facts(base))
+
+
+def test_open_run(base, weights, tmp_path):
+    run_directory(tmp_path, base, weights)
+    found, config, found_base, metadata = open_run(tmp_path)
+    assert all(torch.equal(p, weights[name]) for name, p in found.trainable().items())
+    assert found.trainable().keys() == weights.keys()
+    assert not found.training
+    assert (config.model, config.train.seed) == (Model(width=32, weights="none"), 4)
+    assert (found_base.sha256, found_base.source) == (base.sha256, "none (random, seed 1)")
+    assert metadata["epoch"] == 3
+
+
+@pytest.mark.parametrize("missing", ["config.toml", "base.safetensors", "adapter.safetensors"])
+def test_run_without_a_file_is_refused(base, weights, tmp_path, missing):
+    run_directory(tmp_path, base, weights)
+    (tmp_path / missing).unlink()
+    with pytest.raises(ValueError, match=missing):
+        open_run(tmp_path)
+
+
+def test_run_on_another_base_is_refused(base, weights, tmp_path):
+    run_directory(tmp_path, base, weights)
+    other = load_base("none", seed=2)
+    write_tensors(tmp_path / "base.safetensors", other.state, {"kind": "base", "source": other.source})
+    with pytest.raises(ValueError, match="trained on the base"):
+        open_run(tmp_path)
+
+
+def test_metadata_is_plain_json(base, saved):
+    with safe_open(saved, framework="pt") as file:
+        assert json.loads(file.metadata()["nucsam"]) == {"kind": "adapter", **facts(base)}

@@ -1,0 +1,272 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nucsam.base import build_sam
+from nucsam.config import Instances
+from nucsam.encoder import Encoder
+from nucsam.predict import Predictor, _Canvas, _ramp, _starts
+
+SCALES = [1.0, 1.5, 2.0]
+
+
+class Fake(nn.Module):
+    """Maps are the red and green of the image, at image resolution; instances are the red, as ids.
+
+    Insists on what the encoder insists on, and notes the batches it sees.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.zeros(1))
+        self.seen: list[tuple[int, ...]] = []
+
+    def local(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, :2]
+
+    def forward(self, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        assert images.dtype == torch.float32
+        assert -0.01 < images.min() <= images.max() < 255.01
+        assert not torch.is_grad_enabled()
+        H, W = images.shape[2:]
+        assert H % 32 == W % 32 == 0
+        assert min(H, W) >= 64
+        self.seen.append(tuple(images.shape))
+        maps = self.local(images)
+        return maps if maps.shape[2:] == size else F.interpolate(maps, size=size, mode="bilinear", antialias=True)
+
+    def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
+        assert maps.dtype == np.float32
+        return np.rint(maps[0]).astype(np.int32)
+
+
+class Blur(Fake):
+    """A local model that is the same everywhere, with a reach of 4 model px."""
+
+    def local(self, images: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(F.pad(images[:, :2], (4, 4, 4, 4), mode="replicate"), 9, stride=1)
+
+
+def predictor(model: nn.Module | None = None, scale: float = 1.0, **arguments) -> Predictor:
+    return Predictor(model or Fake(), scale=scale, instances=Instances(), **{"overlap": 24, **arguments})
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth, so that to magnify and shrink it again changes little."""
+    small = torch.rand(1, 3, height // 12 + 2, width // 12 + 2, generator=torch.Generator().manual_seed(seed))
+    image = F.interpolate(255 * small, size=(height, width), mode="bicubic").clamp(0, 255)
+    return image[0].permute(1, 2, 0).byte().numpy()
+
+
+def red_green(image: np.ndarray) -> np.ndarray:
+    return image[..., :2].transpose(2, 0, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 200), (64, 64), (65, 63), (100, 130), (128, 96), (150, 301)])
+def test_label_map_is_the_images_at_any_size(size):
+    image = picture(*size)
+    found = predictor(tile=128, overlap=32).predict(image)
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, image[..., 0])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@settings(max_examples=15, deadline=None)
+@given(height=st.integers(16, 300), width=st.integers(16, 300))
+def test_maps_are_the_images_at_any_size_and_scale(scale, height, width):
+    image = picture(height, width)
+    (maps,) = predictor(scale=scale, tile=128).maps([image])
+    assert maps.dtype == np.float32
+    assert maps.shape == (2, height, width)
+    np.testing.assert_allclose(maps, red_green(image), atol=1e-3 if scale == 1 else 8.0)
+    assert np.abs(maps - red_green(image)).mean() < 1.0
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_nothing_is_shifted(scale):
+    """A ramp, magnified and shrunk, stays where it is: half a pixel more would be 2 grey levels."""
+    y, x = np.mgrid[:60, :60]
+    image = np.stack([4 * y, 4 * x, 0 * x], -1).astype(np.uint8)
+    (maps,) = predictor(scale=scale, tile=64, overlap=0).maps([image])
+    np.testing.assert_allclose(maps[:, 4:-4, 4:-4], red_green(image)[:, 4:-4, 4:-4], atol=0.2)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("size", [(300, 128), (128, 300), (257, 411), (130, 129)])
+def test_tiles_equal_the_whole_for_a_local_model(scale, size):
+    image = picture(*size, seed=1)
+    # Tiles differ from the whole only where the blur reaches over a tile's border, and there they fade out
+    (tiled,) = predictor(Blur(), scale, tile=128, overlap=48).maps([image])
+    model = Blur()
+    (whole,) = predictor(model, scale, tile=512, overlap=48).maps([image])
+    assert len(model.seen) == 1
+    assert tiled.shape == whole.shape == (2, *size)
+    np.testing.assert_allclose(tiled, whole, atol=3.0)
+    assert np.abs(tiled - whole).mean() < 0.1
+    assert np.abs(whole - red_green(image)).max() > 3.0  # the blur does something
+
+
+def test_tiles_without_overlap_show_their_borders():
+    """Negative control of the test above."""
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    (whole,) = predictor(Blur(), tile=512, overlap=48).maps([image])
+    errors = []
+    for overlap in (0, 48):
+        (tiled,) = predictor(Blur(), tile=128, overlap=overlap).maps([image])
+        errors.append(np.abs(tiled - whole).mean())
+    assert errors[0] > 5 * errors[1] > 0
+
+
+SIZES = [(64, 64), (200, 100), (16, 40), (64, 64), (64, 64), (300, 70), (64, 65), (129, 129)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 100])
+def test_order_is_kept_and_grouping_changes_nothing(batch):
+    images = [picture(*size, seed=k) for k, size in enumerate(SIZES)]
+    fake = Fake()
+    found = list(predictor(fake, tile=64, overlap=16, batch=batch).predict_many(images))
+    assert len(found) == len(SIZES)
+    for image, label in zip(images, found):
+        np.testing.assert_array_equal(label, image[..., 0])
+    assert max(shape[0] for shape in fake.seen) <= batch
+    assert sum(shape[0] for shape in fake.seen) == sum(len(_starts(h, 64, 16)) * len(_starts(w, 64, 16)) for h, w in SIZES)
+    blurred = [list(predictor(Blur(), 2.0, tile=64, overlap=16, batch=b).maps(images)) for b in (batch, 1)]
+    for one, other in zip(*blurred):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_tiles_of_one_size_share_a_batch():
+    fake = Fake()
+    list(predictor(fake, tile=64, overlap=0, batch=4).maps([picture(128, 128), picture(64, 64), picture(64, 64)]))
+    assert fake.seen == [(4, 3, 64, 64), (2, 3, 64, 64)]
+
+
+def test_images_are_read_as_they_are_needed():
+    read = []
+
+    def stream():
+        for k in range(30):
+            read.append(k)
+            yield picture(64, 64, seed=k)
+
+    found = predictor(batch=4).predict_many(stream())
+    np.testing.assert_array_equal(next(found), picture(64, 64)[..., 0])
+    assert len(read) <= 12
+    assert len(list(found)) == 29
+    assert read == list(range(30))
+
+
+def test_no_images():
+    assert list(predictor().predict_many([])) == []
+
+
+def test_images_stay_as_they_were():
+    image = picture(100, 50)
+    before = image.copy()
+    predictor(scale=2.0).predict(image)
+    np.testing.assert_array_equal(image, before)
+
+
+def test_maps_of_two_images_are_not_each_others():
+    """Kept maps are not overwritten by the next ones."""
+    images = [picture(64, 64, seed=k) for k in range(3)]
+    kept = list(predictor(batch=1).maps(images))
+    for image, maps in zip(images, kept):
+        np.testing.assert_array_equal(maps, red_green(image))
+
+
+def test_small_images_are_mirrored_and_not_blackened():
+    class Mean(Fake):
+        def local(self, images):
+            return images[:, :2].mean((2, 3), keepdim=True).expand(-1, -1, *images.shape[2:])
+
+    image = np.full((20, 30, 3), 200, np.uint8)
+    (maps,) = predictor(Mean(), 2.0).maps([image])
+    np.testing.assert_allclose(maps, 200.0, atol=1e-3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=st.integers(1, 2000), tile=st.integers(2, 512), part=st.floats(0, 0.9))
+def test_tiles_cover_and_overlap(size, tile, part):
+    overlap, size = int(part * tile), max(size, tile)
+    starts = _starts(size, tile, overlap)
+    assert starts[0] == 0
+    assert starts[-1] + tile == size
+    steps = np.diff(starts)
+    assert (steps <= tile - overlap).all()  # neighbours share at least the overlap
+    assert (steps > 0).all()
+    assert len(starts) == 1 or (len(starts) - 2) * (tile - overlap) + tile < size  # one tile fewer would not do
+
+
+@settings(max_examples=100, deadline=None)
+@given(side=st.integers(1, 300), overlap=st.integers(0, 300))
+def test_weights_are_positive_and_rise_to_the_middle(side, overlap):
+    ramp = _ramp(side, overlap)
+    assert len(ramp) == side
+    assert (ramp > 0).all()
+    assert (ramp <= 1).all()
+    np.testing.assert_array_equal(ramp, ramp[::-1])
+    assert (np.diff(ramp[: (side + 1) // 2]) >= 0).all()
+    assert _ramp(100, 4).tolist() == pytest.approx([0.25, 0.5, 0.75, *[1.0] * 94, 0.75, 0.5, 0.25])
+
+
+@settings(max_examples=30, deadline=None)
+@given(height=st.integers(16, 400), width=st.integers(16, 400), overlap=st.integers(0, 60))
+def test_every_pixel_of_a_canvas_has_weight(height, width, overlap):
+    canvas = _Canvas(np.zeros((height, width, 3), np.uint8), 128, overlap, 32, 64)
+    covered = np.zeros(canvas.image.shape[:2], int)
+    for y, x, tile in canvas.tiles():
+        assert tile.shape == (*canvas.sides, 3)
+        covered[y : y + tile.shape[0], x : x + tile.shape[1]] += 1
+        canvas.add(y, x, np.ones((1, *tile.shape[:2]), np.float32))
+    assert canvas.left == 0
+    assert covered.min() >= 1
+    np.testing.assert_allclose(canvas.maps(), np.ones((1, height, width)), atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_image_as_wide_as_the_overlap(scale):
+    """Images of 64 px, or that are padded to 64, with the overlap of 64 that is the default."""
+    found = Predictor(Fake(), scale=scale, instances=Instances()).predict(np.full((64, 40, 3), 7, np.uint8))
+    np.testing.assert_array_equal(found, np.full((64, 40), 7))
+
+
+@pytest.mark.parametrize(
+    ("crop", "scale"), [(64, 0.5), (80, 0.4), (300, 1.92), (96, 1 / 3), (100, 1.28), (500, 2.048), (1000, 1.376)]
+)
+@pytest.mark.parametrize("size", [(64, 64), (1000, 64), (64, 1400), (2100, 70)])
+def test_every_scale_that_can_train_can_predict(crop, scale, size):
+    """Whatever `data.crop * data.scale` allows, tiles must be multiples of 32 model px: `Fake` insists."""
+    assert crop * scale % 32 == 0
+    image = np.full((*size, 3), 100, np.uint8)
+    (maps,) = predictor(scale=scale, tile=1024).maps([image])
+    np.testing.assert_allclose(maps, np.full((2, *size), 100.0), atol=1e-3)
+
+
+def test_what_the_fake_insists_on_is_what_the_encoder_takes():
+    encoder = Encoder(build_sam().image_encoder)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        encoder(torch.zeros(1, 3, 64, 80))
+    with torch.no_grad():
+        assert encoder(torch.zeros(1, 3, 64, 96)).s16.shape == (1, 160, 4, 6)
+
+
+def test_forward_pass_runs_in_the_asked_precision():
+    class Product(Fake):
+        def local(self, images):
+            kernel = torch.eye(2, 3)[:, :, None, None]
+            product = F.conv2d(images, kernel)
+            self.dtype = product.dtype
+            return product
+
+    model = Product()
+    (maps,) = predictor(model, autocast=torch.bfloat16).maps([picture(64, 64)])
+    assert model.dtype == torch.bfloat16
+    assert maps.dtype == np.float32
+    (exact,) = predictor(model).maps([picture(64, 64)])
+    assert model.dtype == torch.float32
+    assert 0 < np.abs(maps - exact).max() <= 1.0

@@ -1,0 +1,196 @@
+"""The training loop: what it writes, that it repeats and resumes bit for bit, and that it learns."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nucsam import checkpoint, model
+from nucsam.config import Train, load
+from nucsam.scoring import score_run
+from nucsam.train import rate, train
+
+
+def history(run):
+    """metrics.jsonl without its times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for key in ("seconds", "images_per_second", "peak_memory_gib"):
+            line.pop(key, None)
+    return lines
+
+
+def same(a, b):
+    a, b = load_file(a), load_file(b)
+    assert a.keys() == b.keys() and len(a) > 10
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory, folder):
+    """A finished run and its configuration."""
+    from conftest import TINY
+
+    from nucsam.config import override
+
+    tables = {name: dict(values) for name, values in TINY.items()}
+    config = override(tables | {"data": tables["data"] | {"root": str(folder)}}, ["train.epochs=3"])
+    run = tmp_path_factory.mktemp("runs") / "once"
+    return run, config, train(config, run)
+
+
+def test_run_directory_explains_itself(once):
+    run, config, scores = once
+    assert {path.name for path in run.iterdir()} == {
+        "config.toml",
+        "environment.json",
+        "metrics.jsonl",
+        "adapter.safetensors",
+        "base.safetensors",
+        "scores.json",
+        "state",
+    }
+    assert load(run / "config.toml") == config
+    assert [line["epoch"] for line in history(run)] == [1, 2, 3]
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["images"] == {"train": 5, "inner": 3, "test": 4}
+    assert environment["parameters_trainable"] == sum(t.numel() for t in load_file(run / "adapter.safetensors").values())
+    assert len(scores["scores"][0]["images"]) == 4
+
+
+def test_best_epoch_is_the_one_kept(once):
+    run, config, scores = once
+    best = max(history(run), key=lambda line: line["aji"])
+    assert scores["epoch"] == best["epoch"]
+    net, _, _, metadata = checkpoint.open_run(run)
+    assert metadata["selected"]["aji"] == best["aji"]
+    assert metadata["selected"]["on"] == "inner"
+
+
+def test_evaluate_repeats_the_scores_of_training(once):
+    run, _, scores = once
+    again = score_run(run)
+    assert again["headline"] == scores["headline"]
+    assert json.loads((run / "scores.json").read_text())["headline"] == scores["headline"]
+
+
+def test_untrained_scores_differ_and_are_not_written(once):
+    run, _, scores = once
+    before = (run / "scores.json").read_bytes()
+    untrained = score_run(run, untrained=True)
+    assert untrained["untrained"] and untrained["headline"] != scores["headline"]
+    assert (run / "scores.json").read_bytes() == before
+
+
+def test_same_seed_same_run_bit_for_bit(once, tmp_path):
+    run, config, _ = once
+    train(config, tmp_path / "again")
+    assert same(run / "adapter.safetensors", tmp_path / "again" / "adapter.safetensors")
+    assert history(run) == history(tmp_path / "again")
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4, 8])
+def test_resumed_run_equals_uninterrupted_bit_for_bit(once, tmp_path, monkeypatch, stop):
+    """Told to end at step `stop` (steps 3 and 6 end epochs), then resumed."""
+    run, config, _ = once
+    out = tmp_path / "run"
+    monkeypatch.setattr("nucsam.train._Sigterm.__call__", lambda self, accelerator, step: step == stop)
+    with pytest.raises(SystemExit) as exit:
+        train(config, out)
+    assert exit.value.code == 143
+    assert not (out / "scores.json").exists()
+    monkeypatch.undo()
+    train(config, out, resume=True)
+    assert same(run / "adapter.safetensors", out / "adapter.safetensors")
+    assert same(run / "state" / "last.safetensors", out / "state" / "last.safetensors")
+    assert history(run) == history(out)
+
+
+def test_resume_refuses_another_configuration(once, tmp_path):
+    run, _, _ = once
+    config = load(run / "config.toml", ["train.lr_head=0.5"])
+    with pytest.raises(ValueError, match=r"train\.lr_head: 0\.001 -> 0\.5"):
+        train(config, run, resume=True)
+
+
+def test_a_folder_with_files_is_not_overwritten(once):
+    run, config, _ = once
+    with pytest.raises(ValueError, match="--resume goes on with a run"):
+        train(config, run)
+
+
+def test_loss_that_is_not_finite_stops_and_saves_nothing(tiny, tmp_path, monkeypatch):
+    def loss(self, maps, *_):
+        return {"broken": maps.flatten(1).sum(1) * float("nan")}
+
+    monkeypatch.setattr(model.Nucsam, "loss", loss)
+    with pytest.raises(RuntimeError, match=r"the loss is not finite at or before step 3"):
+        train(tiny(), tmp_path / "run")
+    assert not (tmp_path / "run" / "state").exists()
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+def test_accumulation_equals_a_larger_batch(tiny, tmp_path):
+    train(tiny("train.batch=6", "train.epochs=1"), tmp_path / "one")
+    train(tiny("train.batch=2", "train.accumulate=3", "train.epochs=1"), tmp_path / "three")
+    one, three = (load_file(tmp_path / name / "adapter.safetensors") for name in ("one", "three"))
+    assert max(float((one[name] - three[name]).abs().max()) for name in one) < 1e-5
+
+
+def test_an_export_is_a_base_whose_epoch_0_is_scored(once, tiny, tmp_path, capsys):
+    from nucsam.export import export
+
+    run, _, _ = once
+    export(run, tmp_path / "merged.safetensors")
+    config = tiny(f"model.weights={tmp_path / 'merged.safetensors'}", "train.lr_head=3.0", "train.clip=100.0")
+    scores = train(config, tmp_path / "worse")
+    lines = history(tmp_path / "worse")
+    assert lines[0]["epoch"] == 0 and lines[0]["step"] == 0
+    assert lines[0]["aji"] == pytest.approx(max(line["aji"] for line in history(run)), abs=1e-3)
+    assert lines[-1]["aji"] < lines[0]["aji"]  # a rate of 3 breaks the model
+    assert scores["epoch"] == 0
+    assert "training made it worse" in capsys.readouterr().out
+
+
+def test_all_trains_on_everything_but_the_inner_split(tiny, tmp_path):
+    scores = train(tiny("data.fold=all", "train.epochs=1"), tmp_path / "run")
+    images = json.loads((tmp_path / "run" / "environment.json").read_text())["images"]
+    assert images == {"train": 8, "inner": 4, "test": 0}
+    assert scores["images_of"] == "inner"
+
+
+@pytest.mark.parametrize("mode", ["full", "head"])
+def test_other_ways_to_train(tiny, tmp_path, mode):
+    train(tiny(f"model.train={mode}", "train.epochs=1", "model.head=sam"), tmp_path / "run")
+    names = load_file(tmp_path / "run" / "adapter.safetensors").keys()
+    assert any(name.startswith("mask_decoder.") for name in names)
+    assert any(name.startswith("image_encoder.") for name in names) == (mode == "full")
+
+
+def test_fp16_on_a_cpu_says_what_it_does(tiny, tmp_path):
+    with pytest.warns(UserWarning, match="fp16 needs a GPU; computing in fp32"):
+        train(tiny("train.precision=fp16", "train.epochs=1"), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["precision"] == "no"
+
+
+def test_training_learns(tiny, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(tiny("train.epochs=12", "train.lr_head=0.003", "train.validate_every=12"), tmp_path / "run")
+    losses = [line["loss"] for line in history(tmp_path / "run")]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_cosine_rate_warms_up_and_ends_near_zero():
+    t = Train(warmup=0.1)
+    rates = [rate(step, 100, 10, t) for step in range(100)]
+    assert rates[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
+    assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and rates[99] < 1e-3
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_step_rate_drops_by_gamma_every_step_epochs():
+    t = Train(schedule="step", step_epochs=2, gamma=0.1)
+    assert [rate(step, 60, 10, t) for step in (0, 19, 20, 39, 40)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
