@@ -16,14 +16,17 @@ app = typer.Typer(
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line. A user's mistake prints one message on stderr and gives exit status 2."""
+    """Run one command line and return its exit status. A user's mistake is one message on stderr and status 2."""
     try:
-        return app(arguments, prog_name="nucsam", standalone_mode=True) or 0
+        app(arguments, prog_name="nucsam")
+    except SystemExit as exit:
+        return int(exit.code or 0)
     except (ValueError, RuntimeError) as error:
         if not _mistake(error):
             raise
         print(f"nucsam: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
 def _mistake(error: Exception) -> bool:
@@ -100,9 +103,8 @@ def evaluate(
             organ=organ,
             workers=workers,
         )
-        for name in ("warnings", "missing", "extra"):
-            if results[name]:
-                console.print(f"[yellow]{name}:[/] " + ", ".join(results[name]))
+        for remark in evaluate.remarks(results):
+            console.print(remark, style="yellow", markup=False)
     for result in results["scores"]:
         console.print(evaluate.organ_table(result), evaluate.summary_table(result))
     if as_json == "-":

@@ -53,7 +53,7 @@ class Model:
     train: Literal["lora", "full", "head"] = "lora"
     rank: int = 4
     alpha: float = 4.0  # LoRA scale = alpha / rank
-    pattern: str = r"image_encoder\..*\.attn\.(qkv|proj)"  # names of the linear layers that get LoRA, full match
+    pattern: str = r"image_encoder\..*\.attn\.(qkv|proj)"  # regular expression on the names of linear layers that get LoRA
     width: int = 128  # channels of the instance head at stride 16
 
 

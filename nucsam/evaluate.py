@@ -341,7 +341,7 @@ def summary_table(result: dict):
     """A rich Table of a `scored` dict, in percent: every aggregate over all images."""
     summary = result["summary"]
     numbers = f"{summary['nuclei']} nuclei, {summary['predicted']} predicted"
-    table = _table(result["rules"], [numbers], _both_empty(summary))
+    table = _table(result["rules"], ["all images"], f"{_both_empty(summary)}; {numbers}")
     for name, title in AGGREGATES.items():
         table.add_row(title, *_percent(summary[name]))
     return table

@@ -483,8 +483,10 @@ def _solve(t: np.ndarray, p: np.ndarray, weight: np.ndarray) -> np.ndarray:
     columns, p = np.unique(p, return_inverse=True)
     n, m = len(rows), len(columns)
     own = np.arange(n)
+    # SciPy 1.11 takes 32-bit indices only
+    places = np.append(t, own).astype(np.intc), np.append(p, m + own).astype(np.intc)
     # 0 cannot be stored as an edge: 1 on every edge of n changes no optimum
-    edges = np.append(1 + weight, np.ones(n)), (np.append(t, own), np.append(p, m + own))
+    edges = np.append(1 + weight, np.ones(n)), places
     row, column = min_weight_full_bipartite_matching(csr_array(edges, shape=(n, m + n)), maximize=True)
     real = column < m
     return np.searchsorted(t * m + p, row[real] * m + column[real])

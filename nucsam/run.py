@@ -42,7 +42,8 @@ class Progress:
 class Run:
     """Files of one run directory. Only the main process writes; every process reads.
 
-    `weights` are the trainable parameters, `average` their running average (empty where EMA is off).
+    `weights` are the trainable parameters, `average` their running average (empty where EMA is off); `about` goes into
+    the adapter's metadata.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class Run:
         average: dict[str, Tensor],
         optimizer: torch.optim.Optimizer,
         scaler: Any = None,
+        about: dict[str, Any] | None = None,
     ) -> None:
         self.out, self.config, self.base = out, config, base
         self.weights, self.average, self.optimizer, self.scaler = weights, average, optimizer, scaler
+        self.about = about or {}
         self.progress, self.sums = Progress(), {}
         self.saved = time.monotonic()
 
@@ -126,6 +129,7 @@ class Run:
             "config": self.config.to_dict(),
             "base": {"sha256": self.base.sha256, "source": self.base.source},
             "epoch": self.progress.best.get("epoch", 0),
+            **self.about,
             "selected": {"by": self.config.train.best, "on": self.config.data.select, **self.progress.best},
         }
         checkpoint.save_adapter(self.out / "adapter.safetensors", weights, metadata)

@@ -47,7 +47,7 @@ def _centre_distance(labels_BHW: Tensor, index: Tensor, n: int) -> Tensor:
 
 
 def _depth(inside_BHW: Tensor) -> Tensor:
-    """1 + Euclidean distance to the nearest pixel that is not inside, px, exact up to REACH (Felzenszwalb 2012's passes)."""
+    """1 + Euclidean distance to the nearest pixel that is not inside, px, exact up to REACH: rows, then columns."""
     H, W = inside_BHW.shape[1:]
     column = torch.arange(W, device=inside_BHW.device, dtype=torch.float32).expand(inside_BHW.shape)
     left = torch.where(inside_BHW, -_FAR, column).cummax(2).values

@@ -2,8 +2,8 @@
 
 import math
 import os
-import resource
 import signal
+import statistics
 import sys
 import time
 import warnings
@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from rich.console import Console
@@ -52,6 +53,11 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
     split = data.split_records(records, scheme=d.split, folds=d.folds, fold=d.fold, inner=d.inner, seed=d.seed)
     training = split.train + split.inner if d.select == "test" else split.train
     selecting = split.test if d.select == "test" else split.inner
+    if not training or not selecting:
+        raise ValueError(
+            f"data.root: found {len(records)} images in {d.root}, of which {len(training)} are left to train on and "
+            f"{len(selecting)} to choose the epoch by; expected at least one of each"
+        )
     samples = data.Samples(records, memory_gib=d.memory, progress=main)
     if main:
         prepare(out, config, resume)
@@ -80,12 +86,13 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
     optimizer = torch.optim.AdamW(_groups(weights, t), betas=(0.9, 0.99), eps=ADAM_EPS)
     ddp, optimizer = accelerator.prepare(net, optimizer)
     average = {name: p.detach().clone() for name, p in weights.items()} if t.ema else {}
-    run = Run(out, config, base, weights, average, optimizer, accelerator.scaler)
+    run = Run(out, config, base, weights, average, optimizer, accelerator.scaler, about={"mpp": _mpp(config, records)})
     if resume and run.state.is_file():
         run.restore()
     progress, steps = run.progress, batches.steps * t.epochs
     if main:
-        run.environment(_facts(net, accelerator, split, base))
+        images = {"train": len(training), d.select: len(selecting), "test": len(split.test)}
+        run.environment(_facts(net, accelerator, images, base))
     accelerator.init_trackers(
         "nucsam", {f"{k}.{n}": v for k, table in config.to_dict().items() for n, v in table.items()}
     )
@@ -103,8 +110,7 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
         if main:
             run.log(line, keep=average or weights)
     net.train()
-    stopping = _Sigterm()
-    with _bar(shown=main) as bar:
+    with _bar(shown=main) as bar, _Sigterm() as stopping:
         task = bar.add_task("", total=steps, completed=progress.step, speed="")
         while progress.step < steps:
             epoch, within = divmod(progress.step, batches.steps)
@@ -220,6 +226,12 @@ def _base(config: Config, out: Path, crops: list[dict[str, Tensor]], accelerator
     return checkpoint.run_base(out, config)
 
 
+def _mpp(config: Config, records: list[data.Record]) -> float | None:
+    """Microns per image px: as configured, else the median of what the image files say."""
+    found = [mpp for record in records if (mpp := data.read_mpp(record.image))]
+    return config.data.mpp or (statistics.median(found) if found else None)
+
+
 def _groups(weights: dict[str, nn.Parameter], t: Train) -> list[dict[str, Any]]:
     """Adapter (or encoder) and head, each with its peak rate; no decay on vectors (norms, biases)."""
     groups = []
@@ -265,18 +277,17 @@ def _sentence(line: dict[str, Any]) -> str:
 
 
 def _speed(seconds: float, images: int) -> dict[str, float]:
-    if torch.cuda.is_available():
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Time and memory of an epoch; memory is the peak allocated on a GPU, on a CPU what is resident at the end."""
+    on_gpu = torch.cuda.is_available()
+    memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
     return {
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 3),
-        "peak_memory_gib": round(memory / 2**30, 3),
+        "memory_gib": round(memory / 2**30, 3),
     }
 
 
-def _facts(net: nn.Module, accelerator: Accelerator, split: data.Split, base: Base) -> dict[str, Any]:
+def _facts(net: nn.Module, accelerator: Accelerator, images: dict[str, int], base: Base) -> dict[str, Any]:
     """What environment.json says of this run; the first lines of it are printed."""
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     facts = {
@@ -286,11 +297,11 @@ def _facts(net: nn.Module, accelerator: Accelerator, split: data.Split, base: Ba
         "base_sha256": base.sha256,
         "processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
-        "images": {"train": len(split.train), "inner": len(split.inner), "test": len(split.test)},
+        "images": images,
     }
     console.print(
         f"trains {trainable:,} of {facts['parameters']:,} parameters on base {base.source}; "
-        f"images: {len(split.train)} train, {len(split.inner)} inner, {len(split.test)} test; "
+        f"images: {', '.join(f'{count} {name}' for name, count in images.items())}; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {accelerator.mixed_precision}"
     )
     if base.source.startswith("none"):
@@ -308,11 +319,15 @@ def _warn_if_worse(history: list[dict[str, Any]], best: str) -> None:
 
 
 class _Sigterm:
-    """Whether the processes were told to end: with several, all learn it at the same step."""
+    """Context in which SIGTERM only asks; the call says whether to end. Several processes all learn it at one step."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> "_Sigterm":
         self.told = False
-        signal.signal(signal.SIGTERM, self._tell)
+        self.before = signal.signal(signal.SIGTERM, self._tell)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.before)
 
     def _tell(self, *_: object) -> None:
         self.told = True

@@ -95,9 +95,7 @@ def test_d4_gives_the_eight_symmetries_and_moves_all_maps_together():
 def test_image_and_label_stay_aligned(seed, scale, margin):
     """What an image pixel shows and what the label there names are the same place, to half a px of rounding."""
     crop, side = 32, window(32, GEOMETRY) + margin
-    images, labels, counted = augment(
-        *maps(side, 4), uniform(4, seed), crop=crop, scale=scale, config=GEOMETRY
-    )
+    images, labels, counted = augment(*maps(side, 4), uniform(4, seed), crop=crop, scale=scale, config=GEOMETRY)
     model = round(crop * scale)
     assert images.shape == (4, 3, model, model)
     assert labels.shape == counted.shape == (4, crop, crop)
@@ -137,9 +135,7 @@ def test_area_of_a_nucleus_goes_with_the_square_of_the_magnification(magnificati
     middle, radius = (side - 1) / 2, 20
     labels = (((y - middle) ** 2 + (x - middle) ** 2) < radius**2).int()[None]
     image = (200 * labels[:, None]).expand(1, 3, -1, -1).to(torch.uint8)
-    images, out, _ = augment(
-        image, labels, labels >= 0, torch.full((1, DRAWS), 0.5), crop=96, scale=1.0, config=config
-    )
+    images, out, _ = augment(image, labels, labels >= 0, torch.full((1, DRAWS), 0.5), crop=96, scale=1.0, config=config)
     expected = math.pi * (radius * magnification) ** 2
     assert out.sum().item() == pytest.approx(expected, rel=0.05)
     assert images[0, 0].sum().item() / 200 == pytest.approx(expected, rel=0.05)
@@ -164,9 +160,7 @@ def replicated(side: int, crop: int, config: Augment, draws: torch.Tensor) -> fl
     inner = seen(images)[:, :, 4:-4, 4:-4].double()
     n = inner.shape[-1]
     down, right = ((inner[:, :, -1:, :1] - inner[:, :, :1, :1]), (inner[:, :, :1, -1:] - inner[:, :, :1, :1]))
-    corners = [
-        inner[:, :, :1, :1] + a / (n - 1) * down + b / (n - 1) * right for a in (-4, n + 3) for b in (-4, n + 3)
-    ]
+    corners = [inner[:, :, :1, :1] + a / (n - 1) * down + b / (n - 1) * right for a in (-4, n + 3) for b in (-4, n + 3)]
     corners = torch.cat(corners)
     return max(-corners.min().item(), corners.max().item() - (side - 1), 0.0)
 
@@ -196,7 +190,9 @@ def test_batch_changes_nothing(scale):
     batch, draws = pictures(9, side), uniform(9)
     together = augment(*batch, draws, crop=64, scale=scale, config=config)
     order = torch.tensor([5, 0, 7])
-    apart = [augment(*(t[i : i + 1] for t in batch), draws[i : i + 1], crop=64, scale=scale, config=config) for i in range(9)]
+    apart = [
+        augment(*(t[i : i + 1] for t in batch), draws[i : i + 1], crop=64, scale=scale, config=config) for i in range(9)
+    ]
     some = augment(*(t[order] for t in batch), draws[order], crop=64, scale=scale, config=config)
     for k in range(3):
         assert torch.equal(together[k], torch.cat([one[k] for one in apart]))

@@ -172,7 +172,11 @@ def test_files_that_are_not_ours_are_named(tmp_path, name):
         read_tensors(files[name])
     message = str(caught.value)
     assert message.startswith(f"{files[name]}: ")
-    expected = {"foreign": "found no `nucsam` metadata", "bare": "found no `nucsam` metadata", "missing": "no such file"}
+    expected = {
+        "foreign": "found no `nucsam` metadata",
+        "bare": "found no `nucsam` metadata",
+        "missing": "no such file",
+    }
     assert expected.get(name, "not a readable safetensors file") in message
 
 
@@ -216,7 +220,9 @@ def test_adapter_of_another_base_is_refused(base, saved):
     assert f"found the base {other.sha256[:12]} (none (random, seed 2))" in message
 
 
-@pytest.mark.parametrize("model", [Model(width=64), Model(width=32, rank=8), Model(width=32, train="full"), Model(head="sam")])
+@pytest.mark.parametrize(
+    "model", [Model(width=64), Model(width=32, rank=8), Model(width=32, train="full"), Model(head="sam")]
+)
 def test_adapter_of_another_model_is_refused(base, saved, model):
     assert "weights do not fit the model" in refusal(saved, build(model, base, seed=0), base)
 

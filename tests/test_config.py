@@ -158,7 +158,9 @@ def test_override_leaves_its_tables_alone():
 
 @pytest.mark.parametrize("text", ["train.epochs", "epochs=3", "train.=3", "=3", ""])
 def test_override_of_another_shape(text):
-    assert message(override, {}, [text]) == f"override: found {text!r}, expected table.key=value, such as train.epochs=10"
+    assert (
+        message(override, {}, [text]) == f"override: found {text!r}, expected table.key=value, such as train.epochs=10"
+    )
 
 
 # Errors name the field, what was found and what was expected
@@ -216,7 +218,10 @@ RANGES = [
     *((f"loss.{k}", [-1.0], "0 or more") for k in ("cross_entropy", "boundary", "tversky", "offset", "dice")),
     ("instances.foreground", [0.0, 1.0], "between 0 and 1"),
     ("instances.area", [-1], "0 or more"),
-    *((f"train.{k}", [0, -1], "at least 1") for k in ("epochs", "batch", "accumulate", "step_epochs", "validate_every")),
+    *(
+        (f"train.{k}", [0, -1], "at least 1")
+        for k in ("epochs", "batch", "accumulate", "step_epochs", "validate_every")
+    ),
     *((f"train.{k}", [0.0, -1.0], "a positive number") for k in ("lr_adapter", "lr_head", "clip", "gamma")),
     *((f"train.{k}", [1.0, -0.1], "0 up to but not 1") for k in ("warmup", "ema")),
     *((f"train.{k}", [-1.0], "0 or more") for k in ("weight_decay", "save_minutes")),

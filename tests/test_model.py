@@ -16,7 +16,9 @@ from nucsam.model import Nucsam, build, calibrated
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIX = [(train, head) for train in ("lora", "full", "head") for head in ("instance", "sam")]
 # Never reached by features or by a foreground map without prompts, so they never train.
-UNREACHED = re.compile(r"prompt_encoder\.|mask_decoder\.iou_prediction_head|mask_decoder\.output_hypernetworks_mlps\.[123]")
+UNREACHED = re.compile(
+    r"prompt_encoder\.|mask_decoder\.iou_prediction_head|mask_decoder\.output_hypernetworks_mlps\.[123]"
+)
 
 
 @pytest.fixture(scope="module")

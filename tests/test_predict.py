@@ -37,7 +37,9 @@ class Fake(nn.Module):
         assert min(H, W) >= 64
         self.seen.append(tuple(images.shape))
         maps = self.local(images)
-        return maps if maps.shape[2:] == size else F.interpolate(maps, size=size, mode="bilinear", antialias=True)
+        return (
+            maps if maps.shape[2:] == size else F.interpolate(maps.float(), size=size, mode="bilinear", antialias=True)
+        )
 
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         assert maps.dtype == np.float32
@@ -57,9 +59,11 @@ def predictor(model: nn.Module | None = None, scale: float = 1.0, **arguments) -
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Smooth, so that to magnify and shrink it again changes little."""
-    small = torch.rand(1, 3, height // 12 + 2, width // 12 + 2, generator=torch.Generator().manual_seed(seed))
-    image = F.interpolate(255 * small, size=(height, width), mode="bicubic").clamp(0, 255)
-    return image[0].permute(1, 2, 0).byte().numpy()
+    small = torch.rand(1, 3, height // 16 + 2, width // 16 + 2, generator=torch.Generator().manual_seed(seed))
+    image = F.interpolate(40 + 160 * small, size=(16 * small.shape[2], 16 * small.shape[3]), mode="bicubic")[
+        ..., :height, :width
+    ]
+    return image[0].clamp(0, 255).permute(1, 2, 0).byte().numpy()
 
 
 def red_green(image: np.ndarray) -> np.ndarray:
@@ -105,8 +109,10 @@ def test_tiles_equal_the_whole_for_a_local_model(scale, size):
     (whole,) = predictor(model, scale, tile=512, overlap=48).maps([image])
     assert len(model.seen) == 1
     assert tiled.shape == whole.shape == (2, *size)
-    np.testing.assert_allclose(tiled, whole, atol=3.0)
-    assert np.abs(tiled - whole).mean() < 0.1
+    # Past the image's border the whole has its mirror where a tile has nothing
+    inner = np.s_[:, 8:-8, 8:-8]
+    np.testing.assert_allclose(tiled[inner], whole[inner], atol=1.0 if scale != 1.5 else 3.0)  # there tiles begin
+    assert np.abs(tiled - whole)[inner].mean() < (0.05 if scale != 1.5 else 0.3)  # between two model px
     assert np.abs(whole - red_green(image)).max() > 3.0  # the blur does something
 
 
@@ -133,7 +139,9 @@ def test_order_is_kept_and_grouping_changes_nothing(batch):
     for image, label in zip(images, found):
         np.testing.assert_array_equal(label, image[..., 0])
     assert max(shape[0] for shape in fake.seen) <= batch
-    assert sum(shape[0] for shape in fake.seen) == sum(len(_starts(h, 64, 16)) * len(_starts(w, 64, 16)) for h, w in SIZES)
+    assert sum(shape[0] for shape in fake.seen) == sum(
+        len(_starts(h, 64, 16)) * len(_starts(w, 64, 16)) for h, w in SIZES
+    )
     blurred = [list(predictor(Blur(), 2.0, tile=64, overlap=16, batch=b).maps(images)) for b in (batch, 1)]
     for one, other in zip(*blurred):
         np.testing.assert_array_equal(one, other)
@@ -264,9 +272,9 @@ def test_forward_pass_runs_in_the_asked_precision():
             return product
 
     model = Product()
-    (maps,) = predictor(model, autocast=torch.bfloat16).maps([picture(64, 64)])
+    (maps,) = predictor(model, 2.0, autocast=torch.bfloat16).maps([picture(64, 64)])
     assert model.dtype == torch.bfloat16
     assert maps.dtype == np.float32
-    (exact,) = predictor(model).maps([picture(64, 64)])
+    (exact,) = predictor(model, 2.0).maps([picture(64, 64)])
     assert model.dtype == torch.float32
     assert 0 < np.abs(maps - exact).max() <= 1.0

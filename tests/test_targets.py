@@ -131,7 +131,9 @@ def test_offsets_point_at_the_centroid():
 @given(seed=st.integers(0, 10**6))
 def test_ids_mean_nothing_but_sameness(seed):
     labels = torch.from_numpy(random_labels(seed))
-    order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(50, generator=torch.Generator().manual_seed(seed))])
+    order = torch.cat(
+        [torch.zeros(1, dtype=torch.long), 1 + torch.randperm(50, generator=torch.Generator().manual_seed(seed))]
+    )
     renamed = order[labels.long()]
     assert torch.equal(classes(labels), classes(renamed))
     torch.testing.assert_close(centre_offsets(labels, 40, 8.0), centre_offsets(renamed, 50, 8.0), atol=1e-5, rtol=0)
