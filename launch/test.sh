@@ -7,4 +7,4 @@ environment test
 
 ruff format --check .
 ruff check .
-python -m pytest "$@"
+OMP_NUM_THREADS=1 python -m pytest -n 2 "$@"

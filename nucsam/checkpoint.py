@@ -25,7 +25,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path) as partial:
-        save_file(tensors, partial, metadata={"format": "pt", "nucsam": json.dumps(metadata)})
+        try:
+            save_file(tensors, partial, metadata={"format": "pt", "nucsam": json.dumps(metadata)})
+        except SafetensorError as error:  # its own name for a full disk
+            raise OSError(f"cannot write ({error})") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -52,13 +55,15 @@ class atomic:
     def __enter__(self) -> Path:
         return self.partial
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.partial.unlink(missing_ok=True)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if kind is None:
+            with self.partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            self.partial.replace(self.path)
             return
-        with self.partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        self.partial.replace(self.path)
+        self.partial.unlink(missing_ok=True)
+        if issubclass(kind, OSError):
+            raise OSError(f"{self.path}: {error}; what was there before is unharmed") from error
 
 
 def write_text(path: Path, text: str) -> None:

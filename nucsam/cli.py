@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> int:
         app(arguments, prog_name="nucsam")
     except SystemExit as exit:
         return int(exit.code or 0)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         if not _mistake(error):
             raise
         print(f"nucsam: {error}", file=sys.stderr)
@@ -56,6 +56,26 @@ def train(
     path, overrides = _configuration(arguments or [])
     settings = config.load(path, overrides)
     train(settings, out or Path("runs") / f"{path.stem}-fold{settings.data.fold}", resume=resume)
+
+
+@app.command()
+def folds(
+    out: Annotated[Path, typer.Option(help="Folder of all runs; the same again does what is missing.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG.toml] [table.key=value ...]", show_default=False)
+    ] = None,
+    grid: Annotated[
+        list[str] | None, typer.Option(metavar="'table.key=[a, b]'", help="Every fold for each value; may be repeated.")
+    ] = None,
+) -> None:
+    """Train and score every fold, one at a time on each device, and write the cross-validation table.
+
+    On several devices: accelerate launch --multi_gpu --num_processes 4 -m nucsam.folds ...
+    """
+    from nucsam.folds import folds
+
+    path, overrides = _configuration(arguments or [])
+    raise typer.Exit(folds(path, overrides, out, grid or []))
 
 
 @app.command()

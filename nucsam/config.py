@@ -5,6 +5,7 @@ ValueError that names the field, what was found and what was expected.
 """
 
 import difflib
+import json
 import tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -53,7 +54,9 @@ class Model:
     train: Literal["lora", "full", "head"] = "lora"
     rank: int = 4
     alpha: float = 4.0  # LoRA scale = alpha / rank
-    pattern: str = r"image_encoder\..*\.attn\.(qkv|proj)"  # regular expression on the names of linear layers that get LoRA
+    pattern: str = (
+        r"image_encoder\..*\.attn\.(qkv|proj)"  # regular expression on the names of linear layers that get LoRA
+    )
     width: int = 128  # channels of the instance head at stride 16
 
 
@@ -241,8 +244,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # else JSON's strings are TOML's
     return repr(value)
 
 

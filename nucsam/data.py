@@ -4,29 +4,31 @@
                ORGAN/vague areas/mask binary/NAME.png
     plain:     images/NAME.png, labels/NAME.tif, vague/NAME.png; or images/ORGAN/NAME.png, ...
 
-Images are PNG, TIFF, JPEG or BMP; labels TIFF, PNG or NPY, 0 = background and one id per nucleus; vague
-areas, which need not be there, are the non-zero pixels of an image file. Hidden files and other types are
-ignored.
+The types of the files are those of `nucsam.images`. Vague areas, which need not be there, are the non-zero
+pixels of an image file. Hidden files and other types are ignored.
 """
 
-import io
 import math
 import os
 import re
-import time
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
-TIFF = (".tif", ".tiff")
-IMAGES = (".png", *TIFF, ".jpg", ".jpeg", ".bmp")
-LABELS = (*TIFF, ".png", ".npy")
+from nucsam.images import IMAGES, LABELS, read_image, read_label, read_mpp, write_label  # noqa: F401 (for others)
+
+NUINSSEG = (  # folders of an organ with its images, labels and vague areas, in order of preference
+    ("tissue images",),
+    ("label masks modify", "label masks"),
+    ("vague areas/mask binary", "vague areas/mask binary_vague"),
+)
 MIN_SIDE = 64  # px: the least that the encoder takes
 DRAWS = 32  # uniform numbers that one crop hands to its augmentation
 
@@ -65,38 +67,36 @@ class Split:
 
 
 def _visible(folder: Path) -> list[Path]:
-    # iterdir, not glob: real folder names hold brackets
-    return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    """What is in a folder, sorted; nothing where there is no such folder."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.name[0] != ".")  # no glob: real names hold brackets
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be listed ({error.strerror}), expected a readable folder") from error
 
 
 def _by_stem(folders: Sequence[Path], suffixes: tuple[str, ...], problems: list[str]) -> dict[str, Path]:
     """Stem -> file, from the first folder that has it."""
     files: dict[str, Path] = {}
-    for path in (path for folder in folders for path in _visible(folder)):
-        if path.suffix.lower() in suffixes and not path.is_dir():  # a dangling link stays, and fails when read
-            stem = unicodedata.normalize("NFC", path.stem)  # macOS writes the decomposed form
-            if files.setdefault(stem, path) != path and files[stem].parent == path.parent:
-                problems.append(f"{path}: found the stem of {files[stem].name} again, expected one file a stem")
+    for path in (path for folder in folders for path in _visible(folder) if path.suffix.lower() in suffixes):
+        first = files.setdefault(unicodedata.normalize("NFC", path.stem), path)  # macOS writes the decomposed form
+        if first is not path and first.parent == path.parent:
+            problems.append(f"{path}: found the stem of {first.name} again, expected one file a stem")
     return files
 
 
-def _folders(root: Path, layout: str) -> list[tuple[str, list[Path], list[Path], list[Path]]]:
-    """(organ, image folders, label folders, vague folders), the folders of a kind in order of preference."""
+def _folders(root: Path, layout: str) -> list[tuple[str, list[list[Path]]]]:
+    """(organ, its folders as in NUINSSEG) of each organ."""
     if layout not in ("auto", "nuinsseg", "plain"):
         raise ValueError(f"data.layout: found {layout!r}, expected auto, nuinsseg or plain")
-    organs = [path for path in _visible(root) if (path / "tissue images").is_dir()]
-    images = root / "images"
-    if organs and layout != "plain":
-        names = (
-            ("tissue images",),
-            ("label masks modify", "label masks"),
-            ("mask binary", "mask binary_vague"),
-        )
-        tops = "", "", "vague areas"
-        return [(o.name, *([o / top / name for name in kind] for top, kind in zip(tops, names))) for o in organs]
-    if images.is_dir() and layout != "nuinsseg":
-        parts = [Path(), *(path.relative_to(images) for path in _visible(images) if path.is_dir())]
-        return [(part.name, *([root / kind / part] for kind in ("images", "labels", "vague"))) for part in parts]
+    inside = _visible(root)
+    organs = [path for path in inside if path / "tissue images" in _visible(path)] if layout != "plain" else []
+    if organs:
+        return [(organ.name, [[organ / name for name in kind] for kind in NUINSSEG]) for organ in organs]
+    if root / "images" in inside and layout != "nuinsseg":
+        names = ["", *(path.name for path in _visible(root / "images") if path.is_dir())]
+        return [(name, [[root / kind / name] for kind in ("images", "labels", "vague")]) for name in names]
     raise ValueError(f"{root}: found no data set, expected ORGAN/tissue images (nuinsseg) or images (plain) in it")
 
 
@@ -107,10 +107,10 @@ def _scan(root: Path, layout: str, group: str) -> tuple[list[Record], list[str],
     except re.error as error:
         raise ValueError(f"data.group: found {group!r}, expected a regular expression ({error})") from error
     records, problems, orphans = [], [], []
-    for organ, *folders in _folders(root, layout):
+    for organ, folders in _folders(root, layout):
         kinds = zip(folders, (IMAGES, LABELS, IMAGES))
         images, labels, vague = (_by_stem(paths, suffixes, problems) for paths, suffixes in kinds)
-        orphans += [str(path) for stem, path in labels.items() if stem not in images]
+        orphans += [path for stem, path in labels.items() if stem not in images]
         for stem, image in images.items():
             match = pattern.search(stem)
             key = (match and match[min(1, pattern.groups)]) if group else f"{organ}/{stem}"
@@ -120,20 +120,21 @@ def _scan(root: Path, layout: str, group: str) -> tuple[list[Record], list[str],
                 problems.append(f"{image}: found no label of this stem, expected one in {folders[1][0]}")
             else:
                 records.append(Record(stem, organ, image, labels[stem], vague.get(stem), key))
+    if not records and not problems:
+        problems.append(f"{root}: found no image, expected {', '.join(IMAGES)}")
     records.sort(key=lambda record: str(record.image))
     stems = Counter(record.name for record in records)
     records = [replace(r, name=f"{r.organ}_{r.name}") if stems[r.name] > 1 else r for r in records]
-    if not records and not problems:
-        problems.append(f"{root}: found no image, expected {', '.join(IMAGES)}")
-    sums = [str(record.label) for record in records if record.label.parent.name == "label masks"]
-    kinds = {"labels from 'label masks', where overlaps are sums of ids: expect spurious nuclei": sums}
-    kinds["labels without an image, not used"] = orphans
-    return records, problems, [f"{root}: {len(v)} {k}; first: {v[0]}" for k, v in kinds.items() if v]
+    sums = [record.label for record in records if record.label.parent.name == "label masks"]
+    remarks = {"labels without an image, not used": orphans}
+    remarks["labels from 'label masks', where overlaps are sums of ids: expect spurious nuclei"] = sums
+    remarks = [f"{root}: {len(paths)} {what}; first: {paths[0]}" for what, paths in remarks.items() if paths]
+    return records, problems, remarks
 
 
-def _refuse(title: object, problems: Sequence[object]) -> None:
+def _refuse(title: object, problems: Sequence[str]) -> None:
     if problems:
-        raise ValueError("\n  ".join([f"{title}: found {len(problems)} problem(s)", *map(str, problems)]))
+        raise ValueError("\n  ".join([f"{title}: found {len(problems)} problem(s)", *problems]))
 
 
 def find_records(root: str | Path, *, layout: str = "auto", group: str = "") -> list[Record]:
@@ -143,128 +144,13 @@ def find_records(root: str | Path, *, layout: str = "auto", group: str = "") -> 
     capture group (or the whole match) names the group, whose images no split parts; "" makes each image its
     own group. Warns once of labels from NuInsSeg's `label masks`, once of labels without an image. Raises one
     ValueError that names every image without a label, stem that comes twice in a folder, and name that
-    `group` does not match.
+    `group` does not match; or one that names a folder that cannot be listed.
     """
     records, problems, remarks = _scan(Path(root), layout, group)
     _refuse(root, problems)
     for remark in remarks:
         warnings.warn(remark, stacklevel=2)
     return records
-
-
-# ---- files ----
-
-
-def _read_pillow(path: Path, label: bool) -> np.ndarray:
-    from PIL import Image
-
-    with Image.open(path, formats=("PNG", "TIFF") if label else ("PNG", "TIFF", "JPEG", "BMP")) as image:
-        stored = label or image.mode in ("1", "L", "RGB", "RGBA", "F") or image.mode.startswith("I")
-        return np.asarray(image if stored else image.convert("RGB"))
-
-
-def _read_tiff(path: Path, label: bool) -> np.ndarray:
-    import tifffile
-
-    with tifffile.TiffFile(path) as tiff:
-        series, page = tiff.series[0], tiff.pages[0]
-        if series.axes not in ("YX", "YXS", "SYX", "CYX"):
-            raise ValueError(f"found axes {series.axes} of shape {series.shape}, expected one image")
-        # tifffile gives zeros for what lies behind the end of a truncated file
-        end = max(sum(part) for page in series.pages for part in zip(page.dataoffsets, page.databytecounts))
-        if end > tiff.filehandle.size:
-            raise ValueError(f"found {tiff.filehandle.size} of {end} bytes")
-        # tifffile alone has no LZW or JPEG, and leaves palettes and inverted grey as they are
-        if page.compression in (1, 8, 32946) and page.predictor == 1 and (label or page.photometric in (1, 2)):
-            pixels = series.asarray()
-            return np.moveaxis(pixels, 0, -1) if series.axes[0] in "SC" else pixels
-    return _read_pillow(path, label)
-
-
-def _read_pixels(path: Path, suffixes: tuple[str, ...], label: bool) -> np.ndarray:
-    """As stored, (H, W) or (H, W, C); a palette is looked up for an image, and stays indices for a label."""
-    suffix = path.suffix.lower()
-    if suffix not in suffixes:
-        raise ValueError(f"{path}: found {suffix or 'no'} suffix, expected {', '.join(suffixes)}")
-    try:
-        if suffix == ".npy":
-            with path.open("rb") as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
-        return (_read_tiff if suffix in TIFF else _read_pillow)(path, label)
-    except Exception as error:  # damaged files make decoders raise nearly anything
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: cannot be read ({reason}), expected a whole {suffix[1:]} file") from error
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """An image file as uint8 (H, W, 3), in 0..255.
-
-    Grey is repeated, palettes are looked up, alpha is dropped. 16-bit values lose their 8 low bits; 4 if none
-    is over 4095 (12-bit cameras), none if none is over 255. Raises ValueError on other values or shapes, and
-    on damaged files.
-    """
-    pixels = _read_pixels(path := Path(path), IMAGES, label=False)
-    low, high, shape = pixels.min(initial=0), pixels.max(initial=0), (*pixels.shape, 1)[:3]
-    if pixels.dtype == bool:
-        pixels = pixels * np.uint8(255)
-    if pixels.dtype.kind not in "ui" or low < 0 or high > 65535 or shape[2] > 4:
-        found = f"{pixels.dtype} in {low}..{high} of shape {pixels.shape}"
-        raise ValueError(f"{path}: found {found}, expected 8 or 16 bits in (H, W) or (H, W, 1 to 4)")
-    if pixels.dtype != np.uint8:
-        pixels = (pixels >> (8 if high > 4095 else 4 if high > 255 else 0)).astype(np.uint8)
-    pixels = pixels.reshape(shape)
-    return np.array(pixels[..., :3] if shape[2] > 2 else pixels[..., [0, 0, 0]], order="C")  # writable
-
-
-def read_label(path: str | Path) -> np.ndarray:
-    """A label file as int32 (H, W): 0 = background, one id per nucleus, gaps allowed; indices of a palette
-    are ids.
-
-    Raises ValueError on RGB, float, negative or over-large (int32) ids, and damaged files.
-    """
-    label = _read_pixels(path := Path(path), LABELS, label=True)
-    if label.ndim != 2 or label.dtype.kind not in "uib":
-        raise ValueError(f"{path}: found {label.dtype} of shape {label.shape}, expected integer ids (H, W)")
-    low, high, most = label.min(initial=0), label.max(initial=0), np.iinfo(np.int32).max
-    if low < 0 or high > most:
-        raise ValueError(f"{path}: found ids in {low}..{high}, expected 0..{most}")
-    return np.ascontiguousarray(label, np.int32)
-
-
-def write_label(path: str | Path, label: np.ndarray) -> None:
-    """Writes ids >= 0 (H, W) as a deflated TIFF: uint16, or uint32 where an id is over 65535. Atomic."""
-    import tifffile
-
-    assert label.ndim == 2 and label.dtype.kind in "ui" and label.min(initial=0) >= 0
-    dtype = np.uint16 if label.max(initial=0) <= 65535 else np.uint32
-    tifffile.imwrite(file := io.BytesIO(), label.astype(dtype), compression="zlib", photometric="minisblack")
-    partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(file.getvalue())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_mpp(path: str | Path) -> float | None:
-    """Microns per pixel of a TIFF from OME, ImageJ or resolution tags. None where there are none, or where
-    they are those of a screen or printer (over 20)."""
-    import tifffile
-
-    if Path(path).suffix.lower() not in TIFF:
-        return None
-    with tifffile.TiffFile(path) as tiff:
-        page = tiff.pages[0]
-        pixels, per = page.tags["XResolution"].value if "XResolution" in page.tags else (0, 1)
-        unit, text = int(page.resolutionunit), page.description
-    if ome := re.search(r'PhysicalSizeX="([\d.eE+-]+)"', text):
-        named = re.search(r'PhysicalSizeXUnit="([^"]+)"', text)
-        mpp = float(ome[1]) * {"nm": 1e-3, "mm": 1e3}.get(named[1] if named else "", 1.0)
-    elif text.startswith("ImageJ"):
-        mpp = per / pixels if pixels and re.search(r"unit=(micron|um|µm|\\u00B5m)", text) else 0.0
-    else:
-        mpp = {2: 25400.0, 3: 10000.0}.get(unit, 0.0) * per / pixels if pixels else 0.0
-    return mpp if 0 < mpp < 20 else None
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -295,26 +181,17 @@ def read_sample(record: Record) -> Sample:
 # ---- folds ----
 
 
-def _kfold(count: int, folds: int, seed: int) -> np.ndarray:
-    """Fold of each item as in scikit-learn's KFold(folds, shuffle=True, random_state=seed)."""
-    order, fold = np.arange(count), np.empty(count, int)
-    np.random.RandomState(seed).shuffle(order)
-    for number, part in enumerate(np.array_split(order, folds)):
-        fold[part] = number
-    return fold
-
-
-def _stratified(organs: Sequence[str], sizes: Sequence[int], parts: int, seed: int | tuple) -> np.ndarray:
+def _stratified(organs: np.ndarray, sizes: np.ndarray, parts: int, seed: int | tuple) -> np.ndarray:
     """Part of each group, by organ and large groups first: the part with the fewest images of the organ, then
     of all."""
-    order = np.random.default_rng(seed).permutation(len(organs)).tolist()
+    order = np.random.default_rng(seed).permutation(len(organs))
     rank = {organs[item]: place for place, item in enumerate(order)}
-    part, load = np.empty(len(organs), int), np.zeros(parts, int)
-    here = {organ: np.zeros(parts, int) for organ in organs}
+    part, images = np.empty(len(organs), int), Counter()
     for item in sorted(order, key=lambda item: (rank[organs[item]], -sizes[item])):
-        part[item] = np.lexsort((load, here[organs[item]]))[0]
-        for count in (load, here[organs[item]]):
-            count[part[item]] += sizes[item]
+        organ = organs[item]
+        part[item] = least = min(range(parts), key=lambda part: (images[part, organ], images[part]))
+        images[least, organ] += sizes[item]
+        images[least] += sizes[item]
     return part
 
 
@@ -325,78 +202,75 @@ def split_records(
 
     "official" is scikit-learn's KFold(folds, shuffle=True, random_state=seed) over the records in their
     order, or over the sorted groups where a group has several images. "organ" gives each fold its share of
-    every organ. fold "all" tests on nothing. `inner` in 0..0.5 is the share of the training images to choose
+    every organ. fold "all" tests on nothing. `inner`, at most 0.5, is the share of the training images to choose
     the epoch by: one part in round(1 / inner), stratified by organ, never empty where there are two groups,
-    the same for a (seed, fold). Raises ValueError naming data.split, data.folds, data.fold or data.inner.
+    the same for a (seed, fold); 0 takes none. Raises ValueError naming data.split, data.folds, data.fold or
+    data.inner.
     """
-    keys = [record.group for record in records]
-    groups = keys if len(set(keys)) == len(keys) else sorted(set(keys))
-    organs = [records[keys.index(group)].organ for group in groups]
-    sizes = list(map(Counter(keys).__getitem__, groups))
+    images = Counter(record.group for record in records)
+    groups = list(images) if len(images) == len(records) else sorted(images)
+    organ = {record.group: record.organ for record in reversed(records)}
+    organs, sizes = np.array([organ[group] for group in groups]), np.array([images[group] for group in groups])
     if scheme not in ("official", "organ"):
         raise ValueError(f"data.split: found {scheme!r}, expected official or organ")
     if not 0 <= inner <= 0.5:
-        raise ValueError(f"data.inner: found {inner}, expected a share in 0..0.5")
-    if fold == "all":
-        test, number = np.zeros(len(groups), bool), folds
-    elif not 2 <= folds <= len(groups):
-        raise ValueError(f"data.folds: found {folds}, expected 2 to {len(groups)}, the number of groups")
-    elif fold not in range(folds):
-        raise ValueError(f"data.fold: found {fold!r}, expected 0 to {folds - 1} or all")
-    else:
-        of = _kfold(len(groups), folds, seed) if scheme == "official" else _stratified(organs, sizes, folds, seed)
-        test, number = of == fold, fold
-    part, rest = np.where(test, 2, 0), np.flatnonzero(~test)
+        raise ValueError(f"data.inner: found {inner}, expected a fraction over 0, at most 0.5")
+    kind = np.zeros(len(groups), int)  # 0 = train, 1 = inner, 2 = test
+    if fold != "all":
+        if not 2 <= folds <= len(groups):
+            raise ValueError(f"data.folds: found {folds}, expected 2 to {len(groups)}, the number of groups")
+        if fold not in range(folds):
+            raise ValueError(f"data.fold: found {fold!r}, expected 0 to {folds - 1} or all")
+        if scheme == "official":
+            test = np.array_split(np.random.RandomState(seed).permutation(len(groups)), folds)[fold]
+        else:
+            test = _stratified(organs, sizes, folds, seed) == fold
+        kind[test] = 2
+    rest = np.flatnonzero(kind == 0)
     if inner and len(rest) > 1:
-        kept = [organs[item] for item in rest], [sizes[item] for item in rest]
-        part[rest[_stratified(*kept, round(1 / inner), (seed, number)) == 0]] = 1
-    where = dict(zip(groups, part))
-    return Split(*(tuple(i for i, key in enumerate(keys) if where[key] == kind) for kind in range(3)))
+        number = folds if fold == "all" else fold
+        kind[rest[_stratified(organs[rest], sizes[rest], round(1 / inner), (seed, number)) == 0]] = 1
+    of = dict(zip(groups, kind))
+    return Split(*(tuple(i for i, record in enumerate(records) if of[record.group] == k) for k in range(3)))
 
 
 # ---- samples in memory ----
 
 
-def _each(function: Callable, items: Sequence, title: str, progress: bool) -> Iterator:
-    """The result or ValueError of each item, in order, by threads; a progress bar once it takes over two
-    seconds."""
-    from rich.progress import Progress
+def _each(function: Callable, records: Sequence[Record], title: str, bad: list[str], progress: bool) -> Iterator:
+    """(record, result) in order, by threads, with a progress bar; the text of a ValueError goes to `bad`."""
+    from rich.console import Console
+    from rich.progress import track
 
-    def attempt(item: object) -> object:
+    def attempt(record: Record) -> object:
         try:
-            return function(item)
+            return function(record)
         except ValueError as error:
             return error
 
-    start, bar = time.perf_counter(), Progress(transient=True, disable=not progress)
-    task, pool = bar.add_task(title, total=len(items)), ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        for result in pool.map(attempt, items):
-            yield result
-            bar.advance(task)
-            if time.perf_counter() - start > 2 and not bar.live.is_started:
-                bar.start()
-    finally:
-        if bar.live.is_started:
-            bar.stop()
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results, console = pool.map(attempt, records), Console(stderr=True)
+        if progress and (console.is_terminal or console.is_jupyter):  # into a file, rich writes an empty line
+            results = track(results, title, len(records), console=console, transient=True)
+        for result, record in zip(results, records):  # in this order the bar sees the end
+            if isinstance(result, ValueError):
+                bad.append(str(result))
+            else:
+                yield record, result
 
 
-def _pack(planes: list, dtype: str):
-    """The pixels of all planes in one flat tensor in shared memory. Empties the list as it goes."""
+def _shared(planes: list[np.ndarray]):
+    """The pixels of all planes in one flat tensor in shared memory. Empties the list."""
     import torch
 
-    buffer = torch.empty(sum(plane.size for plane in planes), dtype=getattr(torch, dtype))
+    flat = torch.from_numpy(np.concatenate(planes, axis=None))
+    planes.clear()
     try:
-        buffer.share_memory_()
+        flat.share_memory_()
     except RuntimeError:  # the /dev/shm of a container is often 64 MB
-        found = f"shared memory (/dev/shm) has no room for {buffer.nbytes / 2**20:.1f} MiB of decoded images"
+        found = f"shared memory (/dev/shm) has no room for {flat.nbytes / 2**20:.1f} MiB of decoded images"
         warnings.warn(f"{found}: forked loader workers share them, spawned ones copy them", stacklevel=3)
-    flat, start = buffer.numpy(), 0
-    for index, plane in enumerate(planes):
-        flat[start : start + plane.size] = plane.ravel()
-        start, planes[index] = start + plane.size, None
-    return buffer
+    return flat
 
 
 class Samples:
@@ -409,27 +283,24 @@ class Samples:
     """
 
     def __init__(self, records: Sequence[Record], *, memory_gib: float = 8.0, progress: bool = True):
-        self.records, self.sizes, self.kept = list(records), [], True
-        bad, planes = [], ([], [], [])
-        masks = any(record.vague for record in self.records)
-        for sample in _each(read_sample, self.records, "Decoding images", progress):
-            if isinstance(sample, ValueError):
-                bad.append(sample)
-                continue
-            size = sample.label.shape
-            self.sizes.append(size)
-            self.kept &= sum(map(math.prod, self.sizes)) * (5 + masks) <= memory_gib * 2**30
-            label = sample.label.astype(np.uint16) if sample.label.max() <= 65535 else sample.label
-            vague = np.zeros(size if masks else 0, bool) if sample.vague is None else sample.vague
+        self.records, self.sizes, self.starts, self.kept = list(records), [], [0], True
+        bad, planes, masks = [], ([], [], []), any(record.vague for record in records)
+        for _, sample in _each(read_sample, self.records, "Decoding images", bad, progress):
+            label, vague = sample.label, sample.vague
+            self.sizes.append(label.shape)
+            self.starts.append(self.starts[-1] + label.size)
+            self.kept &= self.starts[-1] * (5 + masks) <= memory_gib * 2**30
+            if vague is None:
+                vague = np.zeros(label.shape if masks else 0, bool)
+            if label.max() <= 65535:
+                label = label.astype(np.uint16)
             for kind, plane in zip(planes, (sample.image.transpose(2, 0, 1), label, vague)):
                 kind.append(plane)
                 if not self.kept:
                     kind.clear()
         _refuse(f"{len(self.records)} images", bad)
         if self.kept:
-            wide = any(label.dtype != np.uint16 for label in planes[1])
-            self.starts = [0, *np.cumsum(list(map(math.prod, self.sizes))).tolist()]
-            self.image, self.label, self.vague = map(_pack, planes, ("uint8", "int32" if wide else "uint16", "bool"))
+            self.image, self.label, self.vague = map(_shared, planes)
 
     def planes(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """image uint8 (3, H, W), label (H, W), vague bool (H, W) or None; views of the memory kept."""
@@ -528,15 +399,11 @@ class EpochBatches:
 # ---- what is in a folder ----
 
 
-def _numbers(record: Record) -> tuple:
+def _numbers(record: Record) -> tuple[str, np.ndarray, float | None, float | None]:
+    """(size, nuclear areas in px, vague area in percent, microns per pixel)."""
     sample = read_sample(record)
-    areas, vague = np.bincount(sample.label.ravel())[1:], sample.vague
-    return (
-        _size(sample.label.shape),
-        areas,
-        vague if vague is None else 100 * vague.mean(),
-        read_mpp(record.image),
-    )
+    vague = None if sample.vague is None else 100 * sample.vague.mean()
+    return _size(sample.label.shape), np.bincount(sample.label.ravel())[1:], vague, read_mpp(record.image)
 
 
 def _row(organ: str, found: Sequence[tuple[Record, tuple]]) -> dict:
@@ -565,17 +432,12 @@ def inspect_folder(root: str | Path, *, layout: str = "auto", group: str = "") -
     path.
     """
     records, bad, remarks = _scan(Path(root), layout, group)
-    organs: dict[str, list] = defaultdict(list)
-    for record, numbers in zip(records, _each(_numbers, records, "Reading images", True)):
-        if isinstance(numbers, ValueError):
-            bad.append(str(numbers))
-        else:
-            organs[record.organ].append((record, numbers))
-    found = [pair for pairs in organs.values() for pair in pairs]
+    found, organs = list(_each(_numbers, records, "Reading images", bad, True)), defaultdict(list)
+    for record, numbers in found:
+        organs[record.organ].append((record, numbers))
     rows = [_row(organ, pairs) for organ, pairs in organs.items()] + ([_row("all", found)] if found else [])
-    turns = sorted((rank, organ) for organ, pairs in organs.items() for rank in range(len(pairs)))
-    shown = [organs[organ][rank][0] for rank, organ in turns[:24]]
-    examples = [(record.name, str(record.image), str(record.label)) for record in shown]
+    turns = [record for turn in zip_longest(*organs.values()) for record, _ in filter(None, turn)]
+    examples = [(record.name, str(record.image), str(record.label)) for record in turns[:24]]
     return {"root": str(root), "rows": rows, "bad": bad, "remarks": remarks, "examples": examples}
 
 

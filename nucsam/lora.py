@@ -67,7 +67,10 @@ def inject(module: nn.Module, pattern: str, *, rank: int, alpha: float) -> list[
         for name, child in module.named_modules()
         if isinstance(child, nn.Linear) and not isinstance(child, LoRALinear)
     }
-    chosen = [name for name in linears if re.search(pattern, name)]
+    try:
+        chosen = [name for name in linears if re.search(pattern, name)]
+    except re.error as error:
+        raise ValueError(f"the LoRA pattern {pattern!r} is no regular expression: {error}") from None
     if not chosen:
         raise ValueError(f"the LoRA pattern {pattern!r} matches none of the linear layers {_shortened(list(linears))}")
     for name in chosen:

@@ -62,7 +62,7 @@ def build(config: Model, base: Base, *, seed: int, checkpoint: bool = False) -> 
     A base that is a nucsam export brings its head, which must have the configured shape.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators too
         model = Nucsam(config, checkpoint)
         wanted = model.state_dict().keys()
         extra = base.extra if config.head == "instance" else {}
@@ -110,10 +110,10 @@ def _freeze(model: Nucsam, config: Model) -> None:
     def trains(name: str) -> bool:
         if name.startswith("head."):
             return True
+        if name.startswith((*_UNREACHED, "prompt_encoder.")):
+            return False
         if config.train == "lora":
             return ".lora_" in name
-        if name.startswith(_UNREACHED) or name.startswith("prompt_encoder."):
-            return False
         if name.startswith("image_encoder."):
             reached = config.head == "sam" or not name.startswith("image_encoder.neck.")
             return config.train == "full" and reached

@@ -1,10 +1,10 @@
 """Any image, any size -> label map: scaled, padded, cut into overlapping tiles, stitched as dense maps."""
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from fractions import Fraction
 
 import numpy as np
 import torch
@@ -36,10 +36,7 @@ class Predictor:
         autocast: torch.dtype | None = None,
     ) -> None:
         self.model, self.scale, self.instances = model, scale, instances
-        step = (Fraction(32) / Fraction(scale).limit_denominator(64)).numerator
-        self.step = step  # image px per whole number of 32 model px
-        self.least = step * -(-64 // round(step * scale))  # the encoder needs 64 model px
-        self.tile, self.overlap, self.batch = step * -(-tile // step), overlap, batch
+        self.tile, self.overlap, self.batch = tile, overlap, batch
         self.device = next(model.parameters()).device
         self.autocast = autocast
 
@@ -63,7 +60,8 @@ class Predictor:
         canvases: deque[_Canvas] = deque()
         group: list[tuple[_Canvas, int, int, np.ndarray]] = []
         for image in images:
-            canvas = _Canvas(image, self.tile, self.overlap, self.step, self.least)
+            sides = tuple(self._side(min(size, self.tile))[0] for size in image.shape[:2])
+            canvas = _Canvas(image, sides, self.overlap)
             canvases.append(canvas)
             for y, x, tile in canvas.tiles():
                 if group and (len(group) == self.batch or group[0][-1].shape != tile.shape):
@@ -77,12 +75,17 @@ class Predictor:
         while canvases:
             yield canvases.popleft().maps()
 
+    def _side(self, size: int) -> tuple[int, int]:
+        """Image px, at least `size`, that make a side of whole 32 model px, at least 64, and those model px."""
+        model = 32 * max(2, math.ceil(round(size * self.scale / 32, 6)))
+        return round(model / self.scale), model
+
     def _run(self, group: list[tuple["_Canvas", int, int, np.ndarray]]) -> None:
         tiles = torch.from_numpy(np.stack([tile for *_, tile in group])).to(self.device)
         size = tuple(tiles.shape[1:3])
         images = tiles.permute(0, 3, 1, 2).float()
-        if self.scale != 1:
-            side = tuple(round(s * self.scale) for s in size)
+        side = tuple(self._side(s)[1] for s in size)
+        if side != size:
             images = F.interpolate(images, size=side, mode="bilinear")
         with torch.no_grad(), self._autocast():
             maps = self.model(images, size).float().cpu().numpy()
@@ -96,9 +99,8 @@ class Predictor:
 class _Canvas:
     """One image's tiles out and dense maps in; tiles fade into each other over their overlap."""
 
-    def __init__(self, image: np.ndarray, tile: int, overlap: int, step: int, least: int) -> None:
-        self.size = image.shape[:2]
-        self.sides = [min(tile, max(least, step * -(-s // step))) for s in self.size]
+    def __init__(self, image: np.ndarray, sides: tuple[int, ...], overlap: int) -> None:
+        self.size, self.sides = image.shape[:2], sides
         pad = [(0, max(0, side - s)) for side, s in zip(self.sides, self.size)]
         self.image = np.pad(image, (*pad, (0, 0)), mode="symmetric")
         self.starts = [_starts(s, side, overlap) for s, side in zip(self.image.shape[:2], self.sides)]
@@ -134,8 +136,10 @@ class _Canvas:
 
 def _starts(size: int, tile: int, overlap: int) -> list[int]:
     """Evenly spread starts of the fewest tiles that cover `size` and share at least `overlap`."""
-    count = max(1, -(-(size - overlap) // (tile - overlap)))
-    return [round(i * (size - tile) / max(1, count - 1)) for i in range(count)]
+    if size <= tile:
+        return [0]
+    count = -(-(size - overlap) // (tile - overlap))
+    return [round(i * (size - tile) / (count - 1)) for i in range(count)]
 
 
 def _ramp(side: int, overlap: int) -> np.ndarray:

@@ -38,6 +38,11 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
     best: dict[str, Any] = field(default_factory=dict)  # the line of the epoch whose weights are kept
 
+    @property
+    def epochs(self) -> int:
+        """Epochs done, their line in the history written."""
+        return self.history[-1]["epoch"] if self.history else 0
+
 
 class Run:
     """Files of one run directory. Only the main process writes; every process reads.
@@ -163,4 +168,6 @@ def prepare(out: Path, config: Config, resume: bool) -> None:
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: found files, expected no such folder or an empty one; --resume goes on with a run")
     out.mkdir(parents=True, exist_ok=True)
+    for partial in out.rglob(".*.partial"):  # of a process that was killed in the middle of a write
+        partial.unlink()
     checkpoint.write_text(written, to_toml(config))

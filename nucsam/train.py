@@ -7,8 +7,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +110,10 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
         if main:
             run.log(line, keep=average or weights)
     net.train()
-    with _bar(shown=main) as bar, _Sigterm() as stopping:
+    with _bar(shown=main) as bar, _Sigterm() as stopping, _memory_advice(config):
         task = bar.add_task("", total=steps, completed=progress.step, speed="")
-        while progress.step < steps:
-            epoch, within = divmod(progress.step, batches.steps)
+        while (epoch := progress.epochs) < t.epochs:
+            within = progress.step - epoch * batches.steps  # all of them if only the end of the epoch was not reached
             batches.set_epoch(epoch, skip=within * t.accumulate)
             stream, began = iter(loader), time.monotonic()
             for _ in range(within, batches.steps):
@@ -145,7 +145,7 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
                 )
                 if progress.step % CHECK_STEPS == 0:
                     run.check()
-                if stopping(accelerator, progress.step):
+                if stopping(accelerator):
                     if main:
                         run.save()
                     raise SystemExit(128 + signal.SIGTERM)
@@ -154,7 +154,7 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
 
             seconds = time.monotonic() - began
             line = {"epoch": epoch + 1, "step": progress.step, **run.losses(accelerator)}
-            line["lr"] = optimizer.param_groups[-1]["lr"]
+            line["lr"] = optimizer.param_groups[-1]["peak"] * rate(progress.step - 1, steps, batches.steps, t)
             line |= _speed(seconds, (batches.steps - within) * t.accumulate * t.batch * processes)
             validated = (epoch + 1) % t.validate_every == 0 or epoch + 1 == t.epochs
             if validated:
@@ -318,11 +318,27 @@ def _warn_if_worse(history: list[dict[str, Any]], best: str) -> None:
         )
 
 
+@contextmanager
+def _memory_advice(config: Config) -> Iterator[None]:
+    """Out of memory on the device: a RuntimeError with the numbers that help."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        d, t = config.data, config.train
+        side = round(d.crop * d.scale)
+        raise RuntimeError(
+            f"out of device memory with train.batch={t.batch} crops of data.crop={d.crop} px, {side} px to the model "
+            f"(data.scale={d.scale:g}), train.checkpoint={str(t.checkpoint).lower()}. Try, in this order: "
+            f"train.precision=fp16; train.batch={max(1, t.batch // 2)} train.accumulate={2 * t.accumulate}, the same "
+            f"training with half the images at a time; train.checkpoint=true; data.crop={d.crop // 2}. ({error})"
+        ) from error
+
+
 class _Sigterm:
-    """Context in which SIGTERM only asks; the call says whether to end. Several processes all learn it at one step."""
+    """Context in which SIGTERM only asks; the call after each step says whether to end, on all processes alike."""
 
     def __enter__(self) -> "_Sigterm":
-        self.told = False
+        self.told, self.asked = False, None
         self.before = signal.signal(signal.SIGTERM, self._tell)
         return self
 
@@ -332,13 +348,13 @@ class _Sigterm:
     def _tell(self, *_: object) -> None:
         self.told = True
 
-    def __call__(self, accelerator: Accelerator, step: int) -> bool:
+    def __call__(self, accelerator: Accelerator) -> bool:
         if accelerator.num_processes == 1:
             return self.told
-        if step % CHECK_STEPS:
-            return False
-        told = torch.tensor(float(self.told), device=accelerator.device)
-        return bool(accelerator.reduce(told, "sum") > 0)
+        # What all said after the step before: reading it now does not wait for the step that has just been queued.
+        before = self.asked
+        self.asked = accelerator.reduce(torch.tensor(float(self.told), device=accelerator.device), "sum")
+        return before is not None and bool(before > 0)
 
 
 if __name__ == "__main__":

@@ -325,3 +325,9 @@ def test_noise_has_the_asked_size_and_is_new_in_each_image():
     assert alike.abs().max() < 0.1
     channels = torch.corrcoef(images[size.argmax()].flatten(1)) - torch.eye(3)
     assert channels.abs().max() < 0.1
+
+
+def test_data_set_draws_as_many_numbers_as_the_augmentation_reads():
+    from nucsam import augment, data
+
+    assert data.DRAWS == augment.DRAWS

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nucsam import checkpoint
@@ -102,18 +102,20 @@ def test_writing_again_replaces(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, error):
     path = tmp_path / "a.safetensors"
     write_tensors(path, {"x": torch.zeros(3)}, {})
     before = path.read_bytes()
 
     def full(tensors, filename, metadata):
         Path(filename).write_bytes(b"half a f")
-        raise OSError("no space left on device")
+        raise error("no space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="no space") as caught:
         write_tensors(path, {"x": torch.ones(3)}, {})
+    assert str(path) in str(caught.value)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(OSError, match="no space"):
@@ -189,7 +191,7 @@ def test_adapter_round_trip(base, tmp_path, train, head):
     save_adapter(tmp_path / "a.safetensors", net.trainable(), facts(base))
     other = build(Model(width=32, train=train, head=head), base, seed=8).eval()
     assert not torch.allclose(maps(other), maps(net), atol=1e-3)
-    kept = {name: p for name, p in other.named_parameters()}
+    kept = dict(other.named_parameters())
     metadata = load_adapter(tmp_path / "a.safetensors", other, base)
     assert metadata == {"kind": "adapter", **facts(base)}
     assert torch.equal(maps(other), maps(net))

@@ -205,7 +205,7 @@ def test_error_of_an_override_is_the_command_lines(tmp_path):
 RANGES = [
     *((f"data.{k}", [0, -1], "at least 1") for k in ("crop",)),
     ("data.folds", [1, 0], "at least 2"),
-    ("data.inner", [0.0, 1.0, -0.1, math.nan], "between 0 and 1"),
+    ("data.inner", [0.0, 0.51, -0.1, math.nan], "over 0, at most 0.5"),
     ("data.scale", [0.0, -2.0, math.nan], "a positive number"),
     *((f"data.{k}", [-1.0], "0 or more") for k in ("mpp", "memory")),
     ("data.workers", [-1], "0 or more"),
@@ -215,8 +215,8 @@ RANGES = [
     ("model.rank", [0, -4], "at least 1"),
     ("model.alpha", [0.0, -1.0], "a positive number"),
     ("model.width", [0, 100, -32], "multiple of 32"),
-    *((f"loss.{k}", [-1.0], "0 or more") for k in ("cross_entropy", "boundary", "tversky", "offset", "dice")),
-    ("instances.foreground", [0.0, 1.0], "between 0 and 1"),
+    *((f"loss.{k}", [-1.0], "0 or more") for k in ("cross_entropy", "boundary", "tversky", "distance", "dice")),
+    *((f"instances.{k}", [0.0, 1.0], "between 0 and 1") for k in ("foreground", "seed_centre", "seed_boundary")),
     ("instances.area", [-1], "0 or more"),
     *(
         (f"train.{k}", [0, -1], "at least 1")
@@ -239,7 +239,7 @@ def test_ranges(name, values, expected):
 
 def test_every_number_but_seeds_has_a_range():
     """A new field without a rule shows here."""
-    free = {"data.fold", "data.seed", "train.seed", "instances.votes"}  # fold: a rule of its own, with data.folds
+    free = {"data.fold", "data.seed", "train.seed"}  # fold: a rule of its own, with data.folds
     numbers = {
         f"{section.name}.{f.name}"
         for section in fields(Config)
@@ -268,7 +268,7 @@ def test_values_that_do_not_go_together(tables, name):
 
 def test_values_at_the_limits_are_taken():
     tables = {
-        "data": {"fold": 4, "crop": 64, "scale": 1.5, "mpp": 0, "workers": 0, "memory": 0, "inner": 0.99},
+        "data": {"fold": 4, "crop": 64, "scale": 1.5, "mpp": 0, "workers": 0, "memory": 0, "inner": 0.5},
         "augment": {"stain": 0, "blur": 1, "scale_min": 1.3},
         "model": {"rank": 1, "width": 32},
         "instances": {"area": 0},

@@ -565,7 +565,7 @@ def test_the_inner_split_is_stratified_and_depends_on_seed_and_fold():
         ({"folds": 1}, "data.folds: found 1"),
         ({"fold": 5}, "data.fold: found 5, expected 0 to 4 or all"),
         ({"fold": "none"}, "data.fold: found 'none'"),
-        ({"inner": 0.6}, "data.inner: found 0.6, expected a share in 0..0.5"),
+        ({"inner": 0.6}, "data.inner: found 0.6, expected a fraction over 0, at most 0.5"),
     ],
 )
 def test_split_options_refused(options, message):

@@ -16,7 +16,12 @@ def launch(processes, *arguments, cwd, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
     return subprocess.run(
-        [*command, "-m", "nucsam.train", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        [*command, "-m", "nucsam.train", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 

@@ -1,6 +1,7 @@
 import math
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def head_size(width: int) -> int:
     """Values of the instance head, counted from its plan: lateral 1 x 1, top-down 1 x 1, 3 x 3 + GroupNorm, out."""
     widths, inputs = [width, width * 3 // 4, width // 2, width // 4], [480, 128, 64, 32]
     lateral = sum(i * w + w for i, w in zip(inputs, widths))
-    down = sum(a * b for a, b in zip(widths, widths[1:]))
+    down = sum(a * b for a, b in pairwise(widths))
     return lateral + down + sum(9 * w * w + 2 * w for w in widths) + 5 * widths[-1] + 5
 
 
@@ -123,14 +124,6 @@ def test_pattern_that_is_no_regular_expression_is_refused(base):
         build(Model(pattern="image_encoder.(attn"), base, seed=0)
 
 
-def test_pattern_is_a_full_match_as_the_configuration_says(base):
-    pattern = r"image_encoder\.layers\.1\.blocks\.0\.attn\.(qkv|proj)"
-    adapted = build(Model(head="sam", pattern=pattern), base, seed=0).trainable()
-    assert len(adapted) == 4
-    with pytest.raises(ValueError, match="matches none"):
-        build(Model(head="sam", pattern=r"layers\.1\.blocks\.0\.attn\.q"), base, seed=0)
-
-
 # Gradients
 
 
@@ -179,6 +172,35 @@ def test_every_trainable_parameter_has_a_gradient_by_step_2(warm, train, head):
     first = {name for name in trainable if not found[name][0]}
     assert first == {name for name in trainable if name.endswith(".lora_A")}  # B is 0, so A waits for step 2
     assert (len(first) == 20) == (train == "lora")
+
+
+@pytest.mark.parametrize("head", ["instance", "sam"])
+def test_vague_pixels_have_no_part_in_a_heads_loss(base, head):
+    """In no term, by value or gradient; and each other pixel has one."""
+    net, generator = build(Model(head=head, width=32), base, seed=0), torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 5 if head == "instance" else 1, 32, 32, generator=generator).requires_grad_()
+    labels = torch.zeros(2, 32, 32, dtype=torch.int64)
+    labels[0, 5:25, 5:30], labels[1, 8:20, 9:29] = 1, 2
+    counted = torch.rand(2, 32, 32, generator=generator) < 0.7
+    other = torch.where(counted[:, None], maps, 9.0).detach()
+    terms, same = (net.loss(m, labels, counted, 2, Loss()) for m in (maps, other))
+    assert (
+        terms.keys()
+        == {
+            "instance": {"cross_entropy", "tversky", "distance"},
+            "sam": {"cross_entropy", "dice"},
+        }[head]
+    )
+    for name, term in terms.items():
+        assert torch.equal(term, same[name])
+        (grad,) = torch.autograd.grad(term.sum(), maps, retain_graph=True)
+        assert torch.equal(grad.ne(0).any(1), counted)
+    everywhere = torch.ones_like(counted)
+    terms, same = (net.loss(m, labels, everywhere, 2, Loss()) for m in (maps, other))
+    assert all((term != same[name]).all() for name, term in terms.items())  # negative control
+    scaled = net.loss(maps, labels, everywhere, 2, Loss(cross_entropy=3.0, tversky=3.0, distance=3.0, dice=3.0))
+    for name, term in terms.items():
+        torch.testing.assert_close(scaled[name], 3 * term)
 
 
 def test_recomputed_blocks_have_the_same_gradients(warm):
@@ -311,14 +333,15 @@ def standardised(net: Nucsam, images: torch.Tensor) -> dict[str, tuple[torch.Ten
 
 def test_calibrated_batchnorms_standardise_the_calibration_images(base):
     generator = torch.Generator().manual_seed(1)
-    images = 255 * F.interpolate(torch.rand(6, 3, 12, 12, generator=generator), size=(96, 96), mode="bilinear")
+    images = 255 * F.interpolate(torch.rand(6, 3, 12, 12, generator=generator), size=(160, 160), mode="bilinear")
     found = calibrated(base, images)
     standard, fresh = (standardised(build(Model(train="head", width=32), b, seed=0), images) for b in (found, base))
     assert standard.keys() == fresh.keys()
     assert len(standard) == 27
+    # Batches are normalised by n pixels and statistics kept over n - 1: with 600 px at the last of 27, a few percent
     for output, spread in standard.values():
-        torch.testing.assert_close(output.mean((0, 2, 3)), torch.zeros(output.shape[1]), atol=0.02, rtol=0)
-        torch.testing.assert_close(output.var((0, 2, 3)), spread, atol=0.05, rtol=0)
+        torch.testing.assert_close(output.mean((0, 2, 3)), torch.zeros(output.shape[1]), atol=0.06, rtol=0)
+        torch.testing.assert_close(output.var((0, 2, 3)), spread, atol=0.06, rtol=0)
     # eps damps channels that hardly vary: most do
     assert torch.cat([spread for _, spread in standard.values()]).median() > 0.99
     assert torch.cat([output.var((0, 2, 3)) for output, _ in fresh.values()]).median() < 0.5

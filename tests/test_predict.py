@@ -225,7 +225,7 @@ def test_weights_are_positive_and_rise_to_the_middle(side, overlap):
 @settings(max_examples=30, deadline=None)
 @given(height=st.integers(16, 400), width=st.integers(16, 400), overlap=st.integers(0, 60))
 def test_every_pixel_of_a_canvas_has_weight(height, width, overlap):
-    canvas = _Canvas(np.zeros((height, width, 3), np.uint8), 128, overlap, 32, 64)
+    canvas = _Canvas(np.zeros((height, width, 3), np.uint8), (128, 96), overlap)
     covered = np.zeros(canvas.image.shape[:2], int)
     for y, x, tile in canvas.tiles():
         assert tile.shape == (*canvas.sides, 3)

@@ -1,0 +1,147 @@
+"""Runs that are killed at random points, in the middle of writes, by a full disk; what goes on equals the whole run."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+from conftest import TINY
+from test_train import history, same
+
+from nucsam import checkpoint
+from nucsam.config import override
+from nucsam.train import train
+
+fork = multiprocessing.get_context("fork")  # a child has everything imported already
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """The configuration of a run that writes its state after each of 30 steps, and that run, uninterrupted."""
+    tables = {name: dict(values) for name, values in TINY.items()}
+    tables["data"]["root"] = str(folder)
+    config = override(tables, ["train.epochs=10", "train.validate_every=2", "train.save_minutes=0"])
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(config, run)
+    return config, run
+
+
+def start(prepare, config, run):
+    """Go on with a run in a child process, after `prepare()` there."""
+
+    def go_on():
+        prepare()
+        train(config, run, resume=True)
+
+    process = fork.Process(target=go_on)
+    process.start()
+    return process
+
+
+def assert_readable(run):
+    """Every file under its final name is whole."""
+    tensors = [path for path in run.rglob("*.safetensors") if not path.name.startswith(".")]
+    for path in tensors:
+        checkpoint.read_tensors(path)
+    if (run / "metrics.jsonl").exists():
+        history(run)
+
+
+def assert_equal(run, whole_run):
+    names = [{str(path.relative_to(r)) for path in r.rglob("*")} for r in (run, whole_run)]
+    assert names[0] == names[1] and len(names[0]) == 8  # nothing half-written is left
+    for name in ("adapter.safetensors", "base.safetensors", "state/last.safetensors"):
+        assert same(run / name, whole_run / name), name
+    assert history(run) == history(whole_run)
+    scores = [json.loads((r / "scores.json").read_text()) for r in (run, whole_run)]
+    assert scores[0] == scores[1]
+
+
+def dying_in(name, nth, written):
+    """Makes the process die in its nth write of a file: a part of it `written`, or all of it but not yet named."""
+
+    def prepare():
+        leave, seen = checkpoint.atomic.__exit__, []
+
+        def exit(self, *error):
+            seen.append(self.path.name)
+            if self.path.name == name and seen.count(name) == nth:
+                os.truncate(self.partial, int(written * self.partial.stat().st_size))
+                os.kill(os.getpid(), signal.SIGKILL)
+            leave(self, *error)
+
+        checkpoint.atomic.__exit__ = exit
+
+    return prepare
+
+
+def test_killed_in_the_middle_of_writes(whole, tmp_path):
+    config, run = whole[0], tmp_path / "run"
+    deaths = [
+        ("base.safetensors", 1, 0.5),
+        ("last.safetensors", 1, 0.5),
+        ("last.safetensors", 5, 1.0),
+        ("adapter.safetensors", 1, 0.3),
+        ("adapter.safetensors", 1, 1.0),
+        ("metrics.jsonl", 1, 0.5),
+        ("last.safetensors", 2, 0.9),
+    ]
+    for name, nth, written in deaths:
+        process = start(dying_in(name, nth, written), config, run)
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL, (name, nth)
+        assert [path.name for path in run.rglob(".*.partial")] == [f".{name}.{process.pid}.partial"]
+        assert_readable(run)
+    train(config, run, resume=True)
+    assert_equal(run, whole[1])
+
+
+def test_killed_twenty_times_at_random_points(whole, tmp_path):
+    config, run, rng = whole[0], tmp_path / "run", random.Random(0)
+    state, kills = run / "state" / "last.safetensors", 0
+    while kills < 20:
+        before = state.stat().st_mtime_ns if state.exists() else None
+        process = start(lambda: None, config, run)
+        while process.is_alive() and (not state.exists() or state.stat().st_mtime_ns == before):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))  # about a step
+        assert process.is_alive(), f"the run ended after {kills} kills: make it longer"
+        process.kill()
+        process.join()
+        assert_readable(run)
+        kills += 1
+    train(config, run, resume=True)
+    assert_equal(run, whole[1])
+
+
+def test_sigterm_saves_at_the_next_step_and_resumes(whole, tmp_path):
+    config, run = whole[0], tmp_path / "run"
+    process = start(lambda: None, config, run)
+    while not (run / "state" / "last.safetensors").exists():
+        time.sleep(0.001)
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert not (run / "scores.json").exists()
+    train(config, run, resume=True)
+    assert_equal(run, whole[1])
+
+
+@pytest.mark.parametrize("limit", [200_000, 1_000_000])  # bytes a file; the state has about 1.3 MB, the adapter 0.3
+def test_a_full_disk_is_an_error_and_the_last_good_state_is_usable(whole, tmp_path, limit, capfd):
+    config, run = whole[0], tmp_path / "run"
+    process = start(dying_in("last.safetensors", 7, 1.0), config, run)
+    process.join(120)
+    good = (run / "state" / "last.safetensors").read_bytes()
+    assert limit < len(good)
+    process = start(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), config, run)
+    process.join(120)
+    assert process.exitcode == 1
+    assert "OSError" in (error := capfd.readouterr().err) and "what was there before is unharmed" in error
+    assert (run / "state" / "last.safetensors").read_bytes() == good
+    train(config, run, resume=True)
+    assert_equal(run, whole[1])
