@@ -17,3 +17,18 @@ environment() {
   fi
   PATH="$PWD/.venv/bin:$PATH"
 }
+
+# Runs a command so that SIGTERM, and Ctrl-C as one, reach all its processes: `accelerate launch` of a single process ends
+# without telling it. Training saves then, and `--resume` goes on.
+forwarding_sigterm() {
+  local child status=0
+  set -m
+  "$@" &
+  child=$!
+  set +m
+  trap 'kill -TERM -- "-$child"' TERM INT
+  wait "$child" || status=$?
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || status=$?; done
+  trap - TERM INT
+  return "$status"
+}

@@ -8,7 +8,7 @@ environment ""
 data=runs/quickstart/data run=runs/quickstart/fold0
 [ -d "$data" ] || nucsam synth "$data" --images 60 --size 256 --seed 0
 rm -rf "$run"
-accelerate launch --config_file launch/cpu.yaml -m nucsam.train configs/quickstart.toml --out "$run"
+forwarding_sigterm accelerate launch --config_file launch/cpu.yaml -m nucsam.train configs/quickstart.toml --out "$run"
 echo
 echo "Held-out test images, before and after training:"
 nucsam evaluate "$run" --untrained

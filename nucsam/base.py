@@ -61,6 +61,8 @@ def load_base(spec: str | Path, *, cache: str | Path | None = None, seed: int = 
     if not path.is_file():
         raise ValueError(f"model.weights: no such file: {path} (expected a path, 'auto' or 'none')")
     tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
+    if odd := sorted(key for key, tensor in tensors.items() if not finite(tensor)):
+        raise ValueError(f"{path} holds NaN or infinity in {len(odd)} tensors: {_shortened(odd)}")
     heads = {key for key in tensors if key.startswith("head.")} if "nucsam" in metadata else set()
     state = {key: tensor for key, tensor in tensors.items() if key not in heads}
     _check_fit(state, path)
@@ -102,6 +104,11 @@ def state_sha256(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
 def default_cache() -> Path:
     """$NUCSAM_CACHE, else $XDG_CACHE_HOME/nucsam, else ~/.cache/nucsam."""
     if own := os.environ.get("NUCSAM_CACHE"):
@@ -126,11 +133,11 @@ def _published(cache: Path) -> Path:
 
 def _download(path: Path) -> None:
     """Fetches the first of `URLS` with the right SHA-256 to `path`, which appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{FILE}.{os.getpid()}.part")
     failures = []
     for url in URLS:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             found = _fetch(url, part)
             if found == FILE_SHA256:
                 part.replace(path)
@@ -179,6 +186,10 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{path} holds a {type(value).__name__} under {key!r}, expected only tensors")
+        if not isinstance(key, str):
+            raise ValueError(f"{path} holds a tensor under {key!r}, expected only names")
+        if value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{path} holds a tensor without dense values under {key!r}, expected only dense ones")
     return state
 
 
@@ -186,12 +197,18 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {_first_line(error)}") from error
 
 
 def _check_fit(state: dict[str, Tensor], path: Path) -> None:
-    stock = {key: tuple(tensor.shape) for key, tensor in build_sam().state_dict().items()}
+    fresh = build_sam().state_dict()
+    stock = {key: tuple(tensor.shape) for key, tensor in fresh.items()}
+    kinds = [
+        f"{key} {tensor.dtype}, expected {fresh[key].dtype}"
+        for key, tensor in state.items()
+        if key in stock and tensor.is_floating_point() != fresh[key].is_floating_point()
+    ]
     shapes = [
         f"{key} {tuple(tensor.shape)}, expected {stock[key]}"
         for key, tensor in state.items()
@@ -201,6 +218,7 @@ def _check_fit(state: dict[str, Tensor], path: Path) -> None:
         "missing": stock.keys() - state.keys(),
         "unexpected": state.keys() - stock.keys(),
         "of another shape": shapes,
+        "of another type": kinds,
     }
     found = [f"{len(keys)} keys {what}: {_shortened(sorted(keys))}" for what, keys in problems.items() if keys]
     if found:

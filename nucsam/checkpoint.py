@@ -5,6 +5,7 @@ Files are safetensors with one metadata entry, `nucsam`, a JSON document; nothin
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nucsam import lora
-from nucsam.base import Base, load_base
-from nucsam.config import Config, load
+from nucsam.base import Base, finite, load_base
+from nucsam.config import Config, differences, load
+from nucsam.head import InstanceHead
 from nucsam.model import Nucsam, build
+
+
+LORA = ("model.train:", "model.rank:", "model.alpha:", "model.pattern:")  # the shapes do not tell all of it
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -43,7 +48,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
     if metadata is None:
         raise ValueError(f"{path}: found no `nucsam` metadata, expected a file that nucsam wrote")
-    return tensors, json.loads(metadata)
+    if odd := [name for name, tensor in tensors.items() if not finite(tensor)]:
+        raise ValueError(f"{path}: found NaN or infinity in {len(odd)} tensors, such as {odd[0]}")
+    return tensors, read_json(metadata, f"{path}: `nucsam` metadata")
+
+
+def read_json(text: str | bytes, source: str) -> dict[str, Any]:
+    """A JSON document that is a dict; a ValueError names `source` where it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{source}: found a {type(found).__name__}, expected a dict")
+    return found
 
 
 class atomic:
@@ -56,13 +74,16 @@ class atomic:
         return self.partial
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if kind is None:
-            with self.partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            self.partial.replace(self.path)
-            return
-        self.partial.unlink(missing_ok=True)
-        if issubclass(kind, OSError):
+        try:
+            if kind is None:
+                with self.partial.open("rb+") as file:
+                    os.fsync(file.fileno())
+                self.partial.replace(self.path)
+        except OSError as failed:  # such as a folder of that name
+            error = failed
+        if error is not None:
+            self.partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
             raise OSError(f"{self.path}: {error}; what was there before is unharmed") from error
 
 
@@ -89,7 +110,9 @@ def load_adapter(path: Path, model: Nucsam, base: Base) -> dict[str, Any]:
     weights, metadata = read_tensors(path)
     if metadata.get("kind") != "adapter":
         raise ValueError(f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'adapter'")
-    trained_on = metadata["base"]
+    trained_on = metadata.get("base")
+    if not isinstance(trained_on, dict) or not all(isinstance(trained_on.get(k), str) for k in ("sha256", "source")):
+        raise ValueError(f"{path}: found no base in its metadata, expected its sha256 and source")
     if trained_on["sha256"] != base.sha256:
         raise ValueError(
             f"{path}: trained on the base {trained_on['sha256'][:12]} ({trained_on['source']}), "
@@ -102,31 +125,57 @@ def load_adapter(path: Path, model: Nucsam, base: Base) -> dict[str, Any]:
 def put(model: Nucsam, weights: dict[str, Tensor], source: Path) -> None:
     """Copy trained weights into the model in place; they must be exactly its trainable parameters."""
     own = model.trainable()
-    if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
-        odd = sorted(own.keys() ^ weights.keys()) or [n for n in own if own[n].shape != weights[n].shape]
+    if odd := _unlike(weights, own):
         raise ValueError(f"{source}: weights do not fit the model: {len(odd)} tensors differ, such as {odd[0]}")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
 
 
+def _unlike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Names that only one has, else of tensors of another shape, or of whole numbers in place of fractions."""
+    return sorted(found.keys() ^ wanted.keys()) or [
+        name
+        for name, tensor in wanted.items()
+        if found[name].shape != tensor.shape or found[name].is_floating_point() != tensor.is_floating_point()
+    ]
+
+
 def open_run(run: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
-    """The model of a run directory with its best adapter, its configuration, base, and the adapter's metadata."""
+    """The model of a run directory with its best adapter, its configuration, base, and the adapter's metadata.
+
+    ValueError where a file is missing or damaged, or the adapter was not trained with the configured LoRA.
+    """
     if not (run / "config.toml").is_file():
         raise ValueError(f"{run}: found no config.toml, expected a run directory of nucsam train")
     config = load(run / "config.toml")
     base = run_base(run, config)
     net = build(config.model, base, seed=config.train.seed)
-    metadata = load_adapter(run / "adapter.safetensors", net, base)
+    path = run / "adapter.safetensors"
+    metadata = load_adapter(path, net, base)
+    trained = Config.from_dict(metadata.get("config", {}), f"{path}: metadata")
+    changed = [line for line in differences(trained, config) if line.startswith(LORA)]
+    if changed:
+        raise ValueError(f"{path}: trained otherwise than {run / 'config.toml'} says: {'; '.join(changed)}")
     return net.eval(), config, base, metadata
 
 
 def run_base(run: Path, config: Config) -> Base:
-    """The base of a run: what `model.weights` names, or the random base that the run keeps beside it."""
+    """The base of a run: what `model.weights` names, or the random base that the run keeps beside it.
+
+    ValueError where it is an export whose head has other tensors than the configured one.
+    """
     if config.model.weights != "none":
-        return load_base(config.model.weights)
-    base = load_base(run / "base.safetensors")
-    return replace(base, source=json.loads(base.metadata["nucsam"])["source"])
+        base = load_base(config.model.weights)
+        own = InstanceHead(config.model.width).state_dict(prefix="head.")
+        if base.extra and config.model.head == "instance" and (odd := sorted(base.extra.keys() ^ own.keys())):
+            raise ValueError(f"{base.source}: found another head: {len(odd)} tensors differ, such as {odd[0]}")
+        return base
+    base = load_base(path := run / "base.safetensors")
+    described = read_json(base.metadata.get("nucsam", "null"), f"{path}: `nucsam` metadata")
+    if described.get("kind") != "base":
+        raise ValueError(f"{path}: found a file of kind {described.get('kind')!r}, expected 'base'")
+    return replace(base, source=str(described.get("source")))
 
 
 def merged(model: Nucsam, base: Base) -> dict[str, Tensor]:
@@ -161,8 +210,25 @@ def load_state(
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, Any]:
-    """Put a state file's tensors where `save_state` took them from, and return its metadata."""
-    tensors, metadata = read_tensors(path)
+    """Put a state file's tensors where `save_state` took them from, and return its metadata.
+
+    ValueError, before anything is changed, where the file is damaged or of another run.
+    """
+    anew = "delete it to start the run anew"
+    try:
+        tensors, metadata = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {anew}") from None
+    if metadata.get("kind") != "state":
+        raise ValueError(f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'state'; {anew}")
+    wanted = {f"weights.{name}": p for name, p in weights.items()}
+    wanted |= {f"average.{name}": tensor for name, tensor in average.items()}
+    for name, p in weights.items():  # Adam has no state before the first step
+        entries = {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
+        own = {f"optimizer.{name}.{key}": tensor for key, tensor in entries.items()}
+        wanted |= own if own.keys() & tensors.keys() else {}
+    if odd := _unlike(tensors, wanted):
+        raise ValueError(f"{path}: does not fit this run: {len(odd)} tensors differ, such as {odd[0]}; {anew}")
     with torch.no_grad():
         for name, p in weights.items():
             p.copy_(tensors.pop(f"weights.{name}"))

@@ -6,6 +6,8 @@ ValueError that names the field, what was found and what was expected.
 
 import difflib
 import json
+import math
+import sys
 import tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -116,6 +118,8 @@ class Config:
                 value = getattr(getattr(self, section), key)
                 if not holds(value):
                     raise ValueError(f"{name}: found {value!r}, expected {expected}")
+                if value > (most := 2**31 - 1 if isinstance(value, int) else sys.float_info.max):
+                    raise ValueError(f"{name}: found {value!r}, expected at most {most:g}")
         data, augment, train = self.data, self.augment, self.train
         if isinstance(data.fold, int) and not 0 <= data.fold < data.folds:
             raise ValueError(f"data.fold: found {data.fold}, expected 0 to {data.folds - 1} or 'all'")
@@ -196,7 +200,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such configuration file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # ValueError: not TOML, not UTF-8, or a number too long
         raise ValueError(f"{path}: not a readable TOML file: {error}") from None
     return override(tables, overrides, source=str(path))
 
@@ -235,9 +239,10 @@ def differences(a: Config, b: Config) -> list[str]:
 
 def _parse(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+        found = tomllib.loads(f"value = {text.strip()}")
+    except (ValueError, RecursionError):  # ValueError: not TOML, or a number too long
         return text.strip()
+    return found["value"] if len(found) == 1 else text.strip()  # a text of several lines may hold several keys
 
 
 def _toml(value: Any) -> str:
@@ -259,7 +264,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         kind, literal = get_args(hint)
         return _checked(name, value, literal if isinstance(value, str) else kind)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if value.bit_length() < 1024 else math.copysign(math.inf, value)
     if type(value) is not hint:
         raise ValueError(f"{name}: found {value!r} ({type(value).__name__}), expected {_KINDS[hint]}")
     return value

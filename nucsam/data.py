@@ -5,7 +5,7 @@
     plain:     images/NAME.png, labels/NAME.tif, vague/NAME.png; or images/ORGAN/NAME.png, ...
 
 The types of the files are those of `nucsam.images`. Vague areas, which need not be there, are the non-zero
-pixels of an image file. Hidden files and other types are ignored.
+pixels of an image file. Hidden files and other types are ignored; symbolic links are followed, wherever they lead.
 """
 
 import math
@@ -72,8 +72,9 @@ def _visible(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if path.name[0] != ".")  # no glob: real names hold brackets
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be listed ({error.strerror}), expected a readable folder") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", error)
+        raise ValueError(f"{folder}: cannot be listed ({reason}), expected a readable folder") from error
 
 
 def _by_stem(folders: Sequence[Path], suffixes: tuple[str, ...], problems: list[str]) -> dict[str, Path]:
@@ -91,12 +92,15 @@ def _folders(root: Path, layout: str) -> list[tuple[str, list[list[Path]]]]:
     if layout not in ("auto", "nuinsseg", "plain"):
         raise ValueError(f"data.layout: found {layout!r}, expected auto, nuinsseg or plain")
     inside = _visible(root)
-    organs = [path for path in inside if path / "tissue images" in _visible(path)] if layout != "plain" else []
-    if organs:
+    known = {name for kind in NUINSSEG[:2] for name in kind}
+    organs = {path: known & {child.name for child in _visible(path)} for path in inside} if layout != "plain" else {}
+    organs = {path: names for path, names in organs.items() if names}
+    if any("tissue images" in names for names in organs.values()):
         return [(organ.name, [[organ / name for name in kind] for kind in NUINSSEG]) for organ in organs]
     if root / "images" in inside and layout != "nuinsseg":
-        names = ["", *(path.name for path in _visible(root / "images") if path.is_dir())]
-        return [(name, [[root / kind / name] for kind in ("images", "labels", "vague")]) for name in names]
+        kinds = ("images", "labels", "vague")
+        names = {"", *(path.name for kind in kinds for path in _visible(root / kind) if path.is_dir())}
+        return [(name, [[root / kind / name] for kind in kinds]) for name in sorted(names)]
     raise ValueError(f"{root}: found no data set, expected ORGAN/tissue images (nuinsseg) or images (plain) in it")
 
 
@@ -106,11 +110,12 @@ def _scan(root: Path, layout: str, group: str) -> tuple[list[Record], list[str],
         pattern = re.compile(group)
     except re.error as error:
         raise ValueError(f"data.group: found {group!r}, expected a regular expression ({error})") from error
-    records, problems, orphans = [], [], []
+    records, problems, orphans, unused = [], [], [], []
     for organ, folders in _folders(root, layout):
         kinds = zip(folders, (IMAGES, LABELS, IMAGES))
         images, labels, vague = (_by_stem(paths, suffixes, problems) for paths, suffixes in kinds)
         orphans += [path for stem, path in labels.items() if stem not in images]
+        unused += [path for stem, path in vague.items() if stem not in images]
         for stem, image in images.items():
             match = pattern.search(stem)
             key = (match and match[min(1, pattern.groups)]) if group else f"{organ}/{stem}"
@@ -125,8 +130,13 @@ def _scan(root: Path, layout: str, group: str) -> tuple[list[Record], list[str],
     records.sort(key=lambda record: str(record.image))
     stems = Counter(record.name for record in records)
     records = [replace(r, name=f"{r.organ}_{r.name}") if stems[r.name] > 1 else r for r in records]
+    for what, key in (("file", lambda r: os.path.realpath(r.image)), ("name", lambda r: r.name)):
+        first: dict[str, Record] = {}
+        for record in records:
+            if (other := first.setdefault(key(record), record)) is not record:
+                problems.append(f"{record.image}: found the {what} of {other.image} again, expected each image once")
     sums = [record.label for record in records if record.label.parent.name == "label masks"]
-    remarks = {"labels without an image, not used": orphans}
+    remarks = {"labels without an image, not used": orphans, "vague areas without an image, not used": unused}
     remarks["labels from 'label masks', where overlaps are sums of ids: expect spurious nuclei"] = sums
     remarks = [f"{root}: {len(paths)} {what}; first: {paths[0]}" for what, paths in remarks.items() if paths]
     return records, problems, remarks
@@ -142,10 +152,13 @@ def find_records(root: str | Path, *, layout: str = "auto", group: str = "") -> 
 
     `layout` is auto, nuinsseg or plain. `group` is a regular expression searched in the file stem: its first
     capture group (or the whole match) names the group, whose images no split parts; "" makes each image its
-    own group. Warns once of labels from NuInsSeg's `label masks`, once of labels without an image. Raises one
-    ValueError that names every image without a label, stem that comes twice in a folder, and name that
-    `group` does not match; or one that names a folder that cannot be listed.
+    own group. Warns once of labels from NuInsSeg's `label masks`, once of labels and once of vague areas without
+    an image. Raises one ValueError that names every image without a label, stem that comes twice in a folder,
+    image that comes twice (by links), and name that `group` does not match; or one that names a folder that
+    cannot be listed.
     """
+    if not str(root):
+        raise ValueError("data.root: found an empty path, expected a folder of images and label maps")
     records, problems, remarks = _scan(Path(root), layout, group)
     _refuse(root, problems)
     for remark in remarks:
@@ -213,6 +226,8 @@ def split_records(
     organs, sizes = np.array([organ[group] for group in groups]), np.array([images[group] for group in groups])
     if scheme not in ("official", "organ"):
         raise ValueError(f"data.split: found {scheme!r}, expected official or organ")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"data.seed: found {seed}, expected 0 to {2**32 - 1}")
     if not 0 <= inner <= 0.5:
         raise ValueError(f"data.inner: found {inner}, expected a fraction over 0, at most 0.5")
     kind = np.zeros(len(groups), int)  # 0 = train, 1 = inner, 2 = test
@@ -332,6 +347,8 @@ class Crops:
     """
 
     def __init__(self, samples: Samples, *, window: int, seed: int):
+        if seed < 0:
+            raise ValueError(f"train.seed: found {seed}, expected 0 or more")
         self.samples, self.window, self.seed = samples, window, seed
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """Merged weights of a run as one file."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +24,7 @@ def export(run: Path, out: Path, *, format: str = "safetensors", force: bool = F
     if out.exists() and not force:
         raise ValueError(f"{out}: exists; --force replaces it")
     net, _, base, metadata = checkpoint.open_run(run)
+    scores = _headline(run / "scores.json") if format == "safetensors" else None
     state = checkpoint.merged(net, base)
     if format == "mobile-sam":
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
@@ -32,13 +33,17 @@ def export(run: Path, out: Path, *, format: str = "safetensors", force: bool = F
         with checkpoint.atomic(out) as partial:
             torch.save({name: tensor.contiguous() for name, tensor in state.items()}, partial)
     else:
-        scores = run / "scores.json"
-        described = {
-            **metadata,
-            "kind": "merged",
-            "version": __version__,
-            "scores": json.loads(scores.read_text())["headline"] if scores.is_file() else None,
-        }
+        described = {**metadata, "kind": "merged", "version": __version__, "scores": scores}
         checkpoint.write_tensors(out, state, described)
     count = sum(tensor.numel() for tensor in state.values())
     return f"{out}: {len(state)} tensors, {count:,} values, {out.stat().st_size / 2**20:.1f} MiB"
+
+
+def _headline(path: Path) -> dict[str, Any] | None:
+    """Mean scores of a run's scores.json; None where the run has none."""
+    if not path.is_file():
+        return None
+    scores = checkpoint.read_json(path.read_bytes(), str(path))
+    if "headline" not in scores:
+        raise ValueError(f"{path}: found no headline, expected the scores of a run; without the file none are kept")
+    return scores["headline"]

@@ -21,25 +21,40 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())  # our ValueErro
 def _read_pillow(path: Path, label: bool) -> np.ndarray:
     from PIL import Image
 
-    with Image.open(path, formats=("PNG", "TIFF") if label else ("PNG", "TIFF", "JPEG", "BMP")) as image:
+    formats = ("TIFF",) if path.suffix.lower() in TIFF else ("PNG",) if label else ("PNG", "JPEG", "BMP")
+    with Image.open(path, formats=formats) as image:
+        image.verify()  # a PNG's checksums, which reading its pixels does not look at
+    with Image.open(path, formats=formats) as image:
+        if image.format == "PNG" and image.n_frames > 1:
+            raise ValueError(f"found {image.n_frames} frames, expected one image")
         stored = label or image.mode in ("1", "L", "RGB", "RGBA", "F") or image.mode.startswith("I")
         return np.asarray(image if stored else image.convert("RGB"))
 
 
 def _read_tiff(path: Path, label: bool) -> np.ndarray:
     with tifffile.TiffFile(path) as tiff:
+        if not tiff.pages:
+            raise ValueError("found no page")
+        file, size = tiff.filehandle, tiff.tiff.offsetsize
+        file.seek(tiff.pages.next_page_offset)
+        if file.read(size) != bytes(size):  # tifffile leaves out the pages that it cannot reach
+            raise ValueError(f"found {len(tiff.pages)} page(s) and no end of the page table in {file.size} bytes")
+        images = [series for series in tiff.series[1:] if not series.keyframe.subfiletype & 1]  # 1: a smaller copy
+        if images:
+            raise ValueError(f"found {1 + len(images)} images, expected one")
         series, page = tiff.series[0], tiff.pages[0]
         if series.axes not in ("YX", "YXS", "SYX", "CYX"):
             raise ValueError(f"found axes {series.axes} of shape {series.shape}, expected one image")
         # tifffile gives zeros for what lies behind the end of a truncated file
         end = max(sum(part) for page in series.pages for part in zip(page.dataoffsets, page.databytecounts))
-        if end > tiff.filehandle.size:
-            raise ValueError(f"found {tiff.filehandle.size} of {end} bytes")
+        if end > file.size:
+            raise ValueError(f"found {file.size} of {end} bytes")
         # tifffile alone has no LZW or JPEG, and leaves palettes and inverted grey as they are
         if page.compression in (1, 8, 32946) and page.predictor == 1 and (label or page.photometric in (1, 2)):
             pixels = series.asarray()
             return np.moveaxis(pixels, 0, -1) if series.axes[0] in "SC" else pixels
-    return _read_pillow(path, label)
+    pixels = _read_pillow(path, label)
+    return pixels.view(np.int8) if page.dtype == np.int8 else pixels  # pillow takes them for uint8
 
 
 def _read_pixels(path: Path, suffixes: tuple[str, ...], label: bool) -> np.ndarray:
@@ -48,6 +63,8 @@ def _read_pixels(path: Path, suffixes: tuple[str, ...], label: bool) -> np.ndarr
     if suffix not in suffixes:
         raise ValueError(f"{path}: found {suffix or 'no'} suffix, expected {', '.join(suffixes)}")
     try:
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise ValueError("found a folder or device")
         if suffix == ".npy":
             with path.open("rb") as file:
                 return np.lib.format.read_array(file, allow_pickle=False)
@@ -81,10 +98,10 @@ def read_label(path: str | Path) -> np.ndarray:
     """A label file as int32 (H, W): 0 = background, one id per nucleus, gaps allowed; indices of a palette
     are ids.
 
-    Raises ValueError on RGB, float, negative or over-large (int32) ids, and damaged files.
+    Raises ValueError on RGB, float, negative or over-large (int32) ids, no pixels, and damaged files.
     """
     label = _read_pixels(path := Path(path), LABELS, label=True)
-    if label.ndim != 2 or label.dtype.kind not in "uib":
+    if label.ndim != 2 or label.dtype.kind not in "uib" or not label.size:
         raise ValueError(f"{path}: found {label.dtype} of shape {label.shape}, expected integer ids (H, W)")
     low, high, most = label.min(initial=0), label.max(initial=0), np.iinfo(np.int32).max
     if low < 0 or high > most:
@@ -112,7 +129,7 @@ def read_mpp(path: str | Path) -> float | None:
     with tifffile.TiffFile(path) as tiff:
         page = tiff.pages[0]
         pixels, unit, text = page.resolution[0], int(page.resolutionunit), page.description
-    if ome := re.search(r'PhysicalSizeX="([\d.eE+-]+)"', text):
+    if ome := re.search(r'PhysicalSizeX="((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"', text):
         named = re.search(r'PhysicalSizeXUnit="([^"]+)"', text)
         mpp = float(ome[1]) * {"nm": 1e-3, "mm": 1e3}.get(named[1] if named else "", 1.0)
     else:

@@ -45,7 +45,7 @@ class Progress:
 
 
 class Run:
-    """Files of one run directory. Only the main process writes; every process reads.
+    """Files of one run directory. Every process keeps count and reads; only the `main` one writes.
 
     `weights` are the trainable parameters, `average` their running average (empty where EMA is off); `about` goes into
     the adapter's metadata.
@@ -61,10 +61,11 @@ class Run:
         optimizer: torch.optim.Optimizer,
         scaler: Any = None,
         about: dict[str, Any] | None = None,
+        main: bool = True,
     ) -> None:
         self.out, self.config, self.base = out, config, base
         self.weights, self.average, self.optimizer, self.scaler = weights, average, optimizer, scaler
-        self.about = about or {}
+        self.about, self.main = about or {}, main
         self.progress, self.sums = Progress(), {}
         self.saved = time.monotonic()
 
@@ -84,13 +85,15 @@ class Run:
     def save(self) -> None:
         """Write the resumable state."""
         self.check()
+        self.saved = time.monotonic()
+        if not self.main:
+            return
         self.progress.sums = {name: float(total) for name, total in self.sums.items()}
         metadata = {
             "progress": asdict(self.progress),
             "scaler": self.scaler.state_dict() if self.scaler is not None else {},
         }
         checkpoint.save_state(self.state, self.weights, self.average, self.optimizer, metadata)
-        self.saved = time.monotonic()
 
     def add(self, terms: dict[str, Tensor]) -> None:
         """Count a batch's loss terms, each (B,), without waiting for the device."""
@@ -122,9 +125,11 @@ class Run:
         progress.history.append(line)
         if keep is not None and line[measure] > progress.best.get(measure, -1.0):
             progress.best = line
-            self.keep(keep)
-        lines = "".join(json.dumps(line) + "\n" for line in progress.history)
-        checkpoint.write_text(self.out / "metrics.jsonl", lines)
+            if self.main:
+                self.keep(keep)
+        if self.main:
+            lines = "".join(json.dumps(line) + "\n" for line in progress.history)
+            checkpoint.write_text(self.out / "metrics.jsonl", lines)
         self.save()
 
     def keep(self, weights: dict[str, Tensor]) -> None:

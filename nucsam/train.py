@@ -86,9 +86,11 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
     optimizer = torch.optim.AdamW(_groups(weights, t), betas=(0.9, 0.99), eps=ADAM_EPS)
     ddp, optimizer = accelerator.prepare(net, optimizer)
     average = {name: p.detach().clone() for name, p in weights.items()} if t.ema else {}
-    run = Run(out, config, base, weights, average, optimizer, accelerator.scaler, about={"mpp": _mpp(config, records)})
+    about = {"mpp": _mpp(config, records)}
+    run = Run(out, config, base, weights, average, optimizer, accelerator.scaler, about, main)
     if resume and run.state.is_file():
         run.restore()
+    accelerator.wait_for_everyone()  # all have read the state before the main process writes the next
     progress, steps = run.progress, batches.steps * t.epochs
     if main:
         images = {"train": len(training), d.select: len(selecting), "test": len(split.test)}
@@ -106,9 +108,7 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
         return scoring.headline(found)
 
     if progress.step == 0 and base.extra and not progress.history:
-        line = {"epoch": 0, "step": 0, **validate()}
-        if main:
-            run.log(line, keep=average or weights)
+        run.log({"epoch": 0, "step": 0, **validate()}, keep=average or weights)
     net.train()
     with _bar(shown=main) as bar, _Sigterm() as stopping, _memory_advice(config):
         task = bar.add_task("", total=steps, completed=progress.step, speed="")
@@ -146,10 +146,9 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
                 if progress.step % CHECK_STEPS == 0:
                     run.check()
                 if stopping(accelerator):
-                    if main:
-                        run.save()
+                    run.save()
                     raise SystemExit(128 + signal.SIGTERM)
-                if main and time.monotonic() - run.saved > 60 * t.save_minutes:
+                if time.monotonic() - run.saved > 60 * t.save_minutes:
                     run.save()
 
             seconds = time.monotonic() - began
@@ -159,8 +158,7 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
             validated = (epoch + 1) % t.validate_every == 0 or epoch + 1 == t.epochs
             if validated:
                 line |= validate()
-            if main:
-                run.log(line, keep=(average or weights) if validated else None)
+            run.log(line, keep=(average or weights) if validated else None)
             accelerator.log({k: v for k, v in line.items() if k != "step"}, step=progress.step)
             if main:
                 bar.console.print(_sentence(line))

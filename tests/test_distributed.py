@@ -1,59 +1,110 @@
-"""Two CPU processes (gloo) equal one with twice the batch; every image is scored once; exits are clean."""
+"""Two CPU processes (gloo) equal one with twice the batch; every image is scored once; a dead process ends the run."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
+from conftest import TINY
 from safetensors.torch import load_file
 
+from nucsam import data
+from nucsam.config import override, to_toml
+from nucsam.synthetic import write_dataset
 from nucsam.train import train
 
 
-def launch(processes, *arguments, cwd, **environment):
+def launch(processes, *arguments, cwd):
     """`torchrun` on `processes` CPU processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
-    return subprocess.run(
+    return subprocess.Popen(
         [*command, "-m", "nucsam.train", *arguments],
         cwd=cwd,
-        env=environment,
-        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
 
 
-def largest_difference(a, b):
-    a, b = load_file(a), load_file(b)
-    assert a.keys() == b.keys() and len(a) > 10
-    return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Makes configurations on 6 training images (two without nuclei, four with vague areas), 3 inner and 3 test ones."""
+    out = tmp_path_factory.mktemp("data") / "set"
+    write_dataset(out, images=12, size=96, seed=4)
+    tables = {name: dict(values) for name, values in TINY.items()}
+    tables["data"] |= {"root": str(out), "folds": 4}
+    samples = data.Samples(data.find_records(out), progress=False)
+    chosen = [samples[i] for i in data.split_records(samples.records, folds=4, fold=0, inner=0.3).train]
+    assert sum(sample.label.max() == 0 for sample in chosen) == 2
+    assert sum(bool(sample.vague.any()) for sample in chosen) == 4
+    return lambda *overrides: override(tables, list(overrides))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_equal_one_with_twice_the_batch(tiny, tmp_path, accumulate):
-    """Augmentation on, vague areas and images without nuclei in the data; at least five optimizer steps."""
-    config = tiny("train.batch=2", f"train.accumulate={accumulate}", "train.epochs=3", "train.validate_every=3")
-    train(config, tmp_path / "one")
-    overrides = [f"train.accumulate={accumulate}", "train.batch=1"]
-    done = launch(2, str(tmp_path / "one" / "config.toml"), *overrides, "--out", "two", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("head, accumulate", [("instance", 1), ("instance", 2), ("sam", 1)])
+def test_two_processes_equal_one_with_twice_the_batch(config, tmp_path, head, accumulate):
+    """With augmentation, Dice or Tversky losses, vague areas and images without nuclei, after six optimizer steps."""
     one, two = tmp_path / "one", tmp_path / "two"
-    steps = [json.loads(line)["step"] for line in (one / "metrics.jsonl").read_text().splitlines()]
-    assert steps[-1] >= 5 and steps == [
-        json.loads(line)["step"] for line in (two / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert largest_difference(one / "state" / "last.safetensors", two / "state" / "last.safetensors") < 1e-5
-    scores = [json.loads((run / "scores.json").read_text()) for run in (one, two)]
+    epochs = {1: 2, 2: 3}[accumulate]
+    schedule = [f"train.accumulate={accumulate}", f"train.epochs={epochs}", f"train.validate_every={epochs}"]
+    schedule.append(f"model.head={head}")
+    train(config("train.batch=2", *schedule), one)
+    run = launch(2, str(one / "config.toml"), "train.batch=1", "--out", str(two), cwd=tmp_path)
+    assert run.wait(300) == 0, run.stderr.read()
+    lines = [[json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (one, two)]
+    steps = [[line["step"] for line in run] for run in lines]
+    assert steps[0] == steps[1] and steps[0][-1] == 6
+    losses = [[line["loss"] for line in run] for run in lines]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+    states = [load_file(r / "state" / "last.safetensors") for r in (one, two)]
+    weights = [name for name in states[0] if name.startswith("weights.")]
+    assert states[0].keys() == states[1].keys() and len(weights) > 10
+    assert max(float((states[0][name] - states[1][name]).abs().max()) for name in weights) < 1e-5
+
+    scores = [json.loads((r / "scores.json").read_text()) for r in (one, two)]
     names = [[row["name"] for row in s["scores"][0]["images"]] for s in scores]
-    assert names[0] == names[1] and len(set(names[0])) == len(names[0]) == 4
+    assert names[0] == names[1] and len(set(names[0])) == len(names[0]) == 3  # two processes share three images
     for metric, value in scores[0]["headline"].items():
         assert scores[1]["headline"][metric] == pytest.approx(value, abs=0.02), metric
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(tiny, tmp_path, monkeypatch):
+def test_a_dead_process_ends_the_run_with_an_error(config, tmp_path):
+    (tmp_path / "long.toml").write_text(to_toml(config("train.epochs=1000", "train.validate_every=1000")))
+    run = launch(2, "long.toml", "--out", "run", cwd=tmp_path)
+    workers = []
+    while run.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
+        workers = psutil.Process(run.pid).children()
+        time.sleep(0.1)
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGKILL)
+    assert run.wait(60) != 0
+    gone, alive = psutil.wait_procs(workers, timeout=10)
+    assert len(gone) == 2 and not alive
+
+
+def test_sigterm_ends_all_processes_and_the_run_resumes(config, tmp_path):
+    settings = config("train.epochs=40", "train.validate_every=40", "train.batch=1")
+    (tmp_path / "long.toml").write_text(to_toml(settings))
+    run = launch(2, "long.toml", "--out", "run", cwd=tmp_path)
+    while run.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    run.wait(60)
+    state = tmp_path / "run" / "state" / "last.safetensors"
+    assert state.is_file() and not (tmp_path / "run" / "scores.json").exists()
+    run = launch(2, "long.toml", "--out", "run", "--resume", cwd=tmp_path)
+    assert run.wait(300) == 0, run.stderr.read()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 41))
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(config, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # without the addresses that a launcher sets beside it
     with pytest.raises(ValueError, match="started 2 processes, Accelerate joined 1, so each would train alone"):
-        train(tiny(), tmp_path / "run")
+        train(config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
