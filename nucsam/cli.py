@@ -198,10 +198,10 @@ def export(
 
 def _configuration(arguments: list[str]) -> tuple[Path, list[str]]:
     """The TOML file and the overrides among positional arguments."""
-    files = [text for text in arguments if "=" not in text]
+    files = [text for text in arguments if text.endswith(".toml")]
     if len(files) > 1:
         raise ValueError(f"found {len(files)} configurations ({', '.join(files)}), expected one, and table.key=value")
-    overrides = [text for text in arguments if "=" in text]
+    overrides = [text for text in arguments if not text.endswith(".toml")]
     return (Path(files[0]) if files else default_configuration()), overrides
 
 

@@ -7,6 +7,7 @@ from JSON sum up as well as fresh ones.
 """
 
 import csv
+import io
 import json
 import math
 import os
@@ -23,13 +24,14 @@ import numpy as np
 from nucsam.metrics import METRICS, Protocol, Score, pool, protocol_named, score
 
 AGGREGATES = {  # each answers another question; they differ by points
-    "mean": "mean per image",
-    "std": "std over images",
+    "mean": "image mean",
+    "std": "image std",
     "low": "95 % from",
     "high": "95 % to",
     "pooled": "pooled",
-    "weighted": "nuclei-weighted",
+    "weighted": "by nuclei",
 }
+MAIN = ("dice", "aji", "aji_plus", "dq", "sq", "pq")  # of the table of organs, which must fit a terminal of 80 columns
 COLUMNS = {  # F1 is DQ
     "dice": "Dice",
     "dice2": "Dice2",
@@ -60,16 +62,17 @@ class Pair:
 
 def _label_files(folder: str | Path, suffixes: Sequence[str]) -> dict[str, tuple[str, Path]]:
     """Name -> (sub-folder, file) for the files in a folder and in its sub-folders, which are organs."""
+    from nucsam.data import visible
+
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder of label maps")
-    children = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    organs = [("", folder), *((child.name, child) for child in children if child.is_dir())]
+    organs = [("", folder), *((child.name, child) for child in visible(folder) if child.is_dir())]
     found = [
         (organ, path)
         for organ, place in organs
-        for path in sorted(place.iterdir())
-        if path.is_file() and path.suffix.lower() in suffixes and not path.name.startswith(".")
+        for path in visible(place)
+        if path.is_file() and path.suffix.lower() in suffixes
     ]
     if not found:
         raise ValueError(f"{folder}: found no {', '.join(suffixes)} file in it or in its sub-folders")
@@ -111,6 +114,10 @@ def find_pairs(
     """
     from nucsam.data import IMAGES, LABELS
 
+    try:
+        pattern = re.compile(organ)
+    except re.error as error:
+        raise ValueError(f"organ: found {organ!r}, expected a regular expression ({error})") from error
     truths, predictions = _truth_files(truth), _label_files(pred, LABELS)
     vagues = _label_files(vague, tuple({*IMAGES, *LABELS})) if vague else {}
     predicted, unsure = _aliases(predictions), _aliases(vagues)
@@ -122,8 +129,8 @@ def find_pairs(
     pairs = []
     for name in sorted(truths.keys() & predicted.keys()):
         place, path, own_vague = truths[name]
-        match = re.search(organ, name) if organ else None
-        place = match[match.re.groups > 0] if match else place
+        match = pattern.search(name) if organ else None
+        place = match[pattern.groups > 0] if match else place
         own_vague = vagues[unsure[name]][1] if name in unsure else own_vague
         pairs.append(Pair(name, place, path, predictions[predicted[name]][1], own_vague))
     return pairs, missing, extra
@@ -210,6 +217,8 @@ def score_folders(
     """
     pairs, missing, extra = find_pairs(truth, pred, vague, organ=organ)
     protocols = protocols_for(protocol, vague=any(pair.vague for pair in pairs), iou=iou, at_least=at_least, zone=zone)
+    if workers < 0:
+        raise ValueError(f"workers: found {workers}, expected 0 or more")
     workers = workers or min(os.cpu_count() or 1, 8, 1 + len(pairs) // 16)
     jobs = [(pair, protocols, connected) for pair in pairs]
     results = list(_each(_attempt, jobs, workers, "Scoring", progress))
@@ -226,11 +235,14 @@ def _each(function: Callable, items: Sequence, workers: int, title: str, progres
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     rate = TextColumn("{task.fields[rate]:.1f}/s")
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-    start, bar = time.perf_counter(), Progress(*columns, transient=True, disable=not progress)
+    start, console = time.perf_counter(), Console(stderr=True)  # standard output is for the scores
+    progress &= console.is_terminal or console.is_jupyter  # into a file, rich writes an empty line
+    bar = Progress(*columns, console=console, transient=True, disable=not progress)
     task = bar.add_task(title, total=len(items), rate=0.0)
     # a forked child of a process with threads, such as the bar's, may hang
     executor = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else None
@@ -244,7 +256,8 @@ def _each(function: Callable, items: Sequence, workers: int, title: str, progres
             if seconds > 2 and not bar.live.is_started:
                 bar.start()
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()
         if executor:
             executor.shutdown(cancel_futures=True)
 
@@ -317,19 +330,20 @@ def scored(rows: Sequence[dict], protocol: Protocol) -> dict:
 # ---- tables and files ----
 
 
-def _percent(values: dict[str, float]) -> list[str]:
-    return ["-" if math.isnan(values[m]) else f"{100 * values[m]:.2f}" for m in COLUMNS]
+def _percent(values: dict[str, float], metrics: Iterable[str]) -> list[str]:
+    return ["-" if math.isnan(values[m]) else f"{100 * values[m]:.1f}" for m in metrics]
 
 
-def _table(title: str, first: Sequence[str], caption: str):
+def _table(title: str, first: Sequence[str], metrics: Iterable[str], caption: str):
     from rich.box import SIMPLE
     from rich.table import Table
 
     table = Table(
         title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE, padding=(0, 1, 0, 0)
     )
-    for at, column in enumerate([*first, *COLUMNS.values()]):
-        table.add_column(column, justify="right" if at else "left", overflow="fold")
+    table.add_column(first[0], overflow="fold")
+    for column in (*first[1:], *(COLUMNS[m] for m in metrics)):
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -341,18 +355,18 @@ def summary_table(result: dict):
     """A rich Table of a `scored` dict, in percent: every aggregate over all images."""
     summary = result["summary"]
     numbers = f"{summary['nuclei']} nuclei, {summary['predicted']} predicted"
-    table = _table(result["rules"], ["all images"], f"{_both_empty(summary)}; {numbers}")
+    table = _table(result["rules"], ["all images"], COLUMNS, f"{_both_empty(summary)}; {numbers}")
     for name, title in AGGREGATES.items():
-        table.add_row(title, *_percent(summary[name]))
+        table.add_row(title, *_percent(summary[name], COLUMNS))
     return table
 
 
 def organ_table(result: dict):
-    """A rich Table of a `scored` dict, in percent: the mean per image of each organ and of all images."""
+    """A rich Table of a `scored` dict, in percent: the mean per image of each organ and of all images, main metrics."""
     summary = result["summary"]
-    table = _table(result["rules"], ["mean per image", "images", "nuclei"], _both_empty(summary))
+    table = _table(result["rules"], ["image mean", "images", "nuclei"], MAIN, _both_empty(summary))
     for name, group in {**summary["organs"], "all": summary}.items():
-        table.add_row(name, str(group["images"]), str(group["nuclei"]), *_percent(group["mean"]))
+        table.add_row(name, str(group["images"]), str(group["nuclei"]), *_percent(group["mean"], MAIN))
     return table
 
 
@@ -374,7 +388,23 @@ def to_json(results: dict) -> str:
 
 
 def write_json(path: str | Path, results: dict) -> None:
-    Path(path).write_text(to_json(results) + "\n", encoding="utf-8")
+    """`to_json` as a file, or what was there before."""
+    _write(Path(path), to_json(results) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """As checkpoint.write_text, which would import torch; a pipe or device is written to as it is."""
+    file = path.is_file() or not path.exists()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial") if file and not path.is_symlink() else path
+    try:
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")  # names of any bytes
+        if partial != path:
+            partial.replace(path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        if partial != path:
+            partial.unlink(missing_ok=True)
 
 
 def _plain(value: object) -> object:
@@ -386,7 +416,7 @@ def _plain(value: object) -> object:
 
 
 def write_csv(path: str | Path, results: dict) -> None:
-    """A line for each image and protocol: metrics (0 to 1, empty where undefined) and raw counts."""
+    """A line for each image and protocol: metrics (0 to 1, empty where undefined) and raw counts. Atomic."""
     lines = []
     for result in results["scores"]:
         for r in result["images"]:
@@ -395,7 +425,8 @@ def write_csv(path: str | Path, results: dict) -> None:
             numbers = {m: r[m] for m in METRICS} | ap | {key: r[key] for key in ("n_truth", "n_pred")} | counts
             named = {"name": r["name"], "organ": r["organ"], "protocol": result["protocol"]["name"]}
             lines.append({**named, **_plain(numbers)})
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(lines[0]))
+    writer.writeheader()
+    writer.writerows(lines)
+    _write(Path(path), file.getvalue())

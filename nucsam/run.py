@@ -76,7 +76,10 @@ class Run:
     def restore(self) -> None:
         """Go on where `save` left off."""
         metadata = checkpoint.load_state(self.state, self.weights, self.average, self.optimizer)
-        self.progress = Progress(**metadata["progress"])
+        found, kinds = metadata.get("progress"), {name: type(value) for name, value in asdict(Progress()).items()}
+        if not isinstance(found, dict) or {name: type(value) for name, value in found.items()} != kinds:
+            raise ValueError(f"{self.state}: found no progress of a run; delete it to start the run anew")
+        self.progress = Progress(**found)
         device = next(iter(self.weights.values())).device
         self.sums = {name: torch.tensor(total, device=device) for name, total in self.progress.sums.items()}
         if self.scaler is not None:
@@ -170,7 +173,7 @@ def prepare(out: Path, config: Config, resume: bool) -> None:
         changed = [line for line in differences(load(written), config) if not line.startswith(MAY_CHANGE)]
         if changed:
             raise ValueError(f"{written}: --resume with another configuration: {'; '.join(changed)} (found -> wanted)")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(not path.name.endswith(".partial") for path in out.iterdir()):
         raise ValueError(f"{out}: found files, expected no such folder or an empty one; --resume goes on with a run")
     out.mkdir(parents=True, exist_ok=True)
     for partial in out.rglob(".*.partial"):  # of a process that was killed in the middle of a write

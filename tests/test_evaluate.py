@@ -251,15 +251,18 @@ def test_a_data_set_is_a_truth(tmp_path):
 def test_tables_name_the_protocol(folders):
     root, _ = folders
     (result,) = evaluate.score_folders(root / "truth", root / "pred", progress=False)["scores"]
-    for table in (evaluate.summary_table(result), evaluate.organ_table(result)):
+    tables = ((evaluate.summary_table(result), evaluate.COLUMNS), (evaluate.organ_table(result), evaluate.MAIN))
+    for table, metrics in tables:
         shown = text(table)
         assert "nuinsseg: match at IoU > 0.5, predictions under 50 px removed" in shown
         assert "both maps empty in 0 of 4 images" in shown
-        assert all(title in shown for title in evaluate.COLUMNS.values())
-        assert f"{100 * result['summary']['mean']['aji']:.2f}" in shown
+        assert all(evaluate.COLUMNS[metric] in shown for metric in metrics)
+        assert f"{100 * result['summary']['mean']['aji']:.1f}" in shown
+        narrow = text(table, width=80)
+        assert max(map(len, narrow.splitlines())) <= 80
+        assert f"{100 * result['summary']['mean']['aji']:.1f}" in narrow  # not broken over two lines
     assert all(name in text(evaluate.summary_table(result)) for name in evaluate.AGGREGATES.values())
     assert "mouse fat" in text(evaluate.organ_table(result))
-    assert max(map(len, text(evaluate.summary_table(result), width=80).splitlines())) <= 80
 
 
 def test_json_and_csv(folders, tmp_path):

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# A cluster under SLURM. Set the #SBATCH lines and the activation of your environment below, then
+#   sbatch launch/slurm.sh folds CONFIG.toml --out RUNS [--grid ...]   many folds or variants: one task per GPU, each takes
+#                                                                     the next job not yet done; nodes need not be equal
+#   sbatch launch/slurm.sh train CONFIG.toml --out RUN                one fold on all GPUs of all nodes: DDP (NCCL)
+# Use folds wherever there are more jobs than one: DDP is for a single run that is too slow on one GPU. Both go on where
+# they were when the job is requeued, after a preemption or two minutes before the end of its time, and when you submit
+# the same line again. RUNS must lie on a file system that all nodes see; for folds with file locks (NFS, or Lustre
+# mounted with -o flock).
+#SBATCH --job-name=nucsam
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=nucsam-%j.log
+set -euo pipefail
+
+# source .venv/bin/activate
+export ACCELERATE_MIXED_PRECISION=${ACCELERATE_MIXED_PRECISION:-bf16} # fp16 for GPUs without bf16
+
+command=${1:?folds or train, and its arguments}
+shift
+case $command in
+folds)
+  # --kill-on-bad-exit=0: a task that dies leaves its job to the others
+  step=(--ntasks-per-node="$SLURM_NTASKS_PER_NODE" --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=0)
+  # exec: the task is Python itself, so it gets the signals
+  task='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
+    exec python -m nucsam.folds "$@"'
+  ;;
+train)
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+  export PROCESSES=$((SLURM_NNODES * SLURM_NTASKS_PER_NODE)) # one task per GPU was asked for; torchrun starts them
+  cpus=$((SLURM_NTASKS_PER_NODE * SLURM_CPUS_PER_TASK))
+  step=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="$cpus" --kill-on-bad-exit=1)
+  task='launch=(--num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes "$PROCESSES")
+    launch+=(--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
+    launch+=(--multi_gpu --mixed_precision "$ACCELERATE_MIXED_PRECISION" --dynamo_backend no)
+    exec accelerate launch "${launch[@]}" -m nucsam.train "$@" --resume'
+  ;;
+*)
+  echo "$command: expected folds or train" >&2
+  exit 2
+  ;;
+esac
+
+srun "${step[@]}" bash -c "$task" "$command" "$@" &
+srun=$! told=
+# Each task saves and ends. A signal to srun itself would not reach them: srun has its step killed at once.
+trap 'told=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM INT
+status=0
+wait "$srun" || status=$?
+while kill -0 "$srun" 2>/dev/null; do # the signal ended the wait, not srun
+  status=0
+  wait "$srun" || status=$?
+done
+if [ "$told" ] && [ "$status" -ne 0 ]; then
+  scontrol requeue "$SLURM_JOB_ID" || echo "not requeued; submit the same line again to go on" >&2
+fi
+exit "$status"
