@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from nucsam import lora
 from nucsam.base import Base, finite, load_base
-from nucsam.config import Config, differences, load
+from nucsam.config import Config, load
 from nucsam.head import InstanceHead
 from nucsam.model import Nucsam, build
 
-
-LORA = ("model.train:", "model.rank:", "model.alpha:", "model.pattern:")  # the shapes do not tell all of it
+LORA = ("train", "rank", "alpha", "pattern")  # of the model's configuration; the shapes do not tell all of it
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -110,9 +109,11 @@ def load_adapter(path: Path, model: Nucsam, base: Base) -> dict[str, Any]:
     weights, metadata = read_tensors(path)
     if metadata.get("kind") != "adapter":
         raise ValueError(f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'adapter'")
-    trained_on = metadata.get("base")
-    if not isinstance(trained_on, dict) or not all(isinstance(trained_on.get(k), str) for k in ("sha256", "source")):
-        raise ValueError(f"{path}: found no base in its metadata, expected its sha256 and source")
+    match metadata:
+        case {"base": {"sha256": str(), "source": str()} as trained_on, "config": {"model": dict()}}:
+            pass
+        case _:
+            raise ValueError(f"{path}: found metadata without base and config, expected those of an adapter")
     if trained_on["sha256"] != base.sha256:
         raise ValueError(
             f"{path}: trained on the base {trained_on['sha256'][:12]} ({trained_on['source']}), "
@@ -153,8 +154,8 @@ def open_run(run: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
     net = build(config.model, base, seed=config.train.seed)
     path = run / "adapter.safetensors"
     metadata = load_adapter(path, net, base)
-    trained = Config.from_dict(metadata.get("config", {}), f"{path}: metadata")
-    changed = [line for line in differences(trained, config) if line.startswith(LORA)]
+    trained, found = metadata["config"]["model"], config.to_dict()["model"]
+    changed = [f"model.{k}: {trained[k]!r} -> {found[k]!r}" for k in LORA if k in trained and trained[k] != found[k]]
     if changed:
         raise ValueError(f"{path}: trained otherwise than {run / 'config.toml'} says: {'; '.join(changed)}")
     return net.eval(), config, base, metadata

@@ -7,6 +7,7 @@ ValueError that names the field, what was found and what was expected.
 import difflib
 import json
 import math
+import re
 import sys
 import tomllib
 from dataclasses import asdict, dataclass, field
@@ -119,8 +120,12 @@ class Config:
                 if not holds(value):
                     raise ValueError(f"{name}: found {value!r}, expected {expected}")
                 if value > (most := 2**31 - 1 if isinstance(value, int) else sys.float_info.max):
-                    raise ValueError(f"{name}: found {value!r}, expected at most {most:g}")
-        data, augment, train = self.data, self.augment, self.train
+                    raise ValueError(f"{name}: found {value!r}, expected at most {most}")
+        data, augment, train, pattern = self.data, self.augment, self.train, self.model.pattern
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"model.pattern: found {pattern!r}, expected a regular expression ({error})") from None
         if isinstance(data.fold, int) and not 0 <= data.fold < data.folds:
             raise ValueError(f"data.fold: found {data.fold}, expected 0 to {data.folds - 1} or 'all'")
         if data.fold == "all" and data.select == "test":
@@ -264,7 +269,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         kind, literal = get_args(hint)
         return _checked(name, value, literal if isinstance(value, str) else kind)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if value.bit_length() < 1024 else math.copysign(math.inf, value)
+        value = float(value) if value.bit_length() < 1024 else math.inf if value > 0 else -math.inf
     if type(value) is not hint:
         raise ValueError(f"{name}: found {value!r} ({type(value).__name__}), expected {_KINDS[hint]}")
     return value

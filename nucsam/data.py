@@ -66,7 +66,7 @@ class Split:
 # ---- folders ----
 
 
-def _visible(folder: Path) -> list[Path]:
+def visible(folder: Path) -> list[Path]:
     """What is in a folder, sorted; nothing where there is no such folder."""
     try:
         return sorted(path for path in folder.iterdir() if path.name[0] != ".")  # no glob: real names hold brackets
@@ -80,7 +80,7 @@ def _visible(folder: Path) -> list[Path]:
 def _by_stem(folders: Sequence[Path], suffixes: tuple[str, ...], problems: list[str]) -> dict[str, Path]:
     """Stem -> file, from the first folder that has it."""
     files: dict[str, Path] = {}
-    for path in (path for folder in folders for path in _visible(folder) if path.suffix.lower() in suffixes):
+    for path in (path for folder in folders for path in visible(folder) if path.suffix.lower() in suffixes):
         first = files.setdefault(unicodedata.normalize("NFC", path.stem), path)  # macOS writes the decomposed form
         if first is not path and first.parent == path.parent:
             problems.append(f"{path}: found the stem of {first.name} again, expected one file a stem")
@@ -91,15 +91,15 @@ def _folders(root: Path, layout: str) -> list[tuple[str, list[list[Path]]]]:
     """(organ, its folders as in NUINSSEG) of each organ."""
     if layout not in ("auto", "nuinsseg", "plain"):
         raise ValueError(f"data.layout: found {layout!r}, expected auto, nuinsseg or plain")
-    inside = _visible(root)
+    inside = visible(root)
     known = {name for kind in NUINSSEG[:2] for name in kind}
-    organs = {path: known & {child.name for child in _visible(path)} for path in inside} if layout != "plain" else {}
+    organs = {path: known & {child.name for child in visible(path)} for path in inside} if layout != "plain" else {}
     organs = {path: names for path, names in organs.items() if names}
     if any("tissue images" in names for names in organs.values()):
         return [(organ.name, [[organ / name for name in kind] for kind in NUINSSEG]) for organ in organs]
     if root / "images" in inside and layout != "nuinsseg":
         kinds = ("images", "labels", "vague")
-        names = {"", *(path.name for kind in kinds for path in _visible(root / kind) if path.is_dir())}
+        names = {"", *(path.name for kind in kinds for path in visible(root / kind) if path.is_dir())}
         return [(name, [[root / kind / name] for kind in kinds]) for name in sorted(names)]
     raise ValueError(f"{root}: found no data set, expected ORGAN/tissue images (nuinsseg) or images (plain) in it")
 
@@ -132,9 +132,11 @@ def _scan(root: Path, layout: str, group: str) -> tuple[list[Record], list[str],
     records = [replace(r, name=f"{r.organ}_{r.name}") if stems[r.name] > 1 else r for r in records]
     for what, key in (("file", lambda r: os.path.realpath(r.image)), ("name", lambda r: r.name)):
         first: dict[str, Record] = {}
-        for record in records:
-            if (other := first.setdefault(key(record), record)) is not record:
-                problems.append(f"{record.image}: found the {what} of {other.image} again, expected each image once")
+        problems += [
+            f"{record.image}: found the {what} of {other.image} again, expected each image once"
+            for record in records
+            if (other := first.setdefault(key(record), record)) is not record
+        ]
     sums = [record.label for record in records if record.label.parent.name == "label masks"]
     remarks = {"labels without an image, not used": orphans, "vague areas without an image, not used": unused}
     remarks["labels from 'label masks', where overlaps are sums of ids: expect spurious nuclei"] = sums

@@ -21,6 +21,8 @@ def export(run: Path, out: Path, *, format: str = "safetensors", force: bool = F
     """
     if format not in FORMATS:
         raise ValueError(f"--format: found {format!r}, expected one of {', '.join(FORMATS)}")
+    if out.is_dir():
+        raise ValueError(f"{out}: found a folder, expected the name of a file")
     if out.exists() and not force:
         raise ValueError(f"{out}: exists; --force replaces it")
     net, _, base, metadata = checkpoint.open_run(run)
@@ -28,10 +30,13 @@ def export(run: Path, out: Path, *, format: str = "safetensors", force: bool = F
     state = checkpoint.merged(net, base)
     if format == "mobile-sam":
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out.parent}: cannot be made ({error.strerror}), expected a folder") from error
     if format == "mobile-sam" and out.suffix != ".safetensors":
-        with checkpoint.atomic(out) as partial:
-            torch.save({name: tensor.contiguous() for name, tensor in state.items()}, partial)
+        with checkpoint.atomic(out) as partial, partial.open("wb") as file:
+            torch.save({name: tensor.contiguous() for name, tensor in state.items()}, file)
     else:
         described = {**metadata, "kind": "merged", "version": __version__, "scores": scores}
         checkpoint.write_tensors(out, state, described)
