@@ -30,7 +30,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _mistake(error: Exception) -> bool:
-    """Whether the message was written for the user: ours are raised in nucsam itself."""
+    """Whether the message tells a user enough: those raised in nucsam itself, and the system's about a file."""
+    if isinstance(error, OSError) and error.filename:
+        return True
     trace = error.__traceback__
     while trace.tb_next is not None:
         trace = trace.tb_next

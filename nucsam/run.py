@@ -26,6 +26,10 @@ MAY_CHANGE = (
     "train.save_minutes:",
     "train.log_with:",
 )  # on --resume
+_NOT_FINITE = (
+    "{} is not finite at or before step {}. Lower train.lr_head and train.lr_adapter, or use train.precision=bf16 or "
+    "fp32; --resume goes on from the last saved state"
+)
 
 
 @dataclass
@@ -82,12 +86,14 @@ class Run:
         self.progress = Progress(**found)
         device = next(iter(self.weights.values())).device
         self.sums = {name: torch.tensor(total, device=device) for name, total in self.progress.sums.items()}
-        if self.scaler is not None:
+        if self.scaler is not None and metadata["scaler"]:  # none in a state of fp32
             self.scaler.load_state_dict(metadata["scaler"])
 
     def save(self) -> None:
         """Write the resumable state."""
         self.check()
+        if not all(bool(p.isfinite().all()) for p in self.weights.values()):
+            raise RuntimeError(_NOT_FINITE.format("a weight", self.progress.step))
         self.saved = time.monotonic()
         if not self.main:
             return
@@ -108,10 +114,7 @@ class Run:
         """RuntimeError if a loss since the epoch began is not finite: nothing is saved after that."""
         odd = {name: float(total) for name, total in self.sums.items() if not math.isfinite(float(total))}
         if odd:
-            raise RuntimeError(
-                f"the loss is not finite at or before step {self.progress.step}: {odd}. Lower train.lr_head and "
-                "train.lr_adapter, or use train.precision=bf16 or fp32; --resume goes on from the last saved state"
-            )
+            raise RuntimeError(_NOT_FINITE.format(f"the loss {odd}", self.progress.step))
 
     def losses(self, accelerator: Accelerator) -> dict[str, float]:
         """Means of the loss terms over the epoch's images, on all processes; the next epoch begins from 0."""
@@ -163,8 +166,8 @@ class Run:
         checkpoint.write_text(self.out / "environment.json", json.dumps(found, indent=2) + "\n")
 
 
-def prepare(out: Path, config: Config, resume: bool) -> None:
-    """Make the run directory, or check that it can be gone on with.
+def check_out(out: Path, config: Config, resume: bool) -> None:
+    """Whether `out` can be made, or gone on with.
 
     ValueError where `out` holds a run and `resume` is off, or another configuration and `resume` is on.
     """
@@ -175,7 +178,11 @@ def prepare(out: Path, config: Config, resume: bool) -> None:
             raise ValueError(f"{written}: --resume with another configuration: {'; '.join(changed)} (found -> wanted)")
     elif out.exists() and any(not path.name.endswith(".partial") for path in out.iterdir()):
         raise ValueError(f"{out}: found files, expected no such folder or an empty one; --resume goes on with a run")
+
+
+def make_out(out: Path, config: Config) -> None:
+    """Make the run directory, or clear it of what a process left that was killed in the middle of a write."""
     out.mkdir(parents=True, exist_ok=True)
-    for partial in out.rglob(".*.partial"):  # of a process that was killed in the middle of a write
+    for partial in out.rglob(".*.partial"):
         partial.unlink()
-    checkpoint.write_text(written, to_toml(config))
+    checkpoint.write_text(out / "config.toml", to_toml(config))

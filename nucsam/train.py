@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -24,11 +25,10 @@ from nucsam import checkpoint, data, evaluate, model, scoring
 from nucsam.augment import augment, window
 from nucsam.base import Base, load_base
 from nucsam.config import Config, Train
-from nucsam.run import Run, prepare
+from nucsam.run import Run, check_out, make_out
 
 console = Console()
 CALIBRATION_IMAGES = 16  # crops that set a random base's BatchNorm statistics
-ADAM_EPS = 1e-6  # at PyTorch's 1e-8 a gradient that is all rounding error moves its weight by the full rate
 CHECK_STEPS = 20  # optimizer steps between looks at the loss, each of which waits for the device
 
 
@@ -40,6 +40,8 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
     """
     d, t = config.data, config.train
     on_gpu = torch.cuda.is_available()
+    if t.log_with and t.log_with not in LoggerType.list():
+        raise ValueError(f"train.log_with: found {t.log_with!r}, expected one of {', '.join(LoggerType.list())} or ''")
     accelerator = Accelerator(
         cpu=not on_gpu,
         mixed_precision=_precision(t.precision, on_gpu),
@@ -48,6 +50,9 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
     )
     processes, main, device = accelerator.num_processes, accelerator.is_main_process, accelerator.device
     _check_processes(processes)
+    if t.log_with and not accelerator.log_with:
+        raise ValueError(f"train.log_with: {t.log_with} is not installed; expected one that is, or ''")
+    check_out(out, config, resume)
 
     records = data.find_records(d.root, layout=d.layout, group=d.group)
     split = data.split_records(records, scheme=d.split, folds=d.folds, fold=d.fold, inner=d.inner, seed=d.seed)
@@ -59,10 +64,6 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
             f"{len(selecting)} to choose the epoch by; expected at least one of each"
         )
     samples = data.Samples(records, memory_gib=d.memory, progress=main)
-    if main:
-        prepare(out, config, resume)
-    accelerator.wait_for_everyone()
-
     crops = data.Crops(samples, window=window(d.crop, config.augment), seed=t.seed)
     batches = data.EpochBatches(
         training,
@@ -82,8 +83,13 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
 
     base = _base(config, out, [crops[0, i] for i in training[:CALIBRATION_IMAGES]], accelerator)
     net = build(config.model, base, seed=t.seed, checkpoint=t.checkpoint).to(device)
+    if main:  # nothing is written before all that a user can get wrong has been looked at
+        make_out(out, config)
+        if config.model.weights == "none":
+            metadata = {"kind": "base", "source": base.source}
+            checkpoint.write_tensors(out / "base.safetensors", base.state, metadata)
     weights = net.trainable()
-    optimizer = torch.optim.AdamW(_groups(weights, t), betas=(0.9, 0.99), eps=ADAM_EPS)
+    optimizer = torch.optim.AdamW(_groups(weights, t), betas=(0.9, 0.99))
     ddp, optimizer = accelerator.prepare(net, optimizer)
     average = {name: p.detach().clone() for name, p in weights.items()} if t.ema else {}
     about = {"mpp": _mpp(config, records)}
@@ -209,19 +215,14 @@ def _check_processes(processes: int) -> None:
 
 
 def _base(config: Config, out: Path, crops: list[dict[str, Tensor]], accelerator: Accelerator) -> Base:
-    """The base weights; random ones are calibrated on a few crops and kept in the run."""
-    if config.model.weights != "none":
+    """The base weights; random ones, where the run does not hold them yet, are calibrated on a few crops."""
+    if config.model.weights != "none" or (out / "base.safetensors").is_file():
         with accelerator.main_process_first():  # one download
             return checkpoint.run_base(out, config)
-    kept = out / "base.safetensors"
-    if accelerator.is_main_process and not kept.exists():
-        side = max(64, round(config.data.crop * config.data.scale) // 32 * 32)
-        images = torch.stack([crop["image"] for crop in crops]).float()
-        images = nn.functional.interpolate(images, size=(side, side), mode="bilinear")
-        base = model.calibrated(load_base("none", seed=config.train.seed), images)
-        checkpoint.write_tensors(kept, base.state, {"kind": "base", "source": base.source})
-    accelerator.wait_for_everyone()
-    return checkpoint.run_base(out, config)
+    side = max(64, round(config.data.crop * config.data.scale) // 32 * 32)
+    images = torch.stack([crop["image"] for crop in crops]).float()
+    images = nn.functional.interpolate(images, size=(side, side), mode="bilinear")
+    return model.calibrated(load_base("none", seed=config.train.seed), images)
 
 
 def _mpp(config: Config, records: list[data.Record]) -> float | None:
