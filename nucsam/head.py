@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import expit
 from torch import Tensor, nn
 
 from nucsam import instances, losses, targets
@@ -66,11 +67,11 @@ class InstanceHead(nn.Module):
 
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         """Maps (5, H, W) of one image -> label map int32 (H, W), 0 = background."""
-        foreground = _sigmoid(np.logaddexp(maps[1], maps[2]) - maps[0])
+        foreground = expit(np.logaddexp(maps[1], maps[2]) - maps[0])
         return instances.from_distances(
             foreground,
-            _sigmoid(maps[3]),
-            _sigmoid(maps[4]),
+            expit(maps[3]),
+            expit(maps[4]),
             threshold=config.foreground,
             seed_centre=config.seed_centre,
             seed_boundary=config.seed_boundary,
@@ -112,8 +113,4 @@ class SamHead:
 
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         """Maps (1, H, W) of one image -> label map int32 (H, W), 0 = background."""
-        return instances.from_foreground(_sigmoid(maps[0]), threshold=config.foreground, area=config.area)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
+        return instances.from_foreground(expit(maps[0]), threshold=config.foreground, area=config.area)

@@ -83,7 +83,8 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
 
     base = _base(config, out, [crops[0, i] for i in training[:CALIBRATION_IMAGES]], accelerator)
     net = build(config.model, base, seed=t.seed, checkpoint=t.checkpoint).to(device)
-    if main:  # nothing is written before all that a user can get wrong has been looked at
+    accelerator.wait_for_everyone()  # what one writes now, none takes for something that was there
+    if main:  # and nothing is written before all that a user can get wrong has been looked at
         make_out(out, config)
         if config.model.weights == "none":
             metadata = {"kind": "base", "source": base.source}
