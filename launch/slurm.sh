@@ -40,7 +40,8 @@ train)
   step=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="$cpus" --kill-on-bad-exit=1)
   task='launch=(--num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes "$PROCESSES")
     launch+=(--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
-    launch+=(--multi_gpu --mixed_precision "$ACCELERATE_MIXED_PRECISION" --dynamo_backend no)
+    [ "$PROCESSES" -eq 1 ] || launch+=(--multi_gpu)
+    launch+=(--mixed_precision "$ACCELERATE_MIXED_PRECISION" --dynamo_backend no)
     exec accelerate launch "${launch[@]}" -m nucsam.train "$@" --resume'
   ;;
 *)

@@ -8,6 +8,7 @@ The types of the files are those of `nucsam.images`. Vague areas, which need not
 pixels of an image file. Hidden files and other types are ignored; symbolic links are followed, wherever they lead.
 """
 
+import hashlib
 import math
 import os
 import re
@@ -208,6 +209,12 @@ def _stratified(organs: np.ndarray, sizes: np.ndarray, parts: int, seed: int | t
         images[least, organ] += sizes[item]
         images[least] += sizes[item]
     return part
+
+
+def identity(records: Sequence[Record]) -> str:
+    """SHA-256 over organ, name and group of the records in their order: the same images are split alike."""
+    names = "\n".join(f"{record.organ}/{record.name}/{record.group}" for record in records)
+    return hashlib.sha256(names.encode()).hexdigest()
 
 
 def split_records(

@@ -51,8 +51,8 @@ class Progress:
 class Run:
     """Files of one run directory. Every process keeps count and reads; only the `main` one writes.
 
-    `weights` are the trainable parameters, `average` their running average (empty where EMA is off); `about` goes into
-    the adapter's metadata.
+    `weights` are the trainable parameters, `average` their running average (empty where EMA is off); `about`, JSON
+    values, goes into the adapter's metadata, and a run is gone on with only where it is the same.
     """
 
     def __init__(
@@ -83,6 +83,12 @@ class Run:
         found, kinds = metadata.get("progress"), {name: type(value) for name, value in asdict(Progress()).items()}
         if not isinstance(found, dict) or {name: type(value) for name, value in found.items()} != kinds:
             raise ValueError(f"{self.state}: found no progress of a run; delete it to start the run anew")
+        for name, value in self.about.items():
+            if (before := metadata.get("about", {}).get(name, value)) != value:
+                raise ValueError(
+                    f"{self.state}: --resume with another {name}: found {before!r}, wanted {value!r}; launch it on the "
+                    "same images, with the same number of processes and the same precision"
+                )
         self.progress = Progress(**found)
         device = next(iter(self.weights.values())).device
         self.sums = {name: torch.tensor(total, device=device) for name, total in self.progress.sums.items()}
@@ -100,6 +106,7 @@ class Run:
         self.progress.sums = {name: float(total) for name, total in self.sums.items()}
         metadata = {
             "progress": asdict(self.progress),
+            "about": self.about,
             "scaler": self.scaler.state_dict() if self.scaler is not None else {},
         }
         checkpoint.save_state(self.state, self.weights, self.average, self.optimizer, metadata)
@@ -150,15 +157,15 @@ class Run:
         }
         checkpoint.save_adapter(self.out / "adapter.safetensors", weights, metadata)
 
-    def environment(self, facts: dict[str, Any]) -> None:
+    def environment(self, device: torch.device, facts: dict[str, Any]) -> None:
         """Write environment.json: versions, hardware and the facts of this run."""
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+        on_gpu = device.type == "cuda"
         found = {
             "nucsam": __version__,
             "python": platform.python_version(),
             "packages": {name: version(name) for name in PACKAGES},
             "platform": platform.platform(),
-            "device": device,
+            "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "CPU",
             "threads": torch.get_num_threads(),
             "command": sys.argv,
             **facts,

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from nucsam import checkpoint, data, draw, evaluate, metrics
 from nucsam.config import Config
@@ -16,6 +17,11 @@ from nucsam.predict import Predictor
 
 PROTOCOL = "nuinsseg"
 HEADLINE = ("dice", "aji", "pq")
+
+
+def uses_gpu() -> bool:
+    """Whether training and scoring run on a GPU: there is one, and the launcher was not told to use the CPU."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def predictor(net: Any, config: Config) -> Predictor:
@@ -67,11 +73,17 @@ def score_run(run: Path, *, untrained: bool = False, root: str = "", overlays: P
         net = build(config.model, base, seed=config.train.seed)
     d = replace(config.data, root=root or config.data.root)
     records = data.find_records(d.root, layout=d.layout, group=d.group)
+    if metadata.get("images", found := data.identity(records)) != found:
+        raise ValueError(
+            f"{d.root}: found other images than {run} was split on, so that test images may have been trained on; "
+            "expected the same names, organs and groups"
+        )
     split = data.split_records(records, scheme=d.split, folds=d.folds, fold=d.fold, inner=d.inner, seed=d.seed)
     indices = split.test or split.inner
     samples = data.Samples([records[i] for i in indices], memory_gib=d.memory)
-    accelerator = Accelerator()
-    net.to(accelerator.device)
+    on_gpu, precision = uses_gpu(), metadata.get("precision", "no")
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision=precision if on_gpu or precision != "fp16" else "no")
+    net = accelerator.prepare_model(net, evaluation_mode=True)  # as training scores it
     found = score_images(net, config, samples, range(len(samples)), accelerator)
     scores = describe(found, metadata, of="test" if split.test else "inner", untrained=untrained)
     if overlays is not None:

@@ -1,6 +1,8 @@
 """The training loop of one fold, read from top to bottom: `accelerate launch -m nucsam.train`."""
 
+import atexit
 import math
+import multiprocessing
 import os
 import signal
 import statistics
@@ -39,7 +41,7 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
     Returns scores.json's content. A user's mistake is a ValueError; a loss that is not finite a RuntimeError.
     """
     d, t = config.data, config.train
-    on_gpu = torch.cuda.is_available()
+    on_gpu = scoring.uses_gpu()
     if t.log_with and t.log_with not in LoggerType.list():
         raise ValueError(f"train.log_with: found {t.log_with!r}, expected one of {', '.join(LoggerType.list())} or ''")
     accelerator = Accelerator(
@@ -79,29 +81,39 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
         num_workers=d.workers,
         persistent_workers=d.workers > 0,
         pin_memory=on_gpu,
+        worker_init_fn=_ignore_sigterm,
     )
+    if d.workers:
+        atexit.register(_end_workers)
 
     base = _base(config, out, [crops[0, i] for i in training[:CALIBRATION_IMAGES]], accelerator)
     net = build(config.model, base, seed=t.seed, checkpoint=t.checkpoint).to(device)
+    weights = net.trainable()
+    optimizer = torch.optim.AdamW(_groups(weights, t), betas=(0.9, 0.99))
+    ddp, optimizer = accelerator.prepare(net, optimizer)
+    average = {name: p.detach().clone() for name, p in weights.items()} if t.ema else {}
+    about = {
+        "mpp": _mpp(config, records),
+        "images": data.identity(records),
+        "processes": processes,
+        "precision": accelerator.mixed_precision,
+    }
+    run = Run(out, config, base, weights, average, optimizer, accelerator.scaler, about, main)
+    if resume and run.state.is_file():
+        run.restore()
     accelerator.wait_for_everyone()  # what one writes now, none takes for something that was there
     if main:  # and nothing is written before all that a user can get wrong has been looked at
         make_out(out, config)
         if config.model.weights == "none":
             metadata = {"kind": "base", "source": base.source}
             checkpoint.write_tensors(out / "base.safetensors", base.state, metadata)
-    weights = net.trainable()
-    optimizer = torch.optim.AdamW(_groups(weights, t), betas=(0.9, 0.99))
-    ddp, optimizer = accelerator.prepare(net, optimizer)
-    average = {name: p.detach().clone() for name, p in weights.items()} if t.ema else {}
-    about = {"mpp": _mpp(config, records)}
-    run = Run(out, config, base, weights, average, optimizer, accelerator.scaler, about, main)
-    if resume and run.state.is_file():
-        run.restore()
-    accelerator.wait_for_everyone()  # all have read the state before the main process writes the next
+    accelerator.wait_for_everyone()
+    if config.model.weights == "none":  # the main process's: unlike machines calibrate unlike in the last bit
+        run.base = base = checkpoint.run_base(out, config)
     progress, steps = run.progress, batches.steps * t.epochs
     if main:
         images = {"train": len(training), d.select: len(selecting), "test": len(split.test)}
-        run.environment(_facts(net, accelerator, images, base))
+        run.environment(device, _facts(net, accelerator, images, base))
     accelerator.init_trackers(
         "nucsam", {f"{k}.{n}": v for k, table in config.to_dict().items() for n, v in table.items()}
     )
@@ -161,7 +173,7 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
             seconds = time.monotonic() - began
             line = {"epoch": epoch + 1, "step": progress.step, **run.losses(accelerator)}
             line["lr"] = optimizer.param_groups[-1]["peak"] * rate(progress.step - 1, steps, batches.steps, t)
-            line |= _speed(seconds, (batches.steps - within) * t.accumulate * t.batch * processes)
+            line |= _speed(device, seconds, (batches.steps - within) * t.accumulate * t.batch * processes)
             validated = (epoch + 1) % t.validate_every == 0 or epoch + 1 == t.epochs
             if validated:
                 line |= validate()
@@ -276,9 +288,9 @@ def _sentence(line: dict[str, Any]) -> str:
     )
 
 
-def _speed(seconds: float, images: int) -> dict[str, float]:
+def _speed(device: torch.device, seconds: float, images: int) -> dict[str, float]:
     """Time and memory of an epoch; memory is the peak allocated on a GPU, on a CPU what is resident at the end."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = device.type == "cuda"
     memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
     return {
         "seconds": round(seconds, 3),
@@ -332,6 +344,19 @@ def _memory_advice(config: Config) -> Iterator[None]:
             f"train.precision=fp16; train.batch={max(1, t.batch // 2)} train.accumulate={2 * t.accumulate}, the same "
             f"training with half the images at a time; train.checkpoint=true; data.crop={d.crop // 2}. ({error})"
         ) from error
+
+
+def _ignore_sigterm(_: int) -> None:
+    """In a loader worker: a SIGTERM to the whole process group leaves the trainer its workers until it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """At exit: the workers ignore the SIGTERM that multiprocessing would send them and then wait for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class _Sigterm:

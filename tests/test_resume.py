@@ -5,15 +5,20 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import TINY
 from test_train import history, same
 
 from nucsam import checkpoint
-from nucsam.config import override
+from nucsam.config import override, to_toml
+from nucsam.scoring import score_run
 from nucsam.train import train
 
 fork = multiprocessing.get_context("fork")  # a child has everything imported already
@@ -145,3 +150,46 @@ def test_a_full_disk_is_an_error_and_the_last_good_state_is_usable(whole, tmp_pa
     assert (run / "state" / "last.safetensors").read_bytes() == good
     train(config, run, resume=True)
     assert_equal(run, whole[1])
+
+
+def test_sigterm_to_the_whole_process_group_leaves_the_workers_until_all_is_saved(whole, tmp_path):
+    """As a shell, torchrun and SLURM send it; by itself PyTorch's loader makes a crash of it."""
+    (tmp_path / "workers.toml").write_text(to_toml(whole[0]).replace("workers = 0", "workers = 2"))
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "nucsam.train", "workers.toml", "--out", "run"]
+    for _ in range(3):
+        process = subprocess.Popen([*command, "--resume"], cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE)
+        before = steps(run)
+        while process.poll() is None and steps(run) == before:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM, error.decode()
+        assert b"Traceback" not in error
+    assert not (run / "scores.json").exists()
+    assert subprocess.run([*command, "--resume"], cwd=tmp_path, timeout=120).returncode == 0
+    assert history(run) == history(whole[1])
+
+
+def steps(run):
+    """Optimizer steps in the state; None without one."""
+    state = run / "state" / "last.safetensors"
+    return checkpoint.read_tensors(state)[1]["progress"]["step"] if state.exists() else None
+
+
+def test_a_run_goes_on_only_on_the_same_images(whole, tmp_path):
+    config, run = whole[0], tmp_path / "run"
+    start(dying_in("last.safetensors", 3, 1.0), config, run).join(120)
+    more = tmp_path / "more"
+    shutil.copytree(config.data.root, more)
+    image = sorted(more.glob("*/tissue images/*.png"))[0]
+    mask = image.parents[1] / "label masks modify" / f"{image.stem}.tif"
+    shutil.copy(image, image.with_name("added.png"))
+    shutil.copy(mask, mask.with_name("added.tif"))
+    moved = replace(config, data=replace(config.data, root=str(more)))
+    with pytest.raises(ValueError, match="--resume with another images"):
+        train(moved, run, resume=True)
+    assert (run / "config.toml").read_text() == to_toml(config)
+    train(config, run, resume=True)
+    with pytest.raises(ValueError, match=r"found other images than .* was split on"):
+        score_run(run, root=str(more))
