@@ -119,8 +119,8 @@ class Run:
 
     def check(self) -> None:
         """RuntimeError if a loss since the epoch began is not finite: nothing is saved after that."""
-        odd = {name: float(total) for name, total in self.sums.items() if not math.isfinite(float(total))}
-        if odd:
+        totals = {name: float(total) for name, total in self.sums.items()}
+        if odd := {name: total for name, total in totals.items() if not math.isfinite(total)}:
             raise RuntimeError(_NOT_FINITE.format(f"the loss {odd}", self.progress.step))
 
     def losses(self, accelerator: Accelerator) -> dict[str, float]:

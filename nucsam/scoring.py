@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, parse_flag_from_env
 
 from nucsam import checkpoint, data, draw, evaluate, metrics
-from nucsam.config import Config
+from nucsam.config import Config, Data
 from nucsam.model import build
 from nucsam.predict import Predictor
 
@@ -22,6 +22,12 @@ HEADLINE = ("dice", "aji", "pq")
 def uses_gpu() -> bool:
     """Whether training and scoring run on a GPU: there is one, and the launcher was not told to use the CPU."""
     return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def find_images(d: Data) -> tuple[list[data.Record], data.Split]:
+    """The images of a configuration and their split: training and scoring must agree on it."""
+    records = data.find_records(d.root, layout=d.layout, group=d.group)
+    return records, data.split_records(records, scheme=d.split, folds=d.folds, fold=d.fold, inner=d.inner, seed=d.seed)
 
 
 def predictor(net: Any, config: Config) -> Predictor:
@@ -72,13 +78,12 @@ def score_run(run: Path, *, untrained: bool = False, root: str = "", overlays: P
     if untrained:
         net = build(config.model, base, seed=config.train.seed)
     d = replace(config.data, root=root or config.data.root)
-    records = data.find_records(d.root, layout=d.layout, group=d.group)
+    records, split = find_images(d)
     if metadata.get("images", found := data.identity(records)) != found:
         raise ValueError(
             f"{d.root}: found other images than {run} was split on, so that test images may have been trained on; "
             "expected the same names, organs and groups"
         )
-    split = data.split_records(records, scheme=d.split, folds=d.folds, fold=d.fold, inner=d.inner, seed=d.seed)
     indices = split.test or split.inner
     samples = data.Samples([records[i] for i in indices], memory_gib=d.memory)
     on_gpu, precision = uses_gpu(), metadata.get("precision", "no")

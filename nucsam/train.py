@@ -56,8 +56,7 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
         raise ValueError(f"train.log_with: {t.log_with} is not installed; expected one that is, or ''")
     check_out(out, config, resume)
 
-    records = data.find_records(d.root, layout=d.layout, group=d.group)
-    split = data.split_records(records, scheme=d.split, folds=d.folds, fold=d.fold, inner=d.inner, seed=d.seed)
+    records, split = scoring.find_images(d)
     training = split.train + split.inner if d.select == "test" else split.train
     selecting = split.test if d.select == "test" else split.inner
     if not training or not selecting:

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     return out
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(folder):
     """Makes the configuration of a run of seconds; arguments are table.key=value overrides."""
     from nucsam.config import override
@@ -35,3 +35,21 @@ def tiny(folder):
         return override(tables, list(overrides))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def base():
+    """A random base with nothing left at 0 or 1: BatchNorms, their statistics, attention biases."""
+    from dataclasses import replace
+
+    import torch
+
+    from nucsam.base import load_base, state_sha256
+
+    fresh, generator = load_base("none", seed=1), torch.Generator().manual_seed(4)
+    state = {}
+    for name, tensor in fresh.state.items():
+        if tensor.is_floating_point() and tensor.ndim < 3:
+            tensor = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        state[name] = tensor.abs() + 0.1 if name.endswith("running_var") else tensor
+    return replace(fresh, state=state, sha256=state_sha256(state))

@@ -28,18 +28,6 @@ SIX = [(train, head) for train in ("lora", "full", "head") for head in ("instanc
 IMAGES = 255 * torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.fixture(scope="module")
-def base() -> Base:
-    """Random weights with nothing left at 0 or 1: BatchNorms, their statistics, attention biases."""
-    fresh, generator = load_base("none", seed=1), torch.Generator().manual_seed(4)
-    state = {}
-    for name, tensor in fresh.state.items():
-        if tensor.is_floating_point() and tensor.ndim < 3:
-            tensor = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-        state[name] = tensor.abs() + 0.1 if name.endswith("running_var") else tensor
-    return replace(fresh, state=state, sha256=state_sha256(state))
-
-
 def trained(base: Base, seed: int = 5, **model) -> Nucsam:
     """A model whose trainable weights are all away from where they began."""
     net, generator = build(Model(width=32, **model), base, seed=0).eval(), torch.Generator().manual_seed(seed)

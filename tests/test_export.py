@@ -17,18 +17,6 @@ IMAGES = 255 * torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(
 PIXELS = 255 * torch.rand(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture(scope="module")
-def base() -> Base:
-    """Random weights with nothing left at 0 or 1: BatchNorms, their statistics, attention biases."""
-    fresh, generator = load_base("none", seed=1), torch.Generator().manual_seed(4)
-    state = {}
-    for name, tensor in fresh.state.items():
-        if tensor.is_floating_point() and tensor.ndim < 3:
-            tensor = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-        state[name] = tensor.abs() + 0.1 if name.endswith("running_var") else tensor
-    return replace(fresh, state=state, sha256=state_sha256(state))
-
-
 def make_run(run: Path, base: Base, model: Model) -> Nucsam:
     """A run as training leaves it, and its model."""
     net, generator = build(model, base, seed=0).eval(), torch.Generator().manual_seed(5)

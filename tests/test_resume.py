@@ -13,11 +13,10 @@ import time
 from dataclasses import replace
 
 import pytest
-from conftest import TINY
 from test_train import history, same
 
 from nucsam import checkpoint
-from nucsam.config import override, to_toml
+from nucsam.config import to_toml
 from nucsam.scoring import score_run
 from nucsam.train import train
 
@@ -25,11 +24,9 @@ fork = multiprocessing.get_context("fork")  # a child has everything imported al
 
 
 @pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
+def whole(tiny, tmp_path_factory):
     """The configuration of a run that writes its state after each of 30 steps, and that run, uninterrupted."""
-    tables = {name: dict(values) for name, values in TINY.items()}
-    tables["data"]["root"] = str(folder)
-    config = override(tables, ["train.epochs=10", "train.validate_every=2", "train.save_minutes=0"])
+    config = tiny("train.epochs=10", "train.validate_every=2", "train.save_minutes=0")
     run = tmp_path_factory.mktemp("whole") / "run"
     train(config, run)
     return config, run

@@ -30,14 +30,9 @@ def same(a, b):
 
 
 @pytest.fixture(scope="module")
-def once(tmp_path_factory, folder):
+def once(tmp_path_factory, tiny):
     """A finished run and its configuration."""
-    from conftest import TINY
-
-    from nucsam.config import override
-
-    tables = {name: dict(values) for name, values in TINY.items()}
-    config = override(tables | {"data": tables["data"] | {"root": str(folder)}}, ["train.epochs=3"])
+    config = tiny("train.epochs=3")
     run = tmp_path_factory.mktemp("runs") / "once"
     return run, config, train(config, run)
 
