@@ -7,6 +7,7 @@ Shape suffixes: B images, H W rows and columns of the map at hand, C channels, N
 L tokens of a window, A attention heads, D channels of a head.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -53,20 +54,37 @@ class Encoder(nn.Module):
             raise ValueError(f"an image is {height} x {width} px, expected multiples of 32 for the encoder")
         x = (images - self.pixel_mean) / self.pixel_std
         x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        first, act, second = self.patch_embed.seq
-        maps = [act(_conv_bn(first, x))]
-        x = _conv_bn(second, maps[0])
-        for stage in self.layers:
-            run = _attention_block if stage is not self.layers[0] else _mbconv
+        if _eager_cpu(x) and self._stem_is_fixed():  # image by image, its large maps stay in the cache
+            *maps, x = map(torch.cat, zip(*map(self._stem, x.split(1))))
+        else:
+            *maps, x = self._stem(x)
+        for stage in self.layers[1:]:
             for block in stage.blocks:
-                if self.checkpoint:
-                    x = checkpoint(run, block, x, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    x = run(block, x)
+                x = self._run(_attention_block, block, x)
             maps.append(x)
             if stage.downsample is not None:
                 x = _patch_merging(stage.downsample, x)
         return Features(*(x.permute(0, 3, 1, 2) for x in maps))
+
+    def _stem(self, x_BHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before the attention: maps at 1/2 and 1/4, and the input of the next stage."""
+        first, _, second = self.patch_embed.seq
+        s2 = _gelu(_conv_bn(first, x_BHWC))
+        x = _conv_bn(second, s2)
+        for block in self.layers[0].blocks:
+            x = self._run(_mbconv, block, x)
+        return s2, x, _patch_merging(self.layers[0].downsample, x)
+
+    def _stem_is_fixed(self) -> bool:
+        """Not in `calibrate`, which needs the statistics of the whole batch."""
+        parts = self.patch_embed, self.layers[0]
+        trains = any(p.requires_grad for part in parts for p in part.parameters())
+        return not (trains or self.patch_embed.seq[0].bn.training)
+
+    def _run(self, function: Callable[[nn.Module, Tensor], Tensor], block: nn.Module, x: Tensor) -> Tensor:
+        if self.checkpoint:
+            return checkpoint(function, block, x, use_reentrant=False, preserve_rng_state=False)
+        return function(block, x)
 
     def embed(self, features: Features) -> Tensor:
         """SAM's image embedding, (B, 256, H/16, W/16): what the mask decoder takes."""
@@ -116,47 +134,100 @@ def _conv_bn(module: nn.Module, x_BHWC: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
+def _eager_cpu(x: Tensor) -> bool:
+    """Where more and smaller operations cost nothing, and a graph need not hold for every size."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """In place where no gradient needs x: a new map costs more than the function."""
+    return F.gelu(x) if x.requires_grad else torch.ops.aten.gelu_(x)
+
+
 def _mbconv(block: nn.Module, x_BHWC: Tensor) -> Tensor:
-    x = block.act1(_conv_bn(block.conv1, x_BHWC))
-    x = block.act2(_conv_bn(block.conv2, x))
-    return block.act3(_conv_bn(block.conv3, x) + x_BHWC)
+    x = _gelu(_conv_bn(block.conv1, x_BHWC))
+    x = _gelu(_conv_bn(block.conv2, x))
+    return _gelu(_conv_bn(block.conv3, x) + x_BHWC)
 
 
 def _patch_merging(merge: nn.Module, x_BHWC: Tensor) -> Tensor:
-    x = merge.act(_conv_bn(merge.conv1, x_BHWC))
-    x = merge.act(_conv_bn(merge.conv2, x))
+    x = _gelu(_conv_bn(merge.conv1, x_BHWC))
+    x = _gelu(_conv_bn(merge.conv2, x))
     return _conv_bn(merge.conv3, x)
 
 
 def _attention_block(block: nn.Module, x_BHWC: Tensor) -> Tensor:
     """A stock `TinyViTBlock`: window attention, depthwise convolution, MLP. MobileSAM builds it without dropout."""
-    x = x_BHWC + _window_attention(block.attn, x_BHWC, block.window_size)
+    attention = _tiled_attention if _eager_cpu(x_BHWC) else _window_attention
+    x = x_BHWC + attention(block.attn, x_BHWC, block.window_size)
     x = _conv_bn(block.local_conv, x)
     return x + block.mlp(x)
 
 
 def _window_attention(attn: nn.Module, x_BHWC: Tensor, window: int) -> Tensor:
-    B, H, W, C = x_BHWC.shape
+    H, W = x_BHWC.shape[1:3]
     rows, columns = -(-H // window), -(-W // window)
     # Zeros before the norm, which take part in the attention, as in the stock encoder.
     x = F.pad(x_BHWC, (0, 0, 0, columns * window - W, 0, rows * window - H))
-    x = x.view(B, rows, window, columns, window, C).transpose(2, 3)
-    x_NLC = _attention(attn, x.reshape(B * rows * columns, window * window, C))
-    x = x_NLC.view(B, rows, columns, window, window, C).transpose(2, 3)
-    return x.reshape(B, rows * window, columns * window, C)[:, :H, :W]
+    qkv_BHWC = attn.qkv(attn.norm(x))
+    return attn.proj(_attention(attn, qkv_BHWC, window, window, _bias(attn))[:, :H, :W])
 
 
-def _attention(attn: nn.Module, x_NLC: Tensor) -> Tensor:
-    N, L, _ = x_NLC.shape
-    qkv_NALD = attn.qkv(attn.norm(x_NLC)).view(N, L, attn.num_heads, -1).transpose(1, 2)
-    q, k, v = qkv_NALD.split([attn.key_dim, attn.key_dim, attn.d], dim=3)
-    bias_1ALL = attn.attention_biases[:, attn.attention_bias_idxs].to(q.dtype)[None]
+def _tiled_attention(attn: nn.Module, x_BHWC: Tensor, window: int) -> Tensor:
+    """The same, without computing anything for the zeros outside of the map, at 512 px a fifth to two fifths of it.
+
+    They all have one and the same key and value, each with its own bias: to the pixels of a window they are one key
+    whose bias is the logarithm of the sum of their exponentials.
+    """
+    qkv_BHWC, bias_ALL = attn.qkv(attn.norm(x_BHWC)), _bias(attn)
+    bias_Ayxyx = bias_ALL.view(-1, *4 * (window,))
+    rows = []
+    for row_BHWC in _split(qkv_BHWC, 1, window):
+        parts = []
+        for part_BHWC in _split(row_BHWC, 2, window):
+            height, width = (min(side, window) for side in part_BHWC.shape[1:3])
+            bias_ALyx, outside_C = bias_Ayxyx[:, :height, :width].flatten(1, 2), None
+            bias = bias_ALyx[:, :, :height, :width].flatten(2)
+            if height * width < window * window:
+                outside_C = attn.qkv(attn.norm.bias)
+                outside = [bias_ALyx[:, :, height:].flatten(2), bias_ALyx[:, :, :height, width:].flatten(2)]
+                bias = torch.cat([bias, torch.cat(outside, dim=2).logsumexp(2, keepdim=True)], dim=2)
+            parts.append(_attention(attn, part_BHWC, height, width, bias, outside_C))
+        rows.append(torch.cat(parts, dim=2))
+    return attn.proj(torch.cat(rows, dim=1))
+
+
+def _split(x: Tensor, dim: int, window: int) -> list[Tensor]:
+    """Whole windows, and what is left over."""
+    rest = x.shape[dim] % window
+    return [part for part in x.split([x.shape[dim] - rest, rest], dim) if part.shape[dim]]
+
+
+def _bias(attn: nn.Module) -> Tensor:
+    return attn.attention_biases[:, attn.attention_bias_idxs]
+
+
+def _attention(
+    attn: nn.Module, qkv_BHWC: Tensor, height: int, width: int, bias_ALK: Tensor, outside_C: Tensor | None = None
+) -> Tensor:
+    """Attention within each tile of height x width, and to one more key and value where there is an `outside_C`."""
+    B, H, W, _ = qkv_BHWC.shape
+    rows, columns, sizes = H // height, W // width, [attn.key_dim, attn.key_dim, attn.d]
+    tiles = qkv_BHWC.view(B, rows, height, columns, width, -1).transpose(2, 3)
+    qkv_NALD = tiles.reshape(B * rows * columns, height * width, attn.num_heads, -1).transpose(1, 2)
+    q, k, v = qkv_NALD.split(sizes, dim=3)
+    if outside_C is not None:
+        _, key_A1D, value_A1D = outside_C.view(attn.num_heads, 1, -1).split(sizes, dim=2)
+        k = torch.cat([k, key_A1D.expand(len(k), -1, -1, -1)], dim=2)
+        v = torch.cat([v, value_A1D.expand(len(v), -1, -1, -1)], dim=2)
+    bias_1ALK = bias_ALK.to(q.dtype)[None]
     if q.device.type == "cpu" and q.dtype.itemsize == 2:
         # There the fused kernel's backward pass takes 3 to 6 times as long as the plain one (torch 2.15).
-        x_NALD = torch.softmax((q * attn.scale) @ k.transpose(2, 3) + bias_1ALL, dim=3).to(v.dtype) @ v
+        x_NALD = torch.softmax((q * attn.scale) @ k.transpose(2, 3) + bias_1ALK, dim=3).to(v.dtype) @ v
     else:
-        x_NALD = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_1ALL, scale=attn.scale)
-    return attn.proj(x_NALD.transpose(1, 2).reshape(N, L, attn.dh))
+        x_NALD = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_1ALK, scale=attn.scale)
+    x = x_NALD.transpose(1, 2).reshape(B, rows, columns, height, width, attn.dh).transpose(2, 3)
+    return x.reshape(B, H, W, attn.dh)
 
 
 def _layer_norm(norm: nn.Module, x_BHWC: Tensor) -> Tensor:
