@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
-environment ""
+environment report
 
 data=runs/quickstart/data run=runs/quickstart/fold0
 [ -d "$data" ] || nucsam synth "$data" --images 60 --size 256 --seed 0
@@ -17,4 +17,5 @@ echo
 echo "images                    $data"
 echo "run                       $run (config.toml, metrics.jsonl, scores.json, adapter.safetensors)"
 echo "truth | prediction        $run/overlays/*.png"
+echo "report page               $run/report.html"
 echo "one merged file           nucsam export $run --out nuclei.safetensors"

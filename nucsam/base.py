@@ -178,14 +178,16 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on garbage the unpickler raises whatever its bytes lead to
         raise ValueError(
-            f"{path} is not a whole checkpoint of tensors alone ({type(error).__name__}); "
-            "a file that would run code is never read"
+            f"{path} is not a whole checkpoint of tensors alone ({type(error).__name__}); a file that would run code is"
+            f" never read. Expected MobileSAM's {FILE} (download it again) or a file of nucsam export"
         ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{path} holds a {type(value).__name__} under {key!r}, expected only tensors")
+            raise ValueError(
+                f"{path} holds a {type(value).__name__} under {key!r}, expected only tensors: save the weights alone"
+            )
         if not isinstance(key, str):
             raise ValueError(f"{path} holds a tensor under {key!r}, expected only names")
         if value.layout != torch.strided or value.is_meta:
@@ -222,7 +224,10 @@ def _check_fit(state: dict[str, Tensor], path: Path) -> None:
     }
     found = [f"{len(keys)} keys {what}: {_shortened(sorted(keys))}" for what, keys in problems.items() if keys]
     if found:
-        raise ValueError(f"{path} does not fit MobileSAM (vit_t). " + "; ".join(found))
+        raise ValueError(
+            f"{path} does not fit MobileSAM (vit_t). {'; '.join(found)}. Expected MobileSAM's {FILE} or a file of "
+            "nucsam export; an adapter is merged with its base by nucsam export first"
+        )
 
 
 def _shortened(names: list[str], most: int = 5) -> str:

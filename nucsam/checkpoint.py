@@ -4,7 +4,6 @@ Files are safetensors with one metadata entry, `nucsam`, a JSON document; nothin
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nucsam import lora
+from nucsam.atomic import atomic
 from nucsam.base import Base, finite, load_base
 from nucsam.config import Config, load
 from nucsam.head import InstanceHead
 from nucsam.model import Nucsam, build
 
+ENCODER = "image_encoder."
+HEADLESS = "adapter of the encoder"  # kind of an adapter file without a head
 LORA = ("train", "rank", "alpha", "pattern")  # of the model's configuration; the shapes do not tell all of it
 
 
@@ -63,29 +65,6 @@ def read_json(text: str | bytes, source: str) -> dict[str, Any]:
     return found
 
 
-class atomic:
-    """Context of a temporary path beside `path` that takes its name on success and vanishes on failure."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.partial = path, path.with_name(f".{path.name}.{os.getpid()}.partial")
-
-    def __enter__(self) -> Path:
-        return self.partial
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        try:
-            if kind is None:
-                with self.partial.open("rb+") as file:
-                    os.fsync(file.fileno())
-                self.partial.replace(self.path)
-        except OSError as failed:  # such as a folder of that name
-            error = failed
-        if error is not None:
-            self.partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{self.path}: {error}; what was there before is unharmed") from error
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text file, or leave what was there."""
     with atomic(path) as partial:
@@ -106,26 +85,47 @@ def load_adapter(path: Path, model: Nucsam, base: Base) -> dict[str, Any]:
 
     ValueError where the adapter was trained on another base, or does not fit the model.
     """
+    weights, metadata = _read_adapter(path, ("adapter",))
+    _put_adapter(path, weights, metadata, model, base)
+    return metadata
+
+
+def open_adapter(path: Path, weights: str = "auto") -> tuple[Nucsam, Config, Base, dict[str, Any]]:
+    """As `open_run`, of an exported adapter file alone, on the base that `weights` names (`load_base`).
+
+    Its kind tells whether it holds a head; one of the kind HEADLESS leaves the head of the model random.
+    """
+    tensors, metadata = _read_adapter(path, ("adapter", HEADLESS))
+    config = Config.from_dict(metadata["config"], f"{path}: configuration")
+    base = load_base(weights)
+    net = build(config.model, base, seed=config.train.seed)
+    _put_adapter(path, tensors, metadata, net, base)
+    return net.eval(), config, base, metadata
+
+
+def _read_adapter(path: Path, kinds: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weights, metadata = read_tensors(path)
-    if metadata.get("kind") != "adapter":
-        raise ValueError(f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'adapter'")
+    if metadata.get("kind") not in kinds:
+        raise ValueError(f"{path}: found a file of kind {metadata.get('kind')!r}, expected {kinds[0]!r}")
     match metadata:
-        case {"base": {"sha256": str(), "source": str()} as trained_on, "config": {"model": dict()}}:
-            pass
-        case _:
-            raise ValueError(f"{path}: found metadata without base and config, expected those of an adapter")
+        case {"base": {"sha256": str(), "source": str()}, "config": {"model": dict()}}:
+            return weights, metadata
+    raise ValueError(f"{path}: found metadata without base and config, expected those of an adapter")
+
+
+def _put_adapter(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any], model: Nucsam, base: Base) -> None:
+    trained_on = metadata["base"]
     if trained_on["sha256"] != base.sha256:
         raise ValueError(
             f"{path}: trained on the base {trained_on['sha256'][:12]} ({trained_on['source']}), "
             f"found the base {base.sha256[:12]} ({base.source})"
         )
-    put(model, weights, path)
-    return metadata
+    put(model, weights, path, prefix=ENCODER if metadata["kind"] == HEADLESS else "")
 
 
-def put(model: Nucsam, weights: dict[str, Tensor], source: Path) -> None:
-    """Copy trained weights into the model in place; they must be exactly its trainable parameters."""
-    own = model.trainable()
+def put(model: Nucsam, weights: dict[str, Tensor], source: Path, prefix: str = "") -> None:
+    """Copy trained weights into the model in place; they must be exactly its trainable parameters of that prefix."""
+    own = {name: parameter for name, parameter in model.trainable().items() if name.startswith(prefix)}
     if odd := _unlike(weights, own):
         raise ValueError(f"{source}: weights do not fit the model: {len(odd)} tensors differ, such as {odd[0]}")
     with torch.no_grad():
@@ -149,10 +149,14 @@ def open_run(run: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
     """
     if not (run / "config.toml").is_file():
         raise ValueError(f"{run}: found no config.toml, expected a run directory of nucsam train")
+    path = run / "adapter.safetensors"
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such file: the run did not come to its first validation; go on by nucsam train --resume"
+        )
     config = load(run / "config.toml")
     base = run_base(run, config)
     net = build(config.model, base, seed=config.train.seed)
-    path = run / "adapter.safetensors"
     metadata = load_adapter(path, net, base)
     trained, found = metadata["config"]["model"], config.to_dict()["model"]
     changed = [f"model.{k}: {trained[k]!r} -> {found[k]!r}" for k in LORA if k in trained and trained[k] != found[k]]

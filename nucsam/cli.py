@@ -1,7 +1,9 @@
 """The command line: typer and rich, no logic. Heavy modules are imported inside the commands that need them."""
 
+import errno
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +15,12 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+SETTINGS = {"ignore_unknown_options": True}  # `--epochs 3` comes among the overrides, where it is explained
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status. A user's mistake is one message on stderr and status 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without a line of source code
     try:
         app(arguments, prog_name="nucsam")
     except SystemExit as exit:
@@ -30,8 +34,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _mistake(error: Exception) -> bool:
-    """Whether the message tells a user enough: those raised in nucsam itself, and the system's about a file."""
-    if isinstance(error, OSError) and error.filename:
+    """Whether the message tells a user enough: those raised in nucsam itself, and of a file or a full disk."""
+    if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
         return True
     trace = error.__traceback__
     while trace.tb_next is not None:
@@ -39,7 +43,7 @@ def _mistake(error: Exception) -> bool:
     return trace.tb_frame.f_globals.get("__name__", "").startswith("nucsam")
 
 
-@app.command()
+@app.command(context_settings=SETTINGS)
 def train(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG.toml] [table.key=value ...]", show_default=False)
@@ -53,14 +57,15 @@ def train(
     accelerate launch --config_file launch/ddp.yaml -m nucsam.train ...
     """
     from nucsam import config
-    from nucsam.train import train
 
     path, overrides = _configuration(arguments or [])
     settings = config.load(path, overrides)
+    from nucsam.train import train  # imports torch
+
     train(settings, out or Path("runs") / f"{path.stem}-fold{settings.data.fold}", resume=resume)
 
 
-@app.command()
+@app.command(context_settings=SETTINGS)
 def folds(
     out: Annotated[Path, typer.Option(help="Folder of all runs; the same again does what is missing.")],
     arguments: Annotated[
@@ -138,6 +143,37 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Run directory, or a safetensors file of nucsam export.")
+    ],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATHS...", help="Image files, and folders of them.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results, files named by the images' stems.")],
+    formats: Annotated[
+        str, typer.Option(help="Some of labels,geojson,csv,overlay: STEM.tif, .geojson, .csv, overlays/STEM.png.")
+    ] = "labels",
+    scale: Annotated[float | None, typer.Option(help="Model px per image px; else by microns per px.")] = None,
+    mpp: Annotated[float | None, typer.Option(help="Microns per px of the images; else their TIFF tags.")] = None,
+    tile: Annotated[int | None, typer.Option(help="Side of a tile, px at the trained scale; else a crop.")] = None,
+    overlap: Annotated[int | None, typer.Option(help="Px that tiles share; else an eighth of a tile.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Tiles at a time; else 1 on a CPU, as trained on a GPU.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    tta: Annotated[bool, typer.Option("--tta", help="Mean over the eight flips and turns; 8 times slower.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace results that are there.")] = False,
+) -> None:
+    """Predict images of any size: label maps, GeoJSON for QuPath, a table of nuclei, pictures with contours.
+
+    Exit status 1 if an image could not be predicted, which is named; the others are. On several devices:
+    accelerate launch --multi_gpu --num_processes 4 -m nucsam.predict ...
+    """
+    from nucsam.batch import predict_files
+
+    options = {"scale": scale, "mpp": mpp, "tile": tile, "overlap": overlap, "batch": batch, "tta": tta}
+    names = [name.strip() for name in formats.split(",") if name.strip()]
+    raise typer.Exit(predict_files(model, paths, out, formats=names, device=device, force=force, **options))
+
+
+@app.command()
 def synth(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder.")],
     images: Annotated[int, typer.Option(help="How many.")] = 40,
@@ -173,8 +209,8 @@ def inspect(
             console.print(text, style=style, markup=False)
     if summary["examples"]:
         tiles = (
-            (name, draw.contours(folder.read_image(image), folder.read_label(label)))
-            for name, image, label in summary["examples"]
+            (name, draw.contours(image := folder.read_image(path), folder.read_nuclei(Path(label), image.shape[:2])))
+            for name, path, label in summary["examples"]
         )
         draw.contact_sheet(tiles, sheet)
         console.print(f"contact sheet: {sheet}", markup=False)
@@ -185,17 +221,42 @@ def inspect(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of nucsam train.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of nucsam train, or an exported adapter.")],
     out: Annotated[Path, typer.Option(help="File to write.")],
     format: Annotated[
-        str, typer.Option(help="safetensors (LoRA merged, head included) or mobile-sam.")
+        str,
+        typer.Option(
+            help="safetensors (LoRA merged, head included, for nucsam), mobile-sam (stock MobileSAM's tensors), onnx, "
+            "or adapter (LoRA and head alone)."
+        ),
     ] = "safetensors",
+    base: Annotated[str, typer.Option(help="Base weights of an exported adapter: a path, or auto.")] = "",
+    without_head: Annotated[bool, typer.Option("--without-head", help="Of an adapter, LoRA alone.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a run's model as one file, LoRA merged into the weights."""
+    """Write a finished run's model as one file."""
+    from rich.console import Console
+
     from nucsam.export import export
 
-    print(export(run, out, format=format, force=force))
+    with Console(stderr=True).status(f"writing {out}"):
+        sentence = export(run, out, format=format, base=base, without_head=without_head, force=force)
+    print(sentence)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of nucsam train or of nucsam folds.")],
+    data: Annotated[str, typer.Option(help="Folder of RUN's images, if it has moved.")] = "",
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for every chart and picture as a file, and a contact sheet of the data.")
+    ] = None,
+) -> None:
+    """Write RUN/report.html: a run or a cross-validation as one page that needs no network."""
+    from nucsam.report import write
+
+    for path in write(run, root=data, figures=figures):
+        print(path)
 
 
 def _configuration(arguments: list[str]) -> tuple[Path, list[str]]:
@@ -204,6 +265,10 @@ def _configuration(arguments: list[str]) -> tuple[Path, list[str]]:
     if len(files) > 1:
         raise ValueError(f"found {len(files)} configurations ({', '.join(files)}), expected one, and table.key=value")
     overrides = [text for text in arguments if not text.endswith(".toml")]
+    if odd := [text for text in overrides if text.startswith("-")]:
+        raise ValueError(
+            f"no such option: {odd[0]} (--help lists them); a setting is table.key=value, such as train.epochs=10"
+        )
     return (Path(files[0]) if files else default_configuration()), overrides
 
 

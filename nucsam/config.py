@@ -218,7 +218,9 @@ def override(tables: dict[str, Any], overrides: list[str] | tuple[str, ...], sou
         name, equals, value = text.partition("=")
         table, dot, key = name.strip().partition(".")
         if not (equals and dot and key):
-            raise ValueError(f"override: found {text!r}, expected table.key=value, such as train.epochs=10")
+            raise ValueError(
+                f"override: found {text!r}, expected table.key=value, such as data.root=my_folder or train.epochs=10"
+            )
         tables.setdefault(table, {})[key] = _parse(value)
     return Config.from_dict(tables, "command line" if overrides else source)
 

@@ -2,10 +2,12 @@
 
     nuinsseg:  ORGAN/tissue images/NAME.png, ORGAN/label masks modify/NAME.tif,
                ORGAN/vague areas/mask binary/NAME.png
-    plain:     images/NAME.png, labels/NAME.tif, vague/NAME.png; or images/ORGAN/NAME.png, ...
+    plain:     images/NAME.png, labels/NAME.tif or annotations/NAME.geojson, vague/NAME.png;
+               or images/ORGAN/NAME.png, ...
 
-The types of the files are those of `nucsam.images`. Vague areas, which need not be there, are the non-zero
-pixels of an image file. Hidden files and other types are ignored; symbolic links are followed, wherever they lead.
+The types of the files are those of `nucsam.images`; annotations are outlines, as QuPath exports them. Vague areas,
+which need not be there, are the non-zero pixels of an image file. Hidden files and other types are ignored; symbolic
+links are followed, wherever they lead.
 """
 
 import hashlib
@@ -23,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nucsam import geojson
 from nucsam.images import IMAGES, LABELS, read_image, read_label, read_mpp, write_label  # noqa: F401 (for others)
 
 NUINSSEG = (  # folders of an organ with its images, labels and vague areas, in order of preference
@@ -89,7 +92,7 @@ def _by_stem(folders: Sequence[Path], suffixes: tuple[str, ...], problems: list[
 
 
 def _folders(root: Path, layout: str) -> list[tuple[str, list[list[Path]]]]:
-    """(organ, its folders as in NUINSSEG) of each organ."""
+    """(organ, its folders as in NUINSSEG, then those of annotations) of each organ."""
     if layout not in ("auto", "nuinsseg", "plain"):
         raise ValueError(f"data.layout: found {layout!r}, expected auto, nuinsseg or plain")
     inside = visible(root)
@@ -97,12 +100,18 @@ def _folders(root: Path, layout: str) -> list[tuple[str, list[list[Path]]]]:
     organs = {path: known & {child.name for child in visible(path)} for path in inside} if layout != "plain" else {}
     organs = {path: names for path, names in organs.items() if names}
     if any("tissue images" in names for names in organs.values()):
-        return [(organ.name, [[organ / name for name in kind] for kind in NUINSSEG]) for organ in organs]
+        return [(organ.name, [*([organ / name for name in kind] for kind in NUINSSEG), []]) for organ in organs]
     if root / "images" in inside and layout != "nuinsseg":
-        kinds = ("images", "labels", "vague")
+        kinds = ("images", "labels", "vague", "annotations")
         names = {"", *(path.name for kind in kinds for path in visible(root / kind) if path.is_dir())}
         return [(name, [[root / kind / name] for kind in kinds]) for name in sorted(names)]
-    raise ValueError(f"{root}: found no data set, expected ORGAN/tissue images (nuinsseg) or images (plain) in it")
+    what = "" if root.is_dir() else " (a file; unpack it)" if root.is_file() else " (no such folder)"
+    near = [path for path in inside if any((p / "tissue images").is_dir() for p in visible(path))]
+    near += [path for path in inside if (path / "images").is_dir()] + [root.parent] * (root / "tissue images" in inside)
+    raise ValueError(
+        f"{root}: found no data set{what}, expected ORGAN/tissue images (nuinsseg) or images (plain) in it"
+        + (f"; did you mean {near[0]}?" if near else "")
+    )
 
 
 def _scan(root: Path, layout: str, group: str) -> tuple[list[Record], list[str], list[str]]:
@@ -113,8 +122,11 @@ def _scan(root: Path, layout: str, group: str) -> tuple[list[Record], list[str],
         raise ValueError(f"data.group: found {group!r}, expected a regular expression ({error})") from error
     records, problems, orphans, unused = [], [], [], []
     for organ, folders in _folders(root, layout):
-        kinds = zip(folders, (IMAGES, LABELS, IMAGES))
-        images, labels, vague = (_by_stem(paths, suffixes, problems) for paths, suffixes in kinds)
+        kinds = zip(folders, (IMAGES, LABELS, IMAGES, (".geojson",)))
+        images, labels, vague, drawn = (_by_stem(paths, suffixes, problems) for paths, suffixes in kinds)
+        twice = sorted(labels.keys() & drawn.keys())
+        problems += [f"{drawn[stem]}: found {labels[stem]} too, expected one of them" for stem in twice]
+        labels |= drawn
         orphans += [path for stem, path in labels.items() if stem not in images]
         unused += [path for stem, path in vague.items() if stem not in images]
         for stem, image in images.items():
@@ -123,7 +135,8 @@ def _scan(root: Path, layout: str, group: str) -> tuple[list[Record], list[str],
             if not key:
                 problems.append(f"{image}: found a name that data.group={group!r} does not match")
             elif stem not in labels:
-                problems.append(f"{image}: found no label of this stem, expected one in {folders[1][0]}")
+                places = " or ".join(str(paths[0]) for paths in (folders[1], folders[3]) if paths)
+                problems.append(f"{image}: found no label of this stem, expected one in {places}")
             else:
                 records.append(Record(stem, organ, image, labels[stem], vague.get(stem), key))
     if not records and not problems:
@@ -173,15 +186,21 @@ def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[0]}"
 
 
+def read_nuclei(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """A label file, or the GeoJSON of an image of `shape` (H, W), as int32 (H, W): see `read_label`, `geojson.read`."""
+    return geojson.read(path, shape) if path.suffix.lower() == ".geojson" else read_label(path)
+
+
 def read_sample(record: Record) -> Sample:
     """Reads and checks one record. Raises ValueError on a bad file, sizes that differ, a side under 64 px,
     and a binary mask in place of ids (several components that all have one id)."""
     from scipy import ndimage
     from skimage.segmentation import relabel_sequential
 
-    image, label = read_image(record.image), read_label(record.label)
-    vague = read_image(record.vague).any(-1) if record.vague else None
+    image = read_image(record.image)
     size = image.shape[:2]
+    label = read_nuclei(record.label, size)
+    vague = read_image(record.vague).any(-1) if record.vague else None
     if min(size) < MIN_SIDE:
         raise ValueError(f"{record.image}: found {_size(size)} px, expected at least {MIN_SIDE} px a side")
     for path, mask in ((record.label, label), (record.vague, vague)):
@@ -190,7 +209,7 @@ def read_sample(record: Record) -> Sample:
     value, label = label.max(), relabel_sequential(label)[0]
     if label.max() == 1 and (parts := ndimage.label(label, np.ones((3, 3)))[1]) > 1:
         found = f"a binary mask ({parts} components that all have the value {value})"
-        raise ValueError(f"{record.label}: found {found}, expected one id per nucleus")
+        raise ValueError(f"{record.label}: found {found}, expected one id per nucleus, as of skimage.measure.label")
     return Sample(image, label, vague)
 
 

@@ -166,7 +166,7 @@ def _attention_block(block: nn.Module, x_BHWC: Tensor) -> Tensor:
 
 def _window_attention(attn: nn.Module, x_BHWC: Tensor, window: int) -> Tensor:
     H, W = x_BHWC.shape[1:3]
-    rows, columns = -(-H // window), -(-W // window)
+    rows, columns = (H + window - 1) // window, (W + window - 1) // window  # ONNX divides towards 0
     # Zeros before the norm, which take part in the attention, as in the stock encoder.
     x = F.pad(x_BHWC, (0, 0, 0, columns * window - W, 0, rows * window - H))
     qkv_BHWC = attn.qkv(attn.norm(x))

@@ -95,7 +95,7 @@ def _truth_files(folder: str | Path) -> dict[str, tuple[str, Path, Path | None]]
     from nucsam.data import LABELS, find_records
 
     folder = Path(folder)
-    if (folder / "labels").is_dir() or any(folder.glob("*/label masks*")):
+    if any((folder / kind).is_dir() for kind in ("labels", "annotations")) or any(folder.glob("*/label masks*")):
         return {record.name: (record.organ, record.label, record.vague) for record in find_records(folder)}
     return {name: (organ, path, None) for name, (organ, path) in _label_files(folder, LABELS).items()}
 
@@ -106,7 +106,8 @@ def find_pairs(
     """Pairs of files with the same stem, names without a prediction, and predictions without a truth.
 
     truth: folder of .tif, .tiff, .png or .npy label maps, flat or with a sub-folder for each organ; or a data set
-        in NuInsSeg's or the plain layout, whose vague areas are used then.
+        in NuInsSeg's or the plain layout, whose vague areas are used then; outlines of `annotations` are taken to be of
+        an image of the prediction's size.
     pred: folder of label maps, flat or with sub-folders. vague: folder of masks, nonzero = vague.
     organ: regular expression whose first group (or match), searched in the name, is the organ.
 
@@ -157,9 +158,10 @@ def row(name: str, organ: str, found: Score, warned: Sequence[str] = ()) -> dict
 
 def score_pair(pair: Pair, protocols: Sequence[Protocol], connected: bool = False) -> list[dict]:
     """A row of one image for each protocol. ValueError, with the files' names, where they cannot be scored."""
-    from nucsam.data import read_label
+    from nucsam.data import read_label, read_nuclei
 
-    truth, pred = read_label(pair.truth), read_label(pair.pred)
+    pred = read_label(pair.pred)
+    truth = read_nuclei(pair.truth, pred.shape)
     vague = read_vague(pair.vague) if pair.vague else None
     rows = []
     for protocol in protocols:

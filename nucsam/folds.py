@@ -7,7 +7,7 @@ A job is a run directory (RUNS/fold0, with a grid RUNS/model.rank-4/fold0), besi
 of its child process, `nucsam.train --resume`, which sees one device and no distributed environment. A claim on a job is
 a file lock in RUNS/.locks that process and child hold: the system drops it when both are gone, so a dead one blocks
 nobody and no process group is needed. Nodes share jobs where their file system has locks (NFS; Lustre with -o flock).
-Nothing here imports torch, so a process that waits stays small.
+Nothing imports torch before the report at the end, so a process that waits stays small.
 """
 
 import ctypes
@@ -41,7 +41,7 @@ from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 
-from nucsam import config, evaluate
+from nucsam import config, evaluate, report
 from nucsam.config import Config
 
 TRAINER = (sys.executable, "-m", "nucsam.train")
@@ -84,6 +84,7 @@ class Job:
     config: Config
     run: Path
     lock: Path
+    trainer: tuple[str, ...] = ()  # the child's command before its arguments; none = TRAINER
 
     @property
     def name(self) -> str:
@@ -203,21 +204,8 @@ def folds(path: Path, overrides: Sequence[str], out: Path, grid: Sequence[str] =
         raise ValueError(f"--out: found {out}, expected a path without =, which would read as table.key=value")
     base = config.load(path, overrides)
     jobs = plan(variants(base, grid), out)
-    environment = child_environment(os.environ, device_of(os.environ))
-    first = int(os.environ.get("RANK", 0)) == 0
-    _check(out, base, jobs)
-    board = Board(jobs, since=_launched(), shown=first)
-    with _Stop() as stop, board.live or nullcontext():
-        while not stop() and not board.ended():
-            if claim := board.claim():
-                _work(*claim, environment, stop, board)
-            else:
-                board.refresh()
-                time.sleep(POLL)
-        board.refresh()
-    if stop():
-        raise SystemExit(128 + stop.signal)
-    if not first:
+    board = run(jobs, base, out)
+    if not is_first():
         return 0  # the first one tells; a launcher would end the others on any other status
     table = cross_validation(jobs, path.stem)
     parts = markdown(table)
@@ -229,7 +217,34 @@ def folds(path: Path, overrides: Sequence[str], out: Path, grid: Sequence[str] =
     for job in failed:
         board.say(f"not done: {job.name}, see {job.log}", "red")
     board.say(f"table: {out / 'table.md'}, {out / 'table.json'}")
+    board.say(report.finish(out))
     return 1 if failed else 0
+
+
+def is_first() -> bool:
+    """Whether this process is the launch's first, which tells and writes for all."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def run(jobs: Sequence[Job], base: Config, out: Path) -> "Board":
+    """Do the jobs under `out` with the other launched processes, until each is done or has failed.
+
+    `base` is what they have in common. Raises as `folds` does.
+    """
+    environment = child_environment(os.environ, device_of(os.environ))
+    _check(out, base, jobs)
+    board = Board(jobs, since=_launched(), shown=is_first())
+    with _Stop() as stop, board.live or nullcontext():
+        while not stop() and not board.ended():
+            if claim := board.claim():
+                _work(*claim, environment, stop, board)
+            else:
+                board.refresh()
+                time.sleep(POLL)
+        board.refresh()
+    if stop():
+        raise SystemExit(128 + stop.signal)
+    return board
 
 
 class Board:
@@ -333,7 +348,7 @@ def _work(job: Job, lock: int, environment: dict[str, str], stop: _Stop, board: 
         record = {"began": time.time(), "where": where, "log_from": log.tell()}
         _note(lock, record)
         child = subprocess.Popen(
-            [*TRAINER, str(settings), "--out", str(job.run), "--resume"],
+            [*(job.trainer or TRAINER), str(settings), "--out", str(job.run), "--resume"],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+OUTCOMES = ("matched", "missed", "false", "split", "merged")
 METRICS = ("dice", "dice2", "aji", "aji_plus", "dq", "sq", "pq", "precision", "recall", "f1", "map")
 
 _BITS = 21  # truth id, prediction id and run length share the 63 bits of a non-negative int64
@@ -102,6 +103,8 @@ class Score:
     pair_iou: np.ndarray = field(**_ARRAY)  # (tp,)
     missed: np.ndarray = field(**_ARRAY)  # (fn,) truth ids
     spurious: np.ndarray = field(**_ARRAY)  # (fp,) prediction ids
+    split_pairs: np.ndarray = field(**_ARRAY)  # (n, 2) ids: each split truth with the predictions it holds most of
+    merged_pairs: np.ndarray = field(**_ARRAY)  # (n, 2) ids: each merging prediction with the truths it holds most of
 
     @property
     def n_truth(self) -> int:
@@ -175,6 +178,22 @@ class Score:
         """Mean of `ap` (micro-sam's mSA)."""
         return sum(self.ap) / len(self.ap)
 
+    def outcomes(self) -> tuple[dict[int, str], dict[int, str]]:
+        """What became of each true and each predicted object: id -> one of OUTCOMES.
+
+        A truth is "split" where it holds most (over half of the pixels) of each of two or more predictions, which
+        are "split" too. A prediction is "merged" where it holds most of each of two or more truths, which are
+        "merged" too. Else those paired at the protocol's IoU are "matched", a truth without a pair is "missed", a
+        prediction without one "false". A split or merged object may be paired as well; where an object is both,
+        a truth counts as split and a prediction as merged: `splits` truths and `merges` predictions.
+        """
+        truth, pred = dict.fromkeys(self.missed.tolist(), "missed"), dict.fromkeys(self.spurious.tolist(), "false")
+        for pairs, name in ((self.pairs, "matched"), (self.merged_pairs, "merged"), (self.split_pairs, "split")):
+            truth |= dict.fromkeys(pairs.reshape(-1, 2)[:, 0].tolist(), name)
+        for pairs, name in ((self.pairs, "matched"), (self.split_pairs, "split"), (self.merged_pairs, "merged")):
+            pred |= dict.fromkeys(pairs.reshape(-1, 2)[:, 1].tolist(), name)
+        return truth, pred
+
     def as_dict(self) -> dict:
         """Metrics (NaN where undefined), `ap`, numbers of objects, and the raw counts under `counts`."""
         names = (*METRICS, "ap", "n_truth", "n_pred", "both_empty")
@@ -216,7 +235,7 @@ def score(
     known = vague is not None and rules.vague != "ignore"
     vague = np.asarray(vague) != 0 if known else np.zeros(truth.shape, bool)
     if not truth.shape == pred.shape == vague.shape:
-        shapes = f"truth {truth.shape}, prediction {pred.shape}, vague areas {vague.shape}"
+        shapes = f"truth {truth.shape}, prediction {pred.shape}" + (f", vague areas {vague.shape}" if known else "")
         raise ValueError(f"found different shapes: {shapes}")
     min_area = rules.min_area
     if known or rules.zone_width:
@@ -402,6 +421,12 @@ def _counts(table: _Table, rules: Protocol, truth_ids: np.ndarray | None, pred_i
 
     truth_names = table.truth_ids if truth_ids is None else truth_ids[table.truth_ids]
     pred_names = table.pred_ids if pred_ids is None else pred_ids[table.pred_ids]
+
+    def named(pairs: np.ndarray) -> np.ndarray:
+        return np.stack([truth_names[t[pairs]], pred_names[p[pairs]]], 1)
+
+    split = _repeated(t, np.flatnonzero(2 * inter > table.pred_area[p]))
+    merged = _repeated(p, np.flatnonzero(2 * inter > table.truth_area[t]))
     return Score(
         rules,
         tp=len(matched),
@@ -414,14 +439,21 @@ def _counts(table: _Table, rules: Protocol, truth_ids: np.ndarray | None, pred_i
         aji_inter=int(inter[best].sum()),
         aji_union=int(aji_union),
         aji_plus_inter=int(inter[one_to_one].sum()),
-        splits=int((np.bincount(t[2 * inter > table.pred_area[p]]) > 1).sum()),
-        merges=int((np.bincount(p[2 * inter > table.truth_area[t]]) > 1).sum()),
+        splits=len(np.unique(t[split])),
+        merges=len(np.unique(p[merged])),
         ap_tp=(len(_match(t, p, iou, half, contested)), *(int((twentieths >= k).sum()) for k in range(11, 20))),
-        pairs=np.stack([truth_names[t[matched]], pred_names[p[matched]]], 1),
+        pairs=named(matched),
         pair_iou=iou[matched],
         missed=truth_names[missed],
         spurious=pred_names[spurious],
+        split_pairs=named(split),
+        merged_pairs=named(merged),
     )
+
+
+def _repeated(group: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Those of the pairs whose group has another of them."""
+    return pairs[np.bincount(group[pairs])[group[pairs]] > 1]
 
 
 def _best_predictions(t: np.ndarray, iou: np.ndarray, union: np.ndarray) -> np.ndarray:

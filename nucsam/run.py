@@ -182,9 +182,15 @@ def check_out(out: Path, config: Config, resume: bool) -> None:
     if resume and written.is_file():
         changed = [line for line in differences(load(written), config) if not line.startswith(MAY_CHANGE)]
         if changed:
-            raise ValueError(f"{written}: --resume with another configuration: {'; '.join(changed)} (found -> wanted)")
+            raise ValueError(
+                f"{written}: --resume with another configuration: {'; '.join(changed)} (found -> wanted); give the "
+                "run's own settings, or another --out for a new run"
+            )
     elif out.exists() and any(not path.name.endswith(".partial") for path in out.iterdir()):
-        raise ValueError(f"{out}: found files, expected no such folder or an empty one; --resume goes on with a run")
+        raise ValueError(
+            f"{out}: found files, expected no such folder or an empty one; give another --out, or --resume to go on "
+            "with the run there"
+        )
 
 
 def make_out(out: Path, config: Config) -> None:

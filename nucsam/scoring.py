@@ -6,22 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 
 from nucsam import checkpoint, data, draw, evaluate, metrics
 from nucsam.config import Config, Data
 from nucsam.model import build
-from nucsam.predict import Predictor
+from nucsam.predict import Predictor, uses_gpu
 
 PROTOCOL = "nuinsseg"
 HEADLINE = ("dice", "aji", "pq")
-
-
-def uses_gpu() -> bool:
-    """Whether training and scoring run on a GPU: there is one, and the launcher was not told to use the CPU."""
-    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def find_images(d: Data) -> tuple[list[data.Record], data.Split]:
@@ -30,18 +24,25 @@ def find_images(d: Data) -> tuple[list[data.Record], data.Split]:
     return records, data.split_records(records, scheme=d.split, folds=d.folds, fold=d.fold, inner=d.inner, seed=d.seed)
 
 
-def predictor(net: Any, config: Config) -> Predictor:
+def predictor(net: Any, config: Config, *, tta: bool = False) -> Predictor:
     """The predictor that scores a run: tiles so large that images of the data sets are whole."""
-    tile = max(1024, config.data.crop)
-    return Predictor(net, scale=config.data.scale, instances=config.instances, tile=tile, batch=config.train.batch)
+    d, batch = config.data, config.train.batch
+    tile = max(1024, d.crop)
+    return Predictor(net, scale=d.scale, instances=config.instances, tile=tile, batch=batch, tta=tta)
 
 
 def score_images(
-    net: Any, config: Config, samples: data.Samples, indices: Sequence[int], accelerator: Accelerator
+    net: Any,
+    config: Config,
+    samples: data.Samples,
+    indices: Sequence[int],
+    accelerator: Accelerator,
+    *,
+    tta: bool = False,
 ) -> list[dict[str, Any]]:
     """`evaluate.scored` of images for each variant of NuInsSeg's protocol, the same on every process.
 
-    The processes share the images, each of which is scored once.
+    The processes share the images, each of which is scored once. tta: as of `nucsam.predict.Predictor`.
     """
     own = list(indices)[accelerator.process_index :: accelerator.num_processes]
     vague = any(samples.records[i].vague for i in indices)
@@ -49,7 +50,7 @@ def score_images(
     was_training = net.training
     net.eval()
     rows = []
-    predicted = predictor(net, config).predict_many(samples[i].image for i in own)
+    predicted = predictor(net, config, tta=tta).predict_many(samples[i].image for i in own)
     for index, pred in zip(own, predicted):
         record, sample = samples.records[index], samples[index]
         for protocol in protocols:

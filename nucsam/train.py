@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingCo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from nucsam import checkpoint, data, evaluate, model, scoring
+from nucsam import checkpoint, data, evaluate, model, report, scoring
 from nucsam.augment import augment, window
 from nucsam.base import Base, load_base
 from nucsam.config import Config, Train
@@ -65,6 +65,16 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
             f"{len(selecting)} to choose the epoch by; expected at least one of each"
         )
     samples = data.Samples(records, memory_gib=d.memory, progress=main)
+    if not any(samples[i].label.any() for i in training):
+        raise ValueError(
+            f"data.root: found no nucleus in the {len(training)} images of {d.root} to train on, expected label maps "
+            f"with an id per nucleus; nucsam inspect {d.root} counts them"
+        )
+    if main and d.crop > (side := max(min(size) for size in samples.sizes)):
+        warning = (
+            f"data.crop: found {d.crop} px, but no image with a shorter side over {side} px: a smaller crop is faster"
+        )
+        console.print(warning, style="yellow")
     crops = data.Crops(samples, window=window(d.crop, config.augment), seed=t.seed)
     batches = data.EpochBatches(
         training,
@@ -100,6 +110,8 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
     run = Run(out, config, base, weights, average, optimizer, accelerator.scaler, about, main)
     if resume and run.state.is_file():
         run.restore()
+    elif resume and main:
+        console.print(f"--resume: found no run to go on with in {out}; a new one begins", style="yellow", markup=False)
     accelerator.wait_for_everyone()  # what one writes now, none takes for something that was there
     if main:  # and nothing is written before all that a user can get wrong has been looked at
         make_out(out, config)
@@ -190,6 +202,7 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
         evaluate.write_json(out / "scores.json", scores)
         _warn_if_worse(progress.history, t.best)
         console.print(scoring.sentence(scores))
+        console.print(report.finish(out, net), markup=False, soft_wrap=True)
     accelerator.end_training()
     if torch.distributed.is_initialized():  # gloo sometimes aborts at interpreter exit otherwise
         accelerator.wait_for_everyone()

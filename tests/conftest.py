@@ -53,3 +53,12 @@ def base():
             tensor = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
         state[name] = tensor.abs() + 0.1 if name.endswith("running_var") else tensor
     return replace(fresh, state=state, sha256=state_sha256(state))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_report(request):
+    """A training's report page takes longer than a tiny training: only its own tests make it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_report":
+            patch.setattr("nucsam.report.finish", lambda folder, net=None: "no report in the tests")
+        yield

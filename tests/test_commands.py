@@ -1,22 +1,133 @@
-"""The commands as a user gives them: what they print, write and return."""
+"""The commands as a user gives them, those of the README first: what they print, write and return."""
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from conftest import TINY
+from PIL import Image
 
+from nucsam import config, folds
 from nucsam.cli import run
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT = [f"{table}.{key}={value}" for table, values in TINY.items() for key, value in values.items()]
+NOT_RUN = {  # how a line begins, and why no test runs it
+    "bash launch/quickstart.sh": "makes an environment; `trained` below does what it then does, shortened",
+    "bash launch/test.sh": "runs the tests",
+    "kaggle ": "needs an account and a network",
+    "hf ": "needs an account and a network",
+    "nucsam export runs/fold0 --out nuclei.onnx ": "takes 20 seconds; test_export makes and runs one",
+    "sbatch ": "needs a cluster",
+    "!": "cells of a notebook that has GPUs",
+    "accelerate launch --multi_gpu ": "needs GPUs; test_folds and test_distributed launch several processes",
+    "accelerate launch --config_file launch/ddp.yaml ": "needs GPUs; test_distributed launches several processes",
+}
+COPY = """
+import shutil, sys
+settings, out = sys.argv[1], sys.argv[sys.argv.index("--out") + 1]
+shutil.copytree("runs/fold0", out)
+shutil.copy(settings, out + "/config.toml")
+"""
 
 
-def nucsam(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-m", "nucsam", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = ("train", "folds", "evaluate", "predict", "synth", "inspect", "export", "report")
+LINES = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture
+def newcomer(folder, tmp_path, monkeypatch):
+    """An empty working directory of a newcomer, with what the README's lines name: NuInsSeg, my_folder, slides."""
+    shutil.copytree(folder, tmp_path / "data/NuInsSeg")
+    for kind in ("my_folder/images", "my_folder/labels", "slides"):
+        (tmp_path / kind).mkdir(parents=True)
+    for number, image in enumerate(sorted(folder.glob("*/tissue images/*.png"))):
+        shutil.copy(image, tmp_path / "my_folder/images")
+        shutil.copy(image.parents[1] / "label masks modify" / f"{image.stem}.tif", tmp_path / "my_folder/labels")
+        if number < 3:
+            shutil.copy(image, tmp_path / "slides")
+    for name in ("launch", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "finished.py").write_text(COPY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(folds, "TRAINER", (sys.executable, str(tmp_path / "finished.py")))
+    monkeypatch.setattr(folds, "POLL", 0.05)
+    return tmp_path
+
+
+def shortened(words: list[str]) -> list[str]:
+    """A line's words with the settings of a run of seconds, before its own, which win; and its random base."""
+    if words[:3] == ["nucsam", "export", "adapter.safetensors"]:
+        return [*words, "--base", "runs/fold0/base.safetensors"]
+    at = [k for k, word in enumerate(words) if word in ("train", "folds", "nucsam.train", "nucsam.folds")]
+    return words[: at[0] + 1] + SHORT + words[at[0] + 1 :] if at else words
+
+
+def test_the_readmes_commands_run(newcomer, capfd):
+    """Each bash line in turn, as written but for `shortened`; `nucsam folds` takes copies of the first run as its runs.
+
+    A line that is neither known here nor in NOT_RUN fails. What follows `python` blocks is looked at below.
+    """
+    assert len(LINES) >= 25
+    ran = []
+    for line in LINES:
+        words = shlex.split(line, comments=True)
+        assert all(Path(word).exists() for word in words if word.startswith(("launch/", "configs/"))), line
+        if any(line.startswith(start) for start in NOT_RUN):
+            config.override({}, [word for word in words if re.match(r"(data|model|train)\.\w+=", word)])
+            continue
+        if words[0] == "nucsam":
+            status = run(shortened(words)[1:])
+        else:
+            assert words[:2] == ["accelerate", "launch"], f"no test knows how to run: {line}"
+            launch = [sys.executable, "-m", "accelerate.commands.launch", *shortened(words)[2:]]
+            status = subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300).returncode
+        assert status == 0, f"{line}\n{capfd.readouterr().err}"
+        assert "--out" not in words or Path(words[words.index("--out") + 1]).exists(), line
+        ran.append(words[1])
+    assert {"train", "folds", "evaluate", "predict", "export", "report", "inspect", "launch"} <= set(ran)
+    assert len(list(Path("predicted").glob("*.tif"))) == len(list(Path("qupath").glob("*.geojson"))) == 3
+    assert len(json.loads(Path("runs/ranks/table.json").read_text())["variants"]) == 3
+
+    (code,) = blocks("python")
+    image = np.asarray(Image.open(next(Path("slides").iterdir())))
+    exec(code, names := {"image": image})
+    assert names["label"].dtype == np.int32 and names["label"].shape == image.shape[:2]
+
+
+def test_what_is_not_run_is_in_the_readme():
+    assert all(any(line.startswith(start) for line in LINES) for start in NOT_RUN)
+    assert sum(not line.startswith(tuple(NOT_RUN)) for line in LINES) >= 20
+
+
+def test_the_readme_maps_every_module():
+    modules = {path.stem for path in (ROOT / "nucsam").glob("*.py")} - {"__init__", "__main__"}
+    assert len(modules) > 20
+    table = README[README.index("## File by file") :]
+    assert modules - set(re.findall(r"(\w+)\.py", table)) == set()
+    named = re.findall(r"(?:nucsam|launch|configs|benchmarks)/[\w.]+\.\w+", README)
+    assert len(named) > 20 and [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_citation_has_what_its_format_requires():
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert found["cff-version"] == "1.2.0" and found["message"] and found["title"] and found["authors"]
+    assert len(found["references"]) == 9
+    assert all(work.keys() >= {"type", "title", "authors", "year"} for work in found["references"])
+    assert all(work.keys() & {"doi", "url"} for work in found["references"])
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +157,16 @@ def test_training_prints_what_must_be_known(trained):
     assert (run / "scores.json").is_file()
 
 
-def test_evaluate_a_run(trained, tmp_path):
+def test_evaluate_a_run(trained, tmp_path, capsys):
     path, _ = trained
-    done = nucsam("evaluate", path, "--overlays", tmp_path / "overlays", "--json", "-")
-    assert done.returncode == 0, done.stderr
-    scores = json.loads(done.stdout)
+    assert run(["evaluate", str(path), "--overlays", str(tmp_path / "overlays"), "--json", "-"]) == 0
+    scores = json.loads(capsys.readouterr().out)
     names = [row["name"] for row in scores["scores"][0]["images"]]
     assert scores["images_of"] == "test" and len(names) == 3
     assert len(list((tmp_path / "overlays").iterdir())) == 3
     assert scores["headline"] == json.loads((path / "scores.json").read_text())["headline"]
-    untrained = nucsam("evaluate", path, "--untrained")
-    assert "untrained model, test images" in untrained.stdout
+    assert run(["evaluate", str(path), "--untrained"]) == 0
+    assert "untrained model, test images" in capsys.readouterr().out
 
 
 def test_evaluate_folders_of_label_maps(folder, tmp_path, capsys):
@@ -112,31 +222,7 @@ def test_export_and_its_refusals(trained, tmp_path, capsys):
     assert "found no config.toml" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        (["train", "missing.toml"], "missing.toml: no such configuration file"),
-        (["train", "train.epoch=3"], "unknown key train.epoch; did you mean train.epochs?"),
-        (["train", "train.epochs=many"], "train.epochs: found 'many' (str), expected a whole number"),
-        (["train", "a.toml", "b.toml"], "found 2 configurations (a.toml, b.toml), expected one"),
-        (["train", "data.root=nowhere", "model.weights=none", "--out", "run"], "nowhere"),
-        (["evaluate", "nowhere"], "nowhere: found no config.toml"),
-        (["inspect", "nowhere"], "nowhere"),
-    ],
-)
-def test_mistakes_are_one_message_and_status_2(arguments, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run(arguments) == 2
-    error = capsys.readouterr().err
-    assert says in error and error.startswith("nucsam: ") and "Traceback" not in error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_help_lists_the_commands_and_imports_nothing_heavy():
-    done = nucsam("--help")
+def test_help_lists_the_commands():
+    done = subprocess.run([sys.executable, "-m", "nucsam", "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("train", "evaluate", "synth", "inspect", "export"))
-    code = "import sys; from nucsam.cli import run\nrun(['--help'])\n"
-    code += "print([m for m in ('torch', 'numpy', 'scipy', 'accelerate') if m in sys.modules])"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert loaded.stdout.strip().endswith("[]"), loaded.stdout + loaded.stderr
+    assert all(f"│ {name} " in done.stdout for name in COMMANDS)

@@ -159,7 +159,8 @@ def test_override_leaves_its_tables_alone():
 @pytest.mark.parametrize("text", ["train.epochs", "epochs=3", "train.=3", "=3", ""])
 def test_override_of_another_shape(text):
     assert (
-        message(override, {}, [text]) == f"override: found {text!r}, expected table.key=value, such as train.epochs=10"
+        message(override, {}, [text])
+        == f"override: found {text!r}, expected table.key=value, such as data.root=my_folder or train.epochs=10"
     )
 
 

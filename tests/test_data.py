@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from nucsam import geojson
 from nucsam.data import (
     Crops,
     EpochBatches,
@@ -169,6 +170,71 @@ def test_stems_that_organs_share_get_the_organ(tmp_path):
     records = find_records(tmp_path)
     assert [record.name for record in records] == ["a_1", "b_1", "2"]
     assert len({record.group for record in records}) == 3
+
+
+# ---- annotations ----
+
+
+def outlined(path: Path, label: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert geojson.write(path, geojson.features(label)) == len(np.unique(label)) - 1
+    return path
+
+
+def test_annotations_are_labels_of_the_plain_layout(tmp_path):
+    for place in ("", "liver/"):
+        put(tmp_path / f"images/{place}a.png", ramp())
+    put(tmp_path / "images" / "b.png", ramp())
+    put(tmp_path / "labels" / "b.tif", three())
+    drawn = [outlined(tmp_path / f"annotations/{place}a.geojson", three()) for place in ("", "liver/")]
+    (tmp_path / "annotations" / "a.txt").write_text("notes")
+    records = find_records(tmp_path)
+    assert [(r.name, r.organ, r.label) for r in records] == [
+        ("_a", "", drawn[0]),
+        ("b", "", tmp_path / "labels" / "b.tif"),
+        ("liver_a", "liver", drawn[1]),
+    ]
+    expected = np.searchsorted([0, 2, 5, 9], three())
+    samples = Samples(records, progress=False)
+    assert len(samples) == 3
+    assert all(np.array_equal(samples[k].label, expected) for k in range(3))
+    rows = inspect_folder(tmp_path)["rows"]
+    assert [(row["organ"], row["nuclei"], row["median_area_px"]) for row in rows] == [
+        ("", 6, 100),
+        ("liver", 3, 100),
+        ("all", 9, 100),
+    ]
+
+
+def test_problems_of_annotations_are_named(tmp_path):
+    for stem in ("bad", "both", "none"):
+        put(tmp_path / "images" / f"{stem}.png", ramp())
+    put(tmp_path / "labels" / "both.tif", three())
+    both = outlined(tmp_path / "annotations" / "both.geojson", three())
+    bad = outlined(tmp_path / "annotations" / "bad.geojson", three())
+    with pytest.raises(ValueError, match="found 2 problem") as caught:
+        find_records(tmp_path)
+    assert str(caught.value).split("\n  ")[1:] == [
+        f"{both}: found {tmp_path / 'labels' / 'both.tif'} too, expected one of them",
+        f"{tmp_path / 'images' / 'none.png'}: found no label of this stem, expected one in {tmp_path / 'labels'} or "
+        f"{tmp_path / 'annotations'}",
+    ]
+    both.unlink()
+    (tmp_path / "images" / "none.png").unlink()
+    bad.write_text("{")
+    with pytest.raises(ValueError, match="not a readable GeoJSON file") as caught:
+        Samples(find_records(tmp_path), progress=False)
+    assert str(bad) in str(caught.value)
+    assert [str(bad) in text for text in inspect_folder(tmp_path)["bad"]] == [True]
+
+
+def test_annotations_without_an_image_are_told(tmp_path):
+    put(tmp_path / "images" / "a.png", ramp())
+    outlined(tmp_path / "annotations" / "a.geojson", three())
+    left = outlined(tmp_path / "annotations" / "b.geojson", three())
+    with pytest.warns(UserWarning) as caught:
+        assert len(find_records(tmp_path)) == 1
+    assert [str(w.message) for w in caught] == [f"{tmp_path}: 1 labels without an image, not used; first: {left}"]
 
 
 def test_groups(tmp_path):

@@ -14,7 +14,7 @@ import tifffile
 from PIL import Image
 from rich.console import Console
 
-from nucsam import evaluate
+from nucsam import evaluate, geojson
 from nucsam.metrics import METRICS, PROTOCOLS, score
 
 PLAIN = PROTOCOLS["plain"]
@@ -246,6 +246,17 @@ def test_a_data_set_is_a_truth(tmp_path):
     results = evaluate.score_folders(tmp_path / "set", tmp_path / "pred", progress=False)
     assert [r["organ"] for r in results["scores"][0]["images"]] == ["human liver", "mouse fat"]
     assert len(results["scores"]) == 2  # vague areas are known
+
+
+def test_annotations_are_a_truth(tmp_path):
+    truth, pred = maps(0)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "annotations").mkdir()
+    geojson.write(tmp_path / "annotations" / "a.geojson", geojson.features(truth))
+    write(tmp_path / "pred" / "a.tif", pred)
+    (result,) = evaluate.score_folders(tmp_path, tmp_path / "pred", protocol="plain", progress=False)["scores"]
+    assert result["images"][0]["aji"] == score(truth, pred, protocol="plain").aji > 0.2
 
 
 def test_tables_name_the_protocol(folders):

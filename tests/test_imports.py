@@ -11,19 +11,23 @@ import nucsam
 
 PACKAGE = Path(nucsam.__file__).parent
 LAYERS = (
-    "config images lora metrics instances targets losses synthetic __init__",
-    "encoder base head data augment draw",
-    "model",
-    "checkpoint predict",
-    "run evaluate export",
-    "scoring",
+    "atomic",
+    "config images lora metrics instances targets losses synthetic geojson measure tiles",
+    "encoder base head data augment draw charts",
+    "model outputs",
+    "checkpoint graph",
+    "predict",
+    "run batch evaluate export",
+    "scoring results",
+    "gallery",
+    "report",
     "train",
     "folds",
     "cli",
-    "__main__",
+    "__main__ __init__",  # __init__ holds `nucsam.load`, imported when asked for; all may import `__version__`
 )
 LAYER = {module: layer for layer, modules in enumerate(LAYERS) for module in modules.split()}
-WITHOUT_TORCH = ("metrics", "instances", "synthetic")
+WITHOUT_TORCH = ("metrics", "instances", "synthetic", "geojson", "measure", "tiles")
 
 
 def is_script_guard(node: ast.AST) -> bool:
@@ -82,7 +86,7 @@ if __name__ == "__main__":
 
 def test_every_module_has_a_layer(sources):
     assert set(sources) == set(LAYER)
-    assert len(sources) == 26 == sum(len(modules.split()) for modules in LAYERS)
+    assert len(sources) == 37 == sum(len(modules.split()) for modules in LAYERS)
 
 
 def test_imports_go_down(sources):
@@ -98,7 +102,7 @@ def test_imports_go_down(sources):
 
 def test_no_torch_in_numpy_modules(sources):
     found = {module: {name.split(".")[0] for name in imported(sources[module])} for module in WITHOUT_TORCH}
-    assert len(found) == 3
+    assert len(found) == 6
     assert all("numpy" in names for names in found.values())
     assert {module: names & {"torch", "torchvision", "accelerate", "timm"} for module, names in found.items()} == {
         module: set() for module in WITHOUT_TORCH
@@ -124,11 +128,34 @@ def last_lines(arguments: list[str]) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["predict", "--help"]])
 def test_help_imports_nothing_heavy(arguments):
     lines = last_lines(arguments)
     assert lines[-2:] == ["exit 0", "loaded"]
     assert any("Usage: nucsam" in line for line in lines)
+
+
+def test_the_package_loads_a_model_when_asked_for():
+    code = """
+import sys, nucsam
+print(nucsam.__version__, "torch" in sys.modules, "numpy" in sys.modules)
+print(nucsam.load.__module__, "torch" in sys.modules, hasattr(nucsam, "lode"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == [f"{nucsam.__version__} False False", "nucsam.predict True False"]
+
+
+def test_modules_take_only_the_version_from_the_package(sources):
+    """So that no module below `nucsam.predict` reaches it by way of `nucsam.load`."""
+    names = {f"nucsam.{module}" for module in sources}
+    taken = {
+        (module, name)
+        for module, source in sources.items()
+        for name in imported(source)
+        if name == "nucsam" or (name.count(".") == 1 and name.startswith("nucsam.") and name not in names)
+    }
+    assert {name for _, name in taken} == {"nucsam", "nucsam.__version__"}
+    assert {module for module, name in taken if name == "nucsam"} == {"cli"}  # for the folder of the package
 
 
 def test_a_command_imports_what_it_needs(tmp_path):

@@ -7,9 +7,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nucsam.base import build_sam
-from nucsam.config import Instances
+from nucsam.config import Instances, Model
 from nucsam.encoder import Encoder
-from nucsam.predict import Predictor, _Canvas, _ramp, _starts
+from nucsam.head import InstanceHead
+from nucsam.model import build
+from nucsam.predict import Predictor
+from nucsam.tiles import starts
 
 SCALES = [1.0, 1.5, 2.0]
 
@@ -140,7 +143,7 @@ def test_order_is_kept_and_grouping_changes_nothing(batch):
         np.testing.assert_array_equal(label, image[..., 0])
     assert max(shape[0] for shape in fake.seen) <= batch
     assert sum(shape[0] for shape in fake.seen) == sum(
-        len(_starts(h, 64, 16)) * len(_starts(w, 64, 16)) for h, w in SIZES
+        len(starts(h, 64, 16)) * len(starts(w, 64, 16)) for h, w in SIZES
     )
     blurred = [list(predictor(Blur(), 2.0, tile=64, overlap=16, batch=b).maps(images)) for b in (batch, 1)]
     for one, other in zip(*blurred):
@@ -197,45 +200,6 @@ def test_small_images_are_mirrored_and_not_blackened():
     np.testing.assert_allclose(maps, 200.0, atol=1e-3)
 
 
-@settings(max_examples=100, deadline=None)
-@given(size=st.integers(1, 2000), tile=st.integers(2, 512), part=st.floats(0, 0.9))
-def test_tiles_cover_and_overlap(size, tile, part):
-    overlap, size = int(part * tile), max(size, tile)
-    starts = _starts(size, tile, overlap)
-    assert starts[0] == 0
-    assert starts[-1] + tile == size
-    steps = np.diff(starts)
-    assert (steps <= tile - overlap).all()  # neighbours share at least the overlap
-    assert (steps > 0).all()
-    assert len(starts) == 1 or (len(starts) - 2) * (tile - overlap) + tile < size  # one tile fewer would not do
-
-
-@settings(max_examples=100, deadline=None)
-@given(side=st.integers(1, 300), overlap=st.integers(0, 300))
-def test_weights_are_positive_and_rise_to_the_middle(side, overlap):
-    ramp = _ramp(side, overlap)
-    assert len(ramp) == side
-    assert (ramp > 0).all()
-    assert (ramp <= 1).all()
-    np.testing.assert_array_equal(ramp, ramp[::-1])
-    assert (np.diff(ramp[: (side + 1) // 2]) >= 0).all()
-    assert _ramp(100, 4).tolist() == pytest.approx([0.25, 0.5, 0.75, *[1.0] * 94, 0.75, 0.5, 0.25])
-
-
-@settings(max_examples=30, deadline=None)
-@given(height=st.integers(16, 400), width=st.integers(16, 400), overlap=st.integers(0, 60))
-def test_every_pixel_of_a_canvas_has_weight(height, width, overlap):
-    canvas = _Canvas(np.zeros((height, width, 3), np.uint8), (128, 96), overlap)
-    covered = np.zeros(canvas.image.shape[:2], int)
-    for y, x, tile in canvas.tiles():
-        assert tile.shape == (*canvas.sides, 3)
-        covered[y : y + tile.shape[0], x : x + tile.shape[1]] += 1
-        canvas.add(y, x, np.ones((1, *tile.shape[:2]), np.float32))
-    assert canvas.left == 0
-    assert covered.min() >= 1
-    np.testing.assert_allclose(canvas.maps(), np.ones((1, height, width)), atol=1e-6)
-
-
 @pytest.mark.parametrize("scale", SCALES)
 def test_image_as_wide_as_the_overlap(scale):
     """Images of 64 px, or that are padded to 64, with the overlap of 64 that is the default."""
@@ -253,6 +217,15 @@ def test_every_scale_that_can_train_can_predict(crop, scale, size):
     image = np.full((*size, 3), 100, np.uint8)
     (maps,) = predictor(scale=scale, tile=1024).maps([image])
     np.testing.assert_allclose(maps, np.full((2, *size), 100.0), atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.6, 1.1, 2.0, 2.3])
+def test_tiles_have_the_asked_scale(scale):
+    for size in (64, 100, 300):
+        model, image = Fake(), picture(size, size)
+        p = predictor(model, scale, tile=256)
+        list(p.maps([image]))
+        assert model.seen[0][2] / p.grid(image).sides[0] == pytest.approx(scale, rel=0.01)
 
 
 def test_what_the_fake_insists_on_is_what_the_encoder_takes():
@@ -278,3 +251,182 @@ def test_forward_pass_runs_in_the_asked_precision():
     (exact,) = predictor(model, 2.0).maps([picture(64, 64)])
     assert model.dtype == torch.float32
     assert 0 < np.abs(maps - exact).max() <= 1.0
+
+
+@pytest.mark.parametrize(
+    "shape, dtype", [((64, 64), "uint8"), ((64, 64, 4), "uint8"), ((64, 64, 3), "float32"), ((0, 9, 3), "uint8")]
+)
+def test_what_is_no_image(shape, dtype):
+    with pytest.raises(ValueError, match=rf"image: found {dtype} of shape .* expected uint8 \(H, W, 3\)"):
+        predictor().predict(np.zeros(shape, dtype))
+
+
+# ---- windows ----
+
+
+class Colour(Blur):
+    """Red is the logit of the foreground, green that of both distances, blurred; the instance head's watershed."""
+
+    def forward(self, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        red, green = (super().forward(images, size) / 16 - 8).unbind(1)
+        return torch.stack([0 * red, red, red - 20, green, green], 1)
+
+    def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
+        return InstanceHead.instances(None, maps, config)
+
+
+def discs(size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """An image for `Colour` of discs of 7 to 14 px radius, many of which touch; and their labels."""
+    rng = np.random.default_rng(seed)
+    label, image = np.zeros((size, size), np.int32), np.zeros((size, size, 3), np.uint8)
+    image[..., 1] = 255
+    for n, (row, column) in enumerate(np.ndindex(size // 28, size // 28), 1):
+        y, x = 28 * np.array([row, column]) + 14 + rng.integers(-4, 5, 2)
+        radius = rng.uniform(7, 14)
+        window = np.s_[max(0, y - 14) : y + 15, max(0, x - 14) : x + 15]
+        py, px = np.ogrid[:size, :size]
+        distance = np.hypot(py[window[0]] - y, px[:, window[1]] - x) / radius
+        inside = (distance < 1) & (label[window] == 0)
+        label[window][inside] = n
+        image[window][inside] = np.stack([np.full(inside.sum(), 255), 255 * distance[inside], 0 * distance[inside]], 1)
+    return image, label
+
+
+def matches(label: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """IoU of each nucleus of `label` with the one of `other` that it overlaps most."""
+    pairs, counts = np.unique(np.stack([label, other])[:, (label > 0) & (other > 0)], axis=1, return_counts=True)
+    areas, others = np.bincount(label.ravel()), np.bincount(other.ravel())
+    best = np.zeros(len(areas))
+    np.maximum.at(best, pairs[0], counts / (areas[pairs[0]] + others[pairs[1]] - counts))
+    return best[1:]
+
+
+@pytest.fixture(scope="module")
+def field():
+    """An image of 2000 px, its true discs, and what is found in it as one tile and one window."""
+    image, truth = discs(2000)
+    model = Colour()
+    whole = predictor(model, tile=2048, core=2048).predict(image)
+    assert len(model.seen) == 1
+    assert whole.max() > 3000
+    found = matches(truth, whole)  # nearly all are found, and whole
+    assert (found > 0.5).mean() > 0.95
+    return image, whole
+
+
+@pytest.mark.parametrize("tile, overlap, core", [(2048, 0, 300), (256, 32, 300)])
+def test_tiled_equals_untiled(field, tile, overlap, core):
+    """2000 x 2000 px, in tiles, in windows, and in both: every nucleus comes out once, and whole."""
+    image, whole = field
+    found = predictor(Colour(), tile=tile, overlap=overlap, core=core, margin=64).predict(image)
+    assert found.max() == len(np.unique(found)) - 1 == whole.max()
+    if tile == 2048:  # one tile: the dense maps are the same bit for bit
+        assert (matches(whole, found) == 1).all()
+    assert (matches(whole, found) > 0.9).all()
+    assert (matches(found, whole) > 0.9).all()
+
+
+def test_windows_without_margins_cut_nuclei():
+    """Negative control of the test above."""
+    image, _ = discs(600)
+    whole, found = (predictor(Colour(), tile=600, core=core, margin=0).predict(image) for core in (600, 150))
+    assert found.max() > whole.max() + 15
+    assert (matches(whole, found) < 0.9).sum() > 40
+
+
+@pytest.mark.parametrize("tile, overlap, core", [(256, 32, 600), (256, 32, 150), (190, 64, 211)])
+def test_tiles_are_run_once_whatever_the_windows(tile, overlap, core):
+    model = Colour()
+    assert predictor(model, tile=tile, overlap=overlap, core=core, margin=40).predict(discs(600)[0]).any()
+    assert sum(shape[0] for shape in model.seen) == len(starts(600, -(-tile // 32) * 32, overlap)) ** 2
+
+
+def test_a_net_in_windows_is_the_net_in_one(base):
+    """MobileSAM's encoder and the head: the maps of each window are those of the whole."""
+    net = build(Model(width=32), base, seed=0).eval()
+    image = picture(230, 300)
+    arguments = {"tile": 96, "overlap": 16, "batch": 2}
+    (whole,) = predictor(net, **arguments).maps([image])
+    parts = predictor(net, core=100, margin=30, **arguments)
+    tiles = parts.grid(image)
+    assert len(tiles.windows) == 9
+    spread = whole.std()
+    for _, window, maps in parts._dense([tiles]):
+        np.testing.assert_allclose(maps, whole[:, *window.outer], atol=1e-3 * spread)
+
+
+# ---- magnification ----
+
+
+@pytest.mark.parametrize("mpp, scale, tile", [(0.25, 2.0, 128), (0.5, 4.0, 64), (0.125, 1.0, 256), (None, 2.0, 128)])
+def test_microns_per_px_set_the_scale(mpp, scale, tile):
+    """Half the magnification: twice the model px per image px, in tiles of the same model px."""
+    model = Fake()
+    tiles = predictor(model, 2.0, tile=128, mpp=0.25).grid(picture(300, 300), mpp=mpp)
+    assert (tiles.scale, tiles.sides) == (scale, (tile, tile))
+    predictor(model, 2.0, tile=128, mpp=0.25).predict(picture(300, 300), mpp=mpp)
+    assert {shape[2:] for shape in model.seen} == {(256, 256)}
+
+
+def test_small_nuclei_are_small_in_microns():
+    areas = []
+
+    class Notes(Fake):
+        def instances(self, maps, config):
+            areas.append(config.area)
+            return super().instances(maps, config)
+
+    for mpp in (0.25, 0.5, 0.125):
+        predictor(Notes(), mpp=0.25).predict(picture(64, 64), mpp=mpp)
+    assert areas == [30, 8, 120]
+    assert Instances().area == 30
+
+
+def test_a_scale_goes_before_microns_per_px():
+    tiles = predictor(Fake(), 2.0, tile=128, mpp=0.25, ratio=2.0).grid(picture(300, 300), mpp=0.5)
+    assert (tiles.scale, tiles.sides) == (1.0, (256, 256))
+    with pytest.raises(
+        ValueError, match=r"found 0.025 times the magnification trained on .* expected 0.125 to 8 times"
+    ):
+        predictor(Fake(), mpp=0.25).predict(picture(64, 64), mpp=10.0)
+
+
+# ---- test-time augmentation ----
+
+
+class Slope(Fake):
+    """Maps that depend on the direction: red, and the difference to the pixel on the left."""
+
+    def local(self, images):
+        red = images[:, :1]
+        return torch.cat([red, red - red.roll(1, 3)], 1)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 128), (150, 70)])
+def test_flips_and_turns_are_undone(size):
+    """Of a model without directions the mean is the map itself; a direction averages out."""
+    image = picture(*size)
+    np.testing.assert_array_equal(predictor(tta=True, tile=64).predict(image), image[..., 0])
+    plain, mean = (next(predictor(Slope(), tta=tta, tile=512).maps([image])) for tta in (False, True))
+    np.testing.assert_allclose(mean[0], plain[0], atol=1e-3)
+    inner = np.s_[2:-2, 2:-2]
+    red = image[..., 0].astype(float)
+    around = sum(np.roll(red, step, axis) for step in (1, -1) for axis in (0, 1))
+    np.testing.assert_allclose(mean[1][inner], (red - around / 4)[inner], atol=1e-3)
+    assert np.abs(plain[1] - mean[1])[inner].max() > 2
+
+
+def test_eight_different_views():
+    seen = []
+
+    class Notes(Fake):
+        def local(self, images):
+            seen.append(images.numpy().tobytes())
+            return super().local(images)
+
+    predictor(Notes(), tta=True).predict(noise_image())
+    assert len(set(seen)) == 8
+
+
+def noise_image() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

@@ -116,7 +116,7 @@ def test_resume_refuses_another_configuration(once, tmp_path):
 
 def test_a_folder_with_files_is_not_overwritten(once):
     run, config, _ = once
-    with pytest.raises(ValueError, match="--resume goes on with a run"):
+    with pytest.raises(ValueError, match="or --resume to go on with the run there"):
         train(config, run)
 
 

@@ -1,0 +1,169 @@
+"""The grid of tiles, the windows, and who owns a nucleus."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nucsam.tiles import STRIP, Tiles, Window, meet, own, ramp, starts, windows
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=st.integers(1, 2000), tile=st.integers(2, 512), part=st.floats(0, 0.9))
+def test_tiles_cover_and_overlap(size, tile, part):
+    overlap, size = int(part * tile), max(size, tile)
+    found = starts(size, tile, overlap)
+    assert found[0] == 0
+    assert found[-1] + tile == size
+    steps = np.diff(found)
+    assert (steps <= tile - overlap).all()  # neighbours share at least the overlap
+    assert (steps > 0).all()
+    assert len(found) == 1 or (len(found) - 2) * (tile - overlap) + tile < size  # one tile fewer would not do
+
+
+@settings(max_examples=100, deadline=None)
+@given(side=st.integers(1, 300), overlap=st.integers(0, 300))
+def test_weights_are_positive_and_rise_to_the_middle(side, overlap):
+    weights = ramp(side, overlap)
+    assert len(weights) == side
+    assert (weights > 0).all()
+    assert (weights <= 1).all()
+    np.testing.assert_array_equal(weights, weights[::-1])
+    assert (np.diff(weights[: (side + 1) // 2]) >= 0).all()
+    assert ramp(100, 4).tolist() == pytest.approx([0.25, 0.5, 0.75, *[1.0] * 94, 0.75, 0.5, 0.25])
+
+
+@settings(max_examples=100, deadline=None)
+@given(height=st.integers(1, 3000), width=st.integers(1, 3000), core=st.integers(16, 900), margin=st.integers(0, 200))
+def test_cores_part_the_image_and_margins_go_round_them(height, width, core, margin):
+    found = windows((height, width), core, margin)
+    for axis, size in enumerate((height, width)):
+        bounds = sorted({(w.core[axis].start, w.core[axis].stop) for w in found})
+        assert (bounds[0][0], bounds[-1][1]) == (0, size)
+        assert all(a[1] == b[0] for a, b in pairwise(bounds))
+        assert max(b - a for a, b in bounds) <= core
+        for window in found:
+            inner, outer = window.core[axis], window.outer[axis]
+            assert (outer.start, outer.stop) == (max(0, inner.start - margin), min(size, inner.stop + margin))
+    down, across = (len({w.core[axis].start for w in found}) for axis in (0, 1))
+    assert len(found) == down * across == len({(w.core[0].start, w.core[1].start) for w in found})
+
+
+def test_windows_go_down_in_strips():
+    found = windows((30, 10 * (STRIP + 2)), 10, 0)
+    corners = [(w.core[0].start, w.core[1].start) for w in found]
+    assert corners[: STRIP + 1] == [*((0, 10 * k) for k in range(STRIP)), (10, 0)]
+    assert corners[-3:] == [(10, 10 * STRIP + 10), (20, 10 * STRIP), (20, 10 * STRIP + 10)]
+
+
+def test_where_two_stretches_meet():
+    assert meet(10, 5, slice(12, 40)) == (slice(2, 5), slice(0, 3))
+    assert meet(10, 50, slice(12, 40)) == (slice(2, 30), slice(0, 28))
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def stitched(image, core, margin, overlap=20, tile=64):
+    """Every window's maps, with random ones (the same for a tile in any window); and the order in which tiles came."""
+    tiles = Tiles(image, scale=1.0, tile=tile, overlap=overlap, windows=windows(image.shape[:2], core, margin))
+    found, came, held = [], [], []
+    for k, window in enumerate(tiles.windows):
+        for key, pixels in tiles.ask(k):
+            assert not tiles.ready(k)
+            assert pixels.shape == (*tiles.sides, 3)
+            came.append(key[:2])
+            tiles.add(key, np.random.default_rng(key[:2]).random((2, *tiles.sides), np.float32))
+        assert tiles.ready(k)
+        held.append(len(tiles._maps))
+        found.append((window, tiles.maps(k)))
+    assert not tiles._maps  # all are let go at the end
+    return found, came, held
+
+
+@settings(max_examples=25, deadline=None)
+@given(height=st.integers(16, 300), width=st.integers(16, 300), core=st.integers(30, 200), margin=st.integers(0, 60))
+def test_maps_do_not_depend_on_the_windows(height, width, core, margin):
+    image = noise(height, width)
+    ((_, whole),), _, _ = stitched(image, 2**20, 0)
+    assert whole.shape == (2, height, width)
+    found, came, _ = stitched(image, core, margin)
+    for window, maps in found:
+        np.testing.assert_array_equal(maps, whole[:, *window.outer])
+    assert len(came) == len(set(came)) or -(-width // core) > STRIP  # no tile twice, but between strips
+
+
+@pytest.mark.parametrize("height, width", [(700, 200), (700, 900), (1400, 900)])
+def test_few_tiles_wait(height, width):
+    """Not more in a larger image: those at the sides of a strip do not wait for the next one, but are run anew."""
+    _, came, held = stitched(noise(height, width), 60, 20)
+    down, across = (-(-(s - 20) // 44) for s in (height, width))
+    assert len(set(came)) == down * across
+    assert down * across <= len(came) <= 1.3 * down * across
+    assert max(held) <= 4 * min(across, STRIP * 60 // 44 + 4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(height=st.integers(1, 200), width=st.integers(1, 200), overlap=st.integers(0, 30))
+def test_tiles_show_the_image_and_weights_sum_to_one(height, width, overlap):
+    image = noise(height, width)
+    (window,) = windows((height, width), 2**20, 0)
+    tiles = Tiles(image, scale=1.0, tile=64, overlap=overlap, windows=[window])
+    for key, pixels in tiles.ask(0):
+        tiles.add(key, pixels.transpose(2, 0, 1).astype(np.float32))
+    np.testing.assert_allclose(tiles.maps(0), image.transpose(2, 0, 1), atol=1e-4)
+
+
+def test_a_nucleus_belongs_to_one_window():
+    """Each of 300 random rectangles, seen whole by windows around it, is kept by the one that holds its centroid."""
+    rng = np.random.default_rng(0)
+    label = np.zeros((300, 400), np.int32)
+    for k in range(300):
+        y, x, h, w = *rng.integers(0, (290, 390)), *rng.integers(1, 30, 2)
+        place = label[y : y + h, x : x + w]
+        place[place == 0] = k + 1
+    owners = np.zeros(301, int)
+    parts = windows(label.shape, 100, 60)
+    assert len(parts) == 12
+    for window in parts:
+        seen = label[window.outer]
+        kept = own(seen, window)
+        ids = np.unique(seen[kept > 0])
+        owners[ids] += 1
+        for new, old in enumerate(ids, 1):
+            np.testing.assert_array_equal(kept == new, seen == old)
+            y, x = (int(axis.mean()) for axis in np.nonzero(label == old))  # the slow oracle, in the whole image
+            assert window.core[0].start <= y < window.core[0].stop
+            assert window.core[1].start <= x < window.core[1].stop
+    present = np.unique(label[label > 0])
+    assert len(present) > 200
+    assert (owners[present] == 1).all() and owners.sum() == len(present)
+
+
+def test_a_window_that_is_the_whole_image_keeps_all():
+    label = np.array([[0, 3], [7, 7]], np.int32)
+    everything = (slice(0, 2), slice(0, 2))
+    np.testing.assert_array_equal(own(label, Window(everything, everything)), label)
+    left = Window((slice(0, 2), slice(0, 1)), everything)
+    np.testing.assert_array_equal(own(label, left), [[0, 0], [1, 1]])  # the centroid 0.5 of 7 is in column 0
+    nothing = own(np.zeros((2, 2), np.int32), left)
+    assert nothing.dtype == np.int32 and not nothing.any()
+
+
+def test_an_image_that_ends_says_so():
+    class Torn:
+        shape = (200, 64, 3)
+
+        def __getitem__(self, place):
+            if place[0].start > 100:
+                raise ValueError("torn.tif: cannot be read")
+            return np.zeros((64, 64, 3), np.uint8)
+
+    tiles = Tiles(Torn(), scale=1.0, tile=64, overlap=10, windows=windows((200, 64), 100, 0))
+    assert [key[:2] for key, _ in tiles.ask(0)] == [(0, 0), (1, 0), (2, 0)]
+    assert tiles.failed is None
+    assert list(tiles.ask(1)) == []
+    assert str(tiles.failed) == "torn.tif: cannot be read"
