@@ -1,0 +1,281 @@
+"""benchmarks/accuracy.py: what is trained with what, who starts from whom, what is done twice (nothing), the table.
+
+A tiny script stands for the training, but once.
+"""
+
+import csv
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nucsam import config, folds
+from nucsam.base import build_sam
+from nucsam.synthetic import write_dataset
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import accuracy
+import unets
+
+TRAINER = """
+import json, sys, tomllib
+from pathlib import Path
+
+*options, settings, _, out, _ = sys.argv[1:]
+text, out = Path(settings).read_text(), Path(out)
+tables = tomllib.loads(text)
+with open("started", "a") as file:
+    file.write(json.dumps([str(out), options]) + "\\n")
+out.mkdir(exist_ok=True)
+(out / "config.toml").write_text(text)
+name, fold = out.parts[-3], tables["data"]["fold"]
+if name == "head" and fold == 1 and Path("fails").exists():
+    sys.exit(3)
+aji = {"deep": 0.5, "lora": 0.6, "head": 0.55, "report": 0.3}.get(name, 0.4)
+aji += 0.0 if fold == "all" else 0.02 * fold + 0.01 * tables["train"]["seed"]
+headline = {"dice": 0.8, "aji": aji, "pq": 0.5}
+chosen = tables["train"]["best"] + " on the " + tables["data"]["select"] + " split"
+lines = [{"epoch": e, "seconds": 30.0, "images_per_second": 1.0, **headline} for e in (1, 2)]
+(out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+facts = {"parameters_trainable": 1000, "parameters": 5000000, "images": {"train": 32}}
+(out / "environment.json").write_text(json.dumps(facts))
+(out / "benchmark.json").write_text(json.dumps({"peak_gib": 1.5, "inference_seconds": 0.25}))
+base = {"source": tables["model"]["weights"]}
+scores = {"epoch": 2, "epoch_chosen_by": chosen, "base": base, "headline": headline}
+(out / "scores.json").write_text(json.dumps(scores))
+"""
+SHORT = ["train.epochs=2", "train.validate_every=1", "model.weights=none", "data.crop=64"]
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch, capsys):
+    """Runs the benchmark in `tmp_path` with the fake trainer; gives exit status, output, and what was started."""
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(folds, "POLL", 0.02)
+    fake = (sys.executable, str(tmp_path / "trainer.py"))
+    monkeypatch.setattr(accuracy, "trainer", lambda *arguments: (*fake, *arguments))
+
+    def run(*arguments):
+        status = accuracy.main([*SHORT, "--out", "runs", *arguments])
+        path = tmp_path / "started"
+        started = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        path.unlink(missing_ok=True)
+        return status, capsys.readouterr().out, started
+
+    return run
+
+
+def plan(*arguments):
+    return accuracy.parse([*SHORT, "--out", "runs", *arguments])
+
+
+def test_every_model_has_a_configuration():
+    assert tuple(unets.NETS) == accuracy.UNETS
+    assert (*unets.NETS, "report", "lora", "head", "full") == accuracy.MUSTS
+    asked = plan("--models", "all", "model.rank=4", "model.alpha=4")
+    assert len(asked.models) == 28 and asked.models == tuple(accuracy.MODELS)
+    changes = {name: config.differences(asked.common, asked.settings(name)) for name in asked.models}
+    same = {name for name, lines in changes.items() if not lines}
+    assert same == {"lora", "rank-4", "lora-attention-mlp", "scale-2", "tta"}
+    assert changes["rank-16"] == ["model.rank: 4 -> 16", "model.alpha: 4.0 -> 16.0"]
+    assert changes["no-ema"] == ["train.ema: 0.99 -> 0.0"]
+    assert all(asked.settings(name).data.scale == 1.0 for name in unets.NETS)
+
+
+def test_the_report_keeps_its_recipe_but_not_its_budget():
+    found = plan("train.batch=8", "data.root=elsewhere", "train.precision=bf16", "model.width=64").settings("report")
+    own = config.load(Path(accuracy.HERE).parent / "configs" / "report.toml")
+    assert (found.train.epochs, found.train.batch, found.train.precision) == (2, 8, "bf16")
+    assert (found.data.root, found.data.crop, found.data.select, found.model.weights) == (
+        "elsewhere",
+        64,
+        "test",
+        "none",
+    )
+    assert (found.augment, found.loss, found.instances) == (own.augment, own.loss, own.instances)
+    assert (found.model.rank, found.model.alpha, found.model.head, found.model.pattern) == (
+        *(4, 16.0, "sam"),
+        own.model.pattern,
+    )
+    assert (found.train.lr_adapter, found.train.schedule, found.train.best) == (1e-4, "step", "dice")
+
+
+@pytest.mark.parametrize(
+    "name, of_encoder, of_decoder",
+    [("lora-qkv", 10, 0), ("lora-attention", 20, 0), ("lora-attention-mlp", 40, 0), ("sam-attention-decoder", 20, 28)],
+)
+def test_patterns_match_the_layers_they_are_named_after(name, of_encoder, of_decoder):
+    pattern = re.compile(plan().settings(name).model.pattern)
+    layers = {module for module, _ in build_sam().named_modules() if pattern.fullmatch(module)}
+    of = [sum(layer.startswith(part) for layer in layers) for part in ("image_encoder.", "mask_decoder.")]
+    assert of == [of_encoder, of_decoder] and sum(of) == len(layers)
+
+
+def test_jobs_fold_after_fold_and_nothing_twice():
+    asked = plan("--models", "shallow,lora,rank-8,tta", "--folds", "1,0", "--seeds", "0,3")
+    found = [(job.run.relative_to("runs").as_posix(), job.config.data.fold) for job in asked.training(again=False)]
+    expected = [(s, f, name) for s in (0, 3) for f in (1, 0) for name in ("shallow", "lora")]
+    assert found == [(f"{name}/seed{s}/fold{f}", f) for s, f, name in expected]
+    assert [job.config.train.seed for job in asked.training(again=False)] == [0] * 4 + [3] * 4
+    again = asked.training(again=True)
+    assert [job.run.as_posix() for job in again] == [f"runs/tta/seed{s}/fold{f}" for s in (0, 3) for f in (1, 0)]
+    assert again[0].trainer[-2:] == ("--tta-of", "runs/lora/seed0/fold1")
+    assert len({job.lock for job in [*asked.training(again=False), *again]}) == 12
+    assert asked.pretraining() == []
+
+
+def test_each_starts_from_its_own_stand_in():
+    options = ["--pretrain", "a", "--pretrain", "b", "--pretrain-set", "train.epochs=7"]
+    asked = plan("--models", "deep,report,lora,head,sam,scale-1,tta", "--folds", "2", *options)
+    stand_ins = {job.run.name: job for job in asked.pretraining()}
+    names = ("deep", "nucsam-sam-scale-2", "nucsam-instance-scale-2", "nucsam-instance-scale-1")
+    assert tuple(stand_ins) == names
+    for name, job in stand_ins.items():
+        c = job.config
+        assert (c.data.root, c.data.fold, c.data.select, c.train.epochs) == ("runs/pretrain/data", "all", "inner", 7)
+        assert c.model.train == ("lora" if name == "deep" else "full") and c.augment.d4
+    jobs = {job.run.parts[1]: job for job in asked.training(again=False)}
+    assert list(jobs) == ["deep", "deep-scratch", "report", "lora", "head", "sam", "scale-1"]
+    assert jobs["deep"].trainer[-2:] == ("--start", "runs/pretrain/deep/adapter.safetensors")
+    assert jobs["deep-scratch"].trainer[-2:] == ("--net", "deep")
+    assert jobs["deep"].config == jobs["deep-scratch"].config
+    for name, base in {"report": names[1], "lora": names[2], "head": names[2], "scale-1": names[3]}.items():
+        assert jobs[name].config.model.weights == f"runs/pretrain/{base}.safetensors"
+        assert jobs[name].trainer[-2:] == ("--export", f"runs/pretrain/{base}")
+
+
+def test_mistakes_are_named():
+    for arguments, message in (
+        (["--models", "lora,unet"], "--models: found unet, expected unets, musts"),
+        (["--models", "tta"], "--models: found one that scores the runs of lora"),
+        (["--folds", "0,5"], r"--folds: found \[5\], expected 0 to 4"),
+        (["data.root=a", "--pretrain", "./a"], "--pretrain: found a, which is tested on"),
+        (["a.toml", "b.toml"], r"found 2 configurations \(a.toml, b.toml\)"),
+        (["train.epoch=3"], "did you mean train.epochs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan(*arguments)
+
+
+def test_stand_in_data_are_links(tmp_path):
+    from nucsam.data import find_records
+
+    a, b = tmp_path / "a", tmp_path / "b"
+    for root, seed in ((a, 1), (b, 2)):
+        write_dataset(root, images=3, size=64, seed=seed)
+    for _ in range(2):
+        accuracy.link([a, b], tmp_path / "both")
+    organs = {path.name for path in a.iterdir() if path.is_dir()}, {path.name for path in b.iterdir() if path.is_dir()}
+    wanted = {f"a, {name}" for name in organs[0]} | {f"b, {name}" for name in organs[1]}
+    assert {path.name for path in (tmp_path / "both").iterdir()} == wanted
+    records = find_records(tmp_path / "both", group=accuracy.GROUP)
+    assert len(records) == 6 and {record.organ for record in records} == wanted
+    with pytest.raises(ValueError, match="has links to other data"):
+        accuracy.link([a], tmp_path / "both")
+    with pytest.raises(ValueError, match="holds no ORGAN/tissue images"):
+        accuracy.link([tmp_path / "both" / "nothing"], tmp_path / "new")
+
+
+def test_groups_of_stand_in_images():
+    matches = {
+        name: re.search(accuracy.GROUP, name)[1] for name in ("image07_1", "image07_2", "00ae65c1c6631ae6", "a_b")
+    }
+    assert matches == {
+        "image07_1": "image07",
+        "image07_2": "image07",
+        "00ae65c1c6631ae6": "00ae65c1c6631ae6",
+        "a_b": "a_b",
+    }
+
+
+def test_spread_by_hand():
+    found = accuracy.spread(
+        np.array([[60.0, 64.0], [62.0, 70.0]])
+    )  # 2 seeds x 2 folds: fold means 61, 67; seeds 62, 66
+    assert found == pytest.approx({"mean": 64.0, "folds": math.sqrt(18), "seeds": math.sqrt(8)})
+    nan = math.nan
+    found = accuracy.spread(np.array([[60.0, nan], [62.0, 70.0]]))  # one fold that both seeds have
+    assert found == pytest.approx({"mean": 65.5, "folds": math.sqrt(40.5), "seeds": math.sqrt(2)})
+    assert accuracy.spread(np.array([[60.0]])) == pytest.approx({"mean": 60, "folds": nan, "seeds": nan}, nan_ok=True)
+    nothing = {"mean": nan, "folds": nan, "seeds": nan}
+    assert accuracy.spread(np.array([[nan]])) == pytest.approx(nothing, nan_ok=True)
+
+
+def test_table_of_a_finished_benchmark(bench, tmp_path):
+    arguments = ["--models", "deep,report,lora,rank-8,head", "--folds", "0,1", "--seeds", "0,1"]
+    status, output, started = bench(*arguments)
+    assert status == 0 and len(started) == 4 * 2 * 2  # rank-8 is what lora is
+    document = json.loads(output.splitlines()[-1])
+    assert document == json.loads((tmp_path / "runs" / "accuracy.json").read_text())
+    rows = {row["model"]: row for row in document["rows"]}
+    assert list(rows) == ["deep", "report", "lora", "rank-8", "head"]
+    # AJI 60 + 2 fold + seed: mean 61.5; fold means 60.5 and 62.5, seed means 61 and 62
+    assert rows["lora"]["aji"] == pytest.approx({"mean": 61.5, "folds": math.sqrt(2), "seeds": math.sqrt(0.5)})
+    assert rows["rank-8"]["aji"] == rows["lora"]["aji"]
+    assert (rows["deep"]["presentations"], rows["deep"]["train_seconds"], rows["deep"]["peak_gib"]) == (64, 60, 1.5)
+    assert [(b["beside"], round(b["difference"], 6), b["met"]) for b in document["bars"]] == [
+        ("deep", 10.0, True),  # AJI
+        ("deep", 0.0, False),  # PQ
+    ]
+    text = (tmp_path / "runs" / "accuracy.md").read_text()
+    assert text in output
+    assert "| `head`; base weights: random | 80.00 ± 0.00 (0.00) | 56.50 ± 1.41 (0.71) |" in text
+    assert text.count("EPOCH CHOSEN ON THE TEST IMAGES") == 1 and "INCOMPLETE" not in text
+    assert "`report`; EPOCH CHOSEN ON THE TEST IMAGES" in text and "`train.epochs 100 -> 2`" in text
+    assert "data.root" not in text
+    lines = list(csv.DictReader((tmp_path / "runs" / "accuracy.csv").open()))
+    assert len(lines) == 20
+    assert [(x["seed"], x["fold"], float(x["aji"])) for x in lines[:2]] == [("0", "0", 0.5), ("0", "1", 0.52)]
+    assert (tmp_path / "runs" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+
+    assert bench(*arguments)[2] == []  # all is done
+    with pytest.raises(ValueError, match=r"another configuration.*\n.*train\.epochs: 2 -> 3"):
+        bench(*arguments, "train.epochs=3")
+
+
+def test_a_failed_run_is_missing_and_done_by_a_rerun(bench, tmp_path):
+    arguments = ["--models", "head,lora,full", "--folds", "0,1"]
+    (tmp_path / "fails").touch()
+    status, output, started = bench(*arguments)
+    assert status == 1 and len(started) == 6
+    assert "`head`; INCOMPLETE: seed 0, fold 1 missing" in output
+    (tmp_path / "fails").unlink()
+    status, output, started = bench(*arguments)
+    assert status == 0 and [run for run, _ in started] == ["runs/head/seed0/fold1"]
+    assert "INCOMPLETE" not in output
+
+
+def test_stand_ins_come_first(bench, tmp_path):
+    write_dataset(tmp_path / "other", images=2, size=64, seed=1)
+    status, _, started = bench("--models", "deep,lora,tta", "--folds", "0", "--pretrain", "other")
+    assert status == 0
+    runs = [run.removeprefix("runs/") for run, _ in started]
+    last = ["deep/seed0/fold0", "deep-scratch/seed0/fold0", "lora/seed0/fold0", "tta/seed0/fold0"]
+    assert runs == ["pretrain/deep", "pretrain/nucsam-instance-scale-2", *last]
+    rows = json.loads((tmp_path / "runs" / "accuracy.json").read_text())["rows"]
+    assert [(row["model"], row["runs"][0]["base"]) for row in rows] == [
+        ("deep", "stand-in"),
+        ("deep-scratch", "none"),
+        *((name, "runs/pretrain/nucsam-instance-scale-2.safetensors") for name in ("lora", "tta")),
+    ]
+
+
+def test_a_child_trains_scores_and_measures(tiny, tmp_path):
+    """The real one: a U-Net, then a second that starts from it, then a finished one again, which does nothing."""
+    settings = tmp_path / "run.toml"
+    settings.write_text(config.to_toml(tiny("train.epochs=1", "train.lr_adapter=1e-3")))
+    first, second = tmp_path / "first", tmp_path / "second"
+    accuracy.child(["--net", "shallow", str(settings), "--out", str(first), "--resume"])
+    start = ["--start", str(first / "adapter.safetensors")]
+    accuracy.child(["--net", "shallow", *start, str(settings), "--out", str(second), "--resume"])
+    losses = [json.loads((run / "metrics.jsonl").read_text())["loss"] for run in (first, second)]
+    assert losses[1] < losses[0]
+    for run in (first, second):
+        measured = json.loads((run / "benchmark.json").read_text())
+        assert 0.1 < measured["peak_gib"] < 64 and 0 < measured["inference_seconds"] < 60
+        assert set(json.loads((run / "scores.json").read_text())["headline"]) == {"dice", "aji", "pq"}
