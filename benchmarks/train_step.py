@@ -1,20 +1,28 @@
-"""How fast and how large is a training step, beside the plain way to build the same one?
+"""How fast and how large is a training step, beside three other ways to build one?
 
     pip install peft
     python benchmarks/train_step.py [--device cpu] [--batch 4] [--image-size 512] [--dtype fp32|bf16|fp16]
-        [--repeat 7] [--steps 4] [--workers 0 2] [--threads N] [--json FILE]
+        [--repeat 7] [--steps 4] [--workers 0 2] [--ways nucsam plain report full] [--config configs/nuinsseg.toml]
+        [--compile] [--memory-cap 15] [--snapshot FILE] [--threads N] [--json FILE]
 
-encoder: forward and backward of the encoder with LoRA (rank 4 on attn.qkv and attn.proj), to its multi-scale features.
-pipeline: loader, augmentation, targets, encoder, instance head, losses, backward, clipping, AdamW, on synthetic images
-of 512 px. `--image-size` is the side in model px, as the encoder sees it: a crop has image-size / data.scale image px.
+encoder: forward and backward of the encoder with LoRA, to its multi-scale features.
+pipeline: loader, augmentation, targets, encoder, head, losses, backward, clipping, AdamW, on synthetic images of 512 px.
+`--image-size` is the side in model px, as the encoder sees it: a crop has image-size / data.scale image px.
 
-The plain way is stock `mobile_sam` with forward hooks, Hugging Face `peft`, and augmentation and targets by numpy,
-scipy and scikit-image, nucleus by nucleus, in the loader's workers. It gets the same decoded images, crops, head,
-losses, dtype and optimizer. Both compute the same features, gradients, targets and losses, or nothing is timed.
+nucsam: as nucsam/train.py puts it together, with the library's defaults or those of `--config`.
+plain: stock `mobile_sam` with forward hooks, Hugging Face `peft` on the same layers, and augmentation and targets by
+    numpy, scipy and scikit-image, nucleus by nucleus, in the loader's workers. It gets the same decoded images, crops,
+    head, losses, dtype and optimizer. Both compute the same features, gradients, targets and losses, or nothing is timed.
+report: the loop of the student report made honest: stock `mobile_sam`, `peft` of rank 4 on all 40 live linear layers of
+    the encoder with the gradient through it, the frozen mask decoder without prompts, BCE and Dice on one foreground
+    map, no augmentation. Less is learned from less: it has no instances to learn.
+full: nucsam with all of the encoder training.
 
-The two take turns, after one to warm up. Times are wall times; CPU s/image adds up all threads and loader workers,
-which holds where a machine is shared. A turn of the pipeline drains its loader, so that nothing is loaded in another's
-time, and each way gets the number of `--workers` that is fastest for it. Prints tables, and one JSON line last.
+They take turns, after one to warm up. Times are wall times; CPU s/image adds up all threads and loader workers, which
+holds where a machine is shared. A turn of the pipeline drains its loader, so that nothing is loaded in another's time,
+and each way gets the number of `--workers` that is fastest for it. "of matmul" is the part of a large matrix product's
+FLOP/s, measured beside it, that the step's own matrix products, convolutions and attention reach; `saved` is what
+autograd keeps for the backward pass. Prints tables, and one JSON line last.
 """
 
 import os
@@ -23,27 +31,21 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy runs in the loader's
 
 import argparse
 import copy
-import ctypes
-import gc
 import json
 import math
-import platform
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from scipy.ndimage import distance_transform_edt, find_objects, gaussian_filter
 from skimage.color import hed2rgb, rgb2hed
 from skimage.segmentation import find_boundaries
@@ -51,13 +53,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout that is not installed
+import bench
+from stock import embed, stock_sam
+
+from nucsam import config as configuration
 from nucsam import losses, model, targets
 from nucsam.augment import augment, window
-from nucsam.base import Base, build_sam, load_base
+from nucsam.base import Base, load_base
 from nucsam.config import Config
 from nucsam.data import Crops, EpochBatches, Samples, find_records
 from nucsam.encoder import Features
-from nucsam.head import NUCLEUS_WEIGHT
+from nucsam.head import NUCLEUS_WEIGHT, SamHead
+from nucsam.lora import LoRALinear
 from nucsam.synthetic import write_dataset
 
 try:
@@ -66,12 +73,12 @@ except ImportError:
     peft = None
 
 SIDE = 512  # px of a synthetic image, as in NuInsSeg
-ADAPTED = r"layers\..*\.attn\.(qkv|proj)"  # peft matches whole names, here within the encoder
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LIVE = r"layers\..*\.(attn\.(qkv|proj)|mlp\.fc[12])"  # the 40 linear layers of the encoder that are used
 BARS = {
     "encoder": "on a CPU speed >= 1.2, saved <= 0.75",
     "pipeline": "speed >= 1.5 on a CPU at 512 px, >= 3 on a GPU at 1024 px in fp16",
 }
+WAYS = ("nucsam", "plain", "report", "full")
 Truth = dict[str, Any]  # what a way's loss takes beside the maps
 
 
@@ -79,16 +86,24 @@ Truth = dict[str, Any]  # what a way's loss takes beside the maps
 class Way:
     """One way to build a training step."""
 
-    encoder: nn.Module  # images (B, 3, H, W), 0..255 -> Features
-    head: nn.Module
+    encoder: nn.Module  # images (B, 3, H, W), 0..255 -> named tuple of maps
+    head: nn.Module  # maps, size -> dense maps (B, C, *size)
     data: Crops
-    prepare: Callable[[dict[str, Tensor]], tuple[Tensor, Truth]]  # a loader's batch -> images, truth; on the device
-    loss: Callable[..., dict[str, Tensor]]  # maps, **truth -> terms of (B,)
-    targets: Callable[[Tensor], tuple[Tensor, Tensor]]  # labels (B, H, W) -> classes, distances
+    move: Callable[[dict[str, Tensor]], dict[str, Any]]  # a loader's batch, to the device
+    prepare: Callable[[dict[str, Any]], tuple[Tensor, Truth]]  # what was moved -> images, truth
+    loss: Callable[..., dict[str, Tensor]]  # dense maps, **truth -> terms of (B,)
+    targets: Callable[[Tensor], tuple[Tensor, ...]]  # labels (B, H, W) -> what is learned from them
 
     def __post_init__(self) -> None:
         self.weights = [p for part in (self.encoder, self.head) for p in part.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4)
+
+    def compile(self) -> None:
+        self.encoder, self.head = torch.compile(self.encoder), torch.compile(self.head)
+
+
+def mover(device: torch.device, *names: str) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
+    return lambda batch: {name: batch[name].to(device, non_blocking=True) for name in names}
 
 
 # ---- ours, as nucsam/train.py puts it together ----
@@ -97,10 +112,14 @@ class Way:
 def ours(base: Base, samples: Samples, config: Config, device: torch.device) -> Way:
     net, d = model.build(config.model, base, seed=0).to(device).train(), config.data
 
-    def prepare(batch: dict[str, Tensor]) -> tuple[Tensor, Truth]:
-        maps = (batch[key].to(device, non_blocking=True) for key in ("image", "label", "counted"))
-        images, labels, counted = augment(*maps, batch["draws"], crop=d.crop, scale=d.scale, config=config.augment)
-        return images, {"labels": labels, "counted": counted, "n": int(batch["label"].max())}
+    def move(batch: dict[str, Tensor]) -> dict[str, Any]:
+        maps = mover(device, "image", "label", "counted")(batch)
+        return maps | {"draws": batch["draws"], "n": int(batch["label"].max())}
+
+    def prepare(batch: dict[str, Any]) -> tuple[Tensor, Truth]:
+        maps = batch["image"], batch["label"], batch["counted"], batch["draws"]
+        images, labels, counted = augment(*maps, crop=d.crop, scale=d.scale, config=config.augment)
+        return images, {"labels": labels, "counted": counted, "n": batch["n"]}
 
     def loss(maps: Tensor, labels: Tensor, counted: Tensor, n: int) -> dict[str, Tensor]:
         return net.loss(maps, labels, counted, n, config.loss)
@@ -111,19 +130,18 @@ def ours(base: Base, samples: Samples, config: Config, device: torch.device) -> 
         return classes, targets.distances(labels, classes, int(labels.max()))
 
     data = Crops(samples, window=window(d.crop, config.augment), seed=0)
-    return Way(net.image_encoder, net.head, data, prepare, loss, own_targets)
+    return Way(net.image_encoder, net.head, data, move, prepare, loss, own_targets)
 
 
 # ---- the plain way ----
 
 
-def plain(base: Base, samples: Samples, config: Config, device: torch.device, head: nn.Module) -> Way:
-    encoder = PlainEncoder(base, round(config.data.crop * config.data.scale), config.model.rank, config.model.alpha)
-    w = config.loss
-
-    def prepare(batch: dict[str, Tensor]) -> tuple[Tensor, Truth]:
-        batch = {key: batch[key].to(device, non_blocking=True) for key in batch if key != "label"}
-        return batch.pop("image").float(), batch
+def plain(
+    base: Base, samples: Samples, config: Config, device: torch.device, head: nn.Module, adapted: list[str]
+) -> Way:
+    side, m, w = round(config.data.crop * config.data.scale), config.model, config.loss
+    settings = peft.LoraConfig(r=m.rank, lora_alpha=m.alpha, target_modules=adapted)
+    encoder, move = PlainEncoder(base, side, settings), mover(device, "image", "counted", "classes", "distances")
 
     def loss(maps: Tensor, classes: Tensor, distances: Tensor, counted: Tensor) -> dict[str, Tensor]:
         classes, nucleus, logits = classes.long(), classes > 0, maps[:, :3]
@@ -140,41 +158,39 @@ def plain(base: Base, samples: Samples, config: Config, device: torch.device, he
         classes, distances = zip(*map(plain_targets, labels.numpy()))
         return torch.from_numpy(np.stack(classes)), torch.from_numpy(np.stack(distances))
 
-    return Way(encoder.to(device), copy.deepcopy(head), PlainCrops(samples, config), prepare, loss, loop_targets)
+    data = PlainCrops(samples, config)
+    return Way(encoder.to(device), copy.deepcopy(head), data, move, as_loaded, loss, loop_targets)
+
+
+def as_loaded(batch: dict[str, Tensor]) -> tuple[Tensor, Truth]:
+    """All was done in the loader."""
+    return batch.pop("image").float(), batch
 
 
 class PlainEncoder(nn.Module):
     """Stock TinyViT at one image size, BatchNorms in eval mode; hooks take what goes into each down-sampling."""
 
-    def __init__(self, base: Base, side: int, rank: int, alpha: float) -> None:
+    def __init__(self, base: Base, side: int, settings: Any) -> None:
         super().__init__()
-        sam = build_sam()
-        sam.load_state_dict(base.state)
+        sam = stock_sam(base, side)
         self.vit, self.maps = sam.image_encoder, []
         self.register_buffer("mean", sam.pixel_mean)
         self.register_buffer("std", sam.pixel_std)
         for stage, scale in zip((self.vit.patch_embed.seq[1], *self.vit.layers), (2, 4, 8, 16, 16)):
-            for part in stage.modules():
-                if hasattr(part, "input_resolution"):
-                    part.input_resolution = (side // scale, side // scale)
             last = stage if scale == 2 else stage.blocks[-1]
             last.register_forward_hook(lambda _, __, x, s=side // scale: self._keep(x, s))
-        self.requires_grad_(False)
-        settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=ADAPTED)
         peft.inject_adapter_in_model(settings, self.vit)
-        self.train()
-        for part in self.modules():
-            if isinstance(part, nn.BatchNorm2d):
-                part.eval()
+        train_pinned(self)
 
     def _keep(self, x: Tensor, side: int) -> None:
         self.maps.append(x if x.ndim == 4 else x.transpose(1, 2).unflatten(2, (side, side)))
 
     def forward(self, images: Tensor) -> Features:
-        x = self.vit.patch_embed((images - self.mean) / self.std)
+        images = (images - self.mean) / self.std
+        x = self.vit.patch_embed(images)
         for layer in self.vit.layers:  # the neck, with its view(B, 64, 64, C), is for SAM's decoder, not for this head
             x = layer(x)
-        features = Features(*self.maps)
+        features = Features(images, *self.maps)
         self.maps.clear()
         return features
 
@@ -233,22 +249,90 @@ def plain_targets(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return classes, distances
 
 
+def train_pinned(net: nn.Module) -> None:
+    """Training mode, with BatchNorms as in the base."""
+    net.train()
+    for part in net.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.eval()
+
+
+# ---- the report's way ----
+
+
+class Embedding(NamedTuple):
+    neck: Tensor  # (B, 256, H/16, W/16)
+
+
+class ReportEncoder(nn.Module):
+    """Stock TinyViT with its neck, LoRA on every linear layer that is used."""
+
+    def __init__(self, sam: nn.Module) -> None:
+        super().__init__()
+        self.sam = sam
+        settings = peft.LoraConfig(r=4, lora_alpha=16, target_modules=LIVE)
+        peft.inject_adapter_in_model(settings, self.sam.image_encoder)
+        train_pinned(self)
+
+    def forward(self, images: Tensor) -> Embedding:
+        return Embedding(embed(self.sam, images))
+
+
+class ReportHead(nn.Module):
+    """The stock mask decoder, frozen, without prompts: one foreground map."""
+
+    def __init__(self, sam: nn.Module) -> None:
+        super().__init__()
+        self.prompt_encoder, self.mask_decoder = sam.prompt_encoder, sam.mask_decoder
+
+    def forward(self, embedding: Embedding, size: tuple[int, int]) -> Tensor:
+        return SamHead(self.prompt_encoder, self.mask_decoder)(embedding.neck, size)
+
+
+class ReportCrops(Crops):
+    """Crops as they are, resized by Pillow, and a mask of the nuclei."""
+
+    def __init__(self, samples: Samples, config: Config) -> None:
+        super().__init__(samples, window=config.data.crop, seed=0)
+        self.side = round(config.data.crop * config.data.scale)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        item = super().__getitem__(key)
+        image = Image.fromarray(np.ascontiguousarray(item["image"].permute(1, 2, 0)))
+        image = np.array(image.resize((self.side, self.side), Image.Resampling.BILINEAR))
+        mask = (item["label"] > 0).to(torch.uint8)
+        return {"image": torch.from_numpy(image).permute(2, 0, 1), "label": item["label"], "mask": mask}
+
+
+def report(base: Base, samples: Samples, config: Config, device: torch.device) -> Way:
+    sam = stock_sam(base, round(config.data.crop * config.data.scale))
+    head = ReportHead(sam)
+    del sam.prompt_encoder, sam.mask_decoder  # the head's now
+
+    def loss(maps: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        logits, nucleus, counted = maps[:, 0], mask > 0, torch.ones_like(mask, dtype=torch.bool)
+        return {
+            "cross_entropy": losses.binary_cross_entropy(logits, nucleus, counted),
+            "dice": losses.dice(logits.sigmoid(), nucleus, counted),
+        }
+
+    data, move = ReportCrops(samples, config), mover(device, "image", "mask")
+    encoder = ReportEncoder(sam).to(device)
+    return Way(encoder, head.to(device), data, move, as_loaded, loss, lambda labels: (labels > 0,))
+
+
 # ---- steps, and what they cost ----
 
 
-class Bench:
-    """Where and how steps run, and the clocks."""
+class Bench(bench.Machine):
+    """Where and how steps run, and what they cost."""
 
     def __init__(self, args: argparse.Namespace, config: Config) -> None:
-        self.device, self.crop, self.dtype = torch.device(args.device), config.data.crop, DTYPES[args.dtype]
-        self.batch, self.steps, self.repeat = args.batch, args.steps, args.repeat
-        self.cuda = self.device.type == "cuda"
+        super().__init__(args)
+        self.crop, self.batch, self.steps, self.repeat = config.data.crop, args.batch, args.steps, args.repeat
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.dtype == "fp16")
 
-    def cast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def encode(self, way: Way, images: Tensor) -> Features:
+    def encode(self, way: Way, images: Tensor) -> Any:
         way.optimizer.zero_grad()
         with self.cast():
             features = way.encoder(images)
@@ -269,7 +353,7 @@ class Bench:
         way.optimizer.zero_grad()
 
     def step(self, way: Way, batch: dict[str, Tensor]) -> None:
-        self.scaler.scale(self.forward(way, *way.prepare(batch))).backward()
+        self.scaler.scale(self.forward(way, *way.prepare(way.move(batch)))).backward()
         self.update(way)
 
     def epoch(self, way: Way, loader: DataLoader, number: int) -> None:
@@ -282,27 +366,15 @@ class Bench:
         how = {"num_workers": workers, "persistent_workers": keep, "pin_memory": self.cuda}
         return DataLoader(way.data, batch_sampler=batches, **how)
 
-    def clocks(self) -> np.ndarray:
-        """Wall and CPU seconds, the latter of the loader's workers too, once the device is idle."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        cpu = sum(sum(child.cpu_times()[:2]) for child in psutil.Process().children(recursive=True))
-        return np.array([time.perf_counter(), cpu + time.process_time()])
+    def loaded(self, way: Way) -> dict[str, Tensor]:
+        return default_collate([way.data[0, i] for i in range(self.batch)])
 
-    def times(self, calls: dict[str, Callable[[int], Any]], steps: int, repeat: int) -> dict[str, dict[str, float]]:
+    def rows(self, calls: dict[str, Callable[[int], Any]], steps: int, repeat: int) -> dict[str, dict[str, float]]:
         """What a step takes in calls of `steps` steps, in turns."""
-        spent: dict[str, list[np.ndarray]] = {name: [] for name in calls}
-        for number in range(repeat + 1):
-            for name, call in calls.items():
-                start = self.clocks()
-                call(number)
-                spent[name].append((self.clocks() - start) / steps)
-        rows = {}
-        for name, (_, *turns) in spent.items():
-            wall, cpu = np.array(turns).T
-            ms = {"ms": np.median(wall), "ms_min": wall.min(), "ms_max": wall.max()}
-            rows[name] = {"images_per_second": self.batch / ms["ms"], **{k: 1e3 * v for k, v in ms.items()}}
-            rows[name]["cpu_s_per_image"] = np.median(cpu) / self.batch
+        rows = self.turns(calls, repeat, steps)
+        for row in rows.values():
+            row["images_per_second"] = 1e3 * self.batch / row["ms"]
+            row["cpu_s_per_image"] = 1e-3 * row.pop("cpu_ms") / self.batch
         return rows
 
     def saved_mib(self, way: Way, run: Callable[[], Any]) -> float:
@@ -321,55 +393,61 @@ class Bench:
         del kept
         return sum(found.values()) / 2**20
 
-    def peak_mib(self, call: Callable[[], Any]) -> float:
-        """Peak memory in one call above that before it: allocated on a GPU, resident on a CPU (Linux)."""
-        gc.collect()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            return (torch.cuda.max_memory_allocated() - before) / 2**20
-        if not Path("/proc/self/clear_refs").exists():
-            return math.nan
-        ctypes.CDLL(None).malloc_trim(0)  # memory that an earlier call left in the heap would hide this one's
-        Path("/proc/self/clear_refs").write_text("5")
-        before = psutil.Process().memory_info().rss
-        call()
-        most = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-        return int(most) / 2**10 - before / 2**20
-
     def profile(self, way: Way, number: int) -> dict[str, float]:
         """Milliseconds an image of each part of one step, without loader workers: CPU time, on a GPU wall time."""
         names, moments = [], []
 
         def mark(name: str) -> None:
             names.append(name)
-            moments.append(self.clocks()[0 if self.cuda else 1])
+            moments.append(self.now())
 
         mark("start")
         batch = default_collate([way.data[number, i] for i in range(self.batch)])
         mark("loader")
-        images, truth = way.prepare(batch)
-        mark("transfer (ours: augmentation too)")
+        moved = way.move(batch)
+        mark("transfer")
+        images, truth = way.prepare(moved)
+        mark("augmentation")
         way.targets(truth.get("labels", batch["label"]))
-        mark("targets, once more")
-        with self.cast():
+        mark("targets")
+        with self.cast(), on_first_trained(way.encoder, lambda: mark("encoder, frozen part")):
             features = way.encoder(images)
-        mark("encoder forward")
-        leaves = Features(*(f.detach().requires_grad_(f.requires_grad) for f in features))
+        if names[-1] == "targets":  # it is all trained
+            names.append("encoder, frozen part")
+            moments.append(moments[-1])
+        mark("encoder, adapted part")
+        leaves = type(features)(*(f.detach().requires_grad_(f.requires_grad) for f in features))
         with self.cast():
             maps = way.head(leaves, (self.crop, self.crop))
-        mark("head forward")
+        mark("head")
         loss = self.scaler.scale(sum(way.loss(maps.float(), **truth).values()).mean())
-        mark("loss (ours: targets too)")
+        mark("loss")
         loss.backward()
-        mark("loss and head backward")
+        mark("loss and head, backward")
         reached = [(f, leaf.grad) for f, leaf in zip(features, leaves) if f.requires_grad]
         torch.autograd.backward(*map(list, zip(*reached)))
-        mark("encoder backward")
+        mark("encoder, backward")
         self.update(way)
-        mark("clipping and AdamW")
-        return dict(zip(names[1:], 1e3 * np.diff(moments) / self.batch))
+        mark("optimizer")
+        return dict(zip(names[1:], (1e3 * np.diff(moments) / self.batch).tolist()))
+
+
+@contextmanager
+def on_first_trained(net: nn.Module, call: Callable[[], None]) -> Iterator[None]:
+    """Calls when the first module with a weight of its own that trains is reached in a forward pass."""
+    hooks = []
+
+    def reached(*_: Any) -> None:
+        for hook in hooks:
+            hook.remove()
+        call()
+
+    for part in net.modules():
+        if any(p.requires_grad for p in part.parameters(recurse=False)):
+            hooks.append(part.register_forward_pre_hook(reached))
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 def random_base(images: Tensor) -> Base:
@@ -382,20 +460,20 @@ def random_base(images: Tensor) -> Base:
     return model.calibrated(replace(base, state=state), images)
 
 
-def check(bench: Bench, own: Way, peer: Way, images: Tensor) -> dict[str, float]:
+def check(run: Bench, own: Way, peer: Way, images: Tensor) -> dict[str, float]:
     """Largest differences between the two where there must be none, in fp32; one over its bound ends the program."""
     adapters = [[p for p in way.encoder.parameters() if p.requires_grad] for way in (own, peer)]
     with torch.no_grad():
         for a, b in zip(*adapters, strict=True):
             b.copy_(a.normal_(std=0.02))  # B begins at zero
-    dtype, tf32 = bench.dtype, torch.backends.cudnn.allow_tf32
-    bench.dtype, torch.backends.cudnn.allow_tf32 = torch.float32, False
-    features = [bench.encode(way, images) for way in (own, peer)]
-    bench.dtype, torch.backends.cudnn.allow_tf32 = dtype, tf32
-    batch = default_collate([peer.data[0, i] for i in range(bench.batch)])
+    dtype, tf32 = run.dtype, torch.backends.cudnn.allow_tf32
+    run.dtype, torch.backends.cudnn.allow_tf32 = torch.float32, False
+    features = [run.encode(way, images) for way in (own, peer)]
+    run.dtype, torch.backends.cudnn.allow_tf32 = dtype, tf32
+    batch = run.loaded(peer)
     made, looped = (way.targets(batch["label"]) for way in (own, peer))
-    maps, labels = torch.randn(bench.batch, 5, bench.crop, bench.crop), batch["label"]
-    maps, labels, truth = maps.to(bench.device), labels.to(bench.device).long(), peer.prepare(batch)[1]
+    maps, labels = torch.randn(run.batch, 5, run.crop, run.crop), batch["label"]
+    maps, labels, truth = maps.to(run.device), labels.to(run.device).long(), peer.prepare(peer.move(batch))[1]
     terms = own.loss(maps, labels, truth["counted"], int(labels.max())), peer.loss(maps, **truth)
 
     def apart(a: Tensor, b: Tensor) -> float:
@@ -413,112 +491,191 @@ def check(bench: Bench, own: Way, peer: Way, images: Tensor) -> dict[str, float]
     return {name: d for name, (d, _) in found.items()}
 
 
+def measure(run: Bench, ways: dict[str, Way], images: Tensor, args: argparse.Namespace) -> dict[str, dict[str, dict]]:
+    """{"encoder", "pipeline" or "profile_ms_per_image": {way: numbers}}."""
+    still, profiles, memory = {}, {}, {}
+    for name, way in ways.items():  # what does not change with the compiler is measured without it
+        inputs = way.prepare(way.move(run.loaded(way)))
+        still[name] = {
+            "encoder": {
+                "saved_mib": run.saved_mib(way, lambda w=way: w.encoder(images)),
+                "flops": bench.flops(lambda w=way: run.encode(w, images)),
+            },
+            "pipeline": {
+                "saved_mib": run.saved_mib(way, lambda w=way, x=inputs: run.forward(w, *x)),
+                "flops": bench.flops(lambda w=way, b=run.loaded(way): run.step(w, b)),
+            },
+        }
+        _, *parts = (run.profile(way, number) for number in range(run.repeat + 1))
+        profiles[name] = {part: statistics.median(p[part] for p in parts) for part in parts[0]}
+        memory[name] = split(way, still[name]["pipeline"]["saved_mib"])
+        del inputs
+        if args.compile:
+            way.compile()
+    results = {"encoder": run.rows({k: lambda _, w=w: run.encode(w, images) for k, w in ways.items()}, 1, run.repeat)}
+    results["pipeline"] = pipeline(run, ways, args.workers)
+    for name, way in ways.items():
+        peaks = {
+            "encoder": run.peak_mib(lambda w=way: run.encode(w, images)),
+            "pipeline": run.peak_mib(lambda w=way, b=run.loaded(way): run.step(w, b)),
+        }
+        for stage, peak in peaks.items():
+            row = results[stage][name]
+            row |= still[name][stage] | {"peak_mib": peak}
+            row["tflops_per_s"] = 1e-9 * row["flops"] / row["ms"]
+        memory[name]["peak_of_a_step"] = peaks["pipeline"]
+    return results | {"profile_ms_per_image": profiles, "memory_mib": memory}
+
+
+def pipeline(run: Bench, ways: dict[str, Way], workers: list[int]) -> dict[str, dict]:
+    """Each way's pipeline, with the number of loader workers that is fastest for it."""
+    calls, chosen = {}, {}
+    for name, way in ways.items():
+        loaders = {n: run.loader(way, n) for n in workers}
+        tried = {n: (lambda i, w=way, x=loader: run.epoch(w, x, i)) for n, loader in loaders.items()}
+        taken = run.rows(tried, run.steps, 1) if len(tried) > 1 else {n: {"ms": 0.0} for n in tried}
+        chosen[name] = min(taken, key=lambda n: taken[n]["ms"])
+        calls[name] = tried.pop(chosen[name])
+        del loaders, tried  # ends their workers
+    rows = run.rows(calls, run.steps, run.repeat)
+    return {name: row | {"workers": chosen[name]} for name, row in rows.items()}
+
+
+def split(way: Way, activations: float) -> dict[str, float]:
+    """What a way's memory is for, MiB; gradients and optimizer state are those of the weights that train."""
+    parts = (way.encoder, way.head)
+    weights = {t.data_ptr(): t.nbytes for part in parts for t in (*part.parameters(), *part.buffers())}
+    state = [t.nbytes for of in way.optimizer.state.values() for t in of.values()]
+    found = {"weights": sum(weights.values()), "gradients": sum(p.nbytes for p in way.weights), "optimizer": sum(state)}
+    return {name: size / 2**20 for name, size in found.items()} | {"activations": activations}
+
+
+def snapshot(path: Path, call: Callable[[], Any]) -> None:
+    """What each allocation of a call is for, to open at pytorch.org/memory_viz."""
+    torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+    call()
+    torch.cuda.memory._dump_snapshot(str(path))
+    torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def those_that_fit(run: Bench, ways: dict[str, Way]) -> dict[str, Way]:
+    """The ways whose step fits in memory, and a step of each taken."""
+    fit = {}
+    for name, way in ways.items():
+        try:
+            run.step(way, run.loaded(way))
+        except torch.OutOfMemoryError:
+            way.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+        else:
+            fit[name] = way
+    return fit
+
+
 def ratios(own: dict[str, float], peer: dict[str, float]) -> dict[str, float]:
-    """How many times the plain way's speed, how much of its memory."""
+    """How many times another way's speed, how much of its memory."""
     speed = {"speed": peer["ms"] / own["ms"], "speed by CPU time": peer["cpu_s_per_image"] / own["cpu_s_per_image"]}
     return speed | {name: own[f"{name}_mib"] / peer[f"{name}_mib"] for name in ("saved", "peak")}
 
 
-def measure(bench: Bench, ways: dict[str, Way], images: Tensor, workers: list[int]) -> dict[str, dict[str, dict]]:
-    """{"encoder" or "pipeline": {way: numbers}}."""
-    encoder = bench.times({k: lambda _, w=w: bench.encode(w, images) for k, w in ways.items()}, 1, bench.repeat)
-    calls, chosen = {}, {}
-    for name, way in ways.items():
-        loaders = {n: bench.loader(way, n) for n in workers}
-        tried = {n: (lambda i, w=way, x=loader: bench.epoch(w, x, i)) for n, loader in loaders.items()}
-        taken = bench.times(tried, bench.steps, 1) if len(tried) > 1 else {n: {"ms": 0.0} for n in tried}
-        chosen[name] = min(taken, key=lambda n: taken[n]["ms"])
-        calls[name] = tried.pop(chosen[name])
-        del loaders, tried  # ends their workers
-    pipeline = bench.times(calls, bench.steps, bench.repeat)
-    for name, way in ways.items():
-        batch = next(iter(bench.loader(way, 0)))
-        inputs = way.prepare(batch)
-        encoder[name]["saved_mib"] = bench.saved_mib(way, lambda w=way: w.encoder(images))
-        encoder[name]["peak_mib"] = bench.peak_mib(lambda w=way: bench.encode(w, images))
-        pipeline[name]["saved_mib"] = bench.saved_mib(way, lambda w=way, x=inputs: bench.forward(w, *x))
-        pipeline[name]["peak_mib"] = bench.peak_mib(lambda w=way, b=batch: bench.step(w, b))
-        pipeline[name]["workers"] = chosen[name]
-    return {"encoder": encoder, "pipeline": pipeline}
-
-
 def show(console: Console, document: dict[str, Any]) -> None:
     title = "{device}, {dtype}, batch {batch}, {image_size} model px (crops of {crop} image px)".format(**document)
+    title += ", torch.compile" if document["compile"] else ""
+    if document["memory_cap"]:
+        title += f", allocator capped at {document['memory_cap']:g} GiB, standing in for a T4"
+    ceiling, rows = document["ceiling"]["tflops"], {}
+    for stage in BARS:
+        for name, r in document[stage].items():
+            rows[f"{stage} {name}"] = {
+                "images/s": r["images_per_second"],
+                "ms a step": r["ms"],
+                "min - max": bench.spread(r),
+                "CPU s/image": r["cpu_s_per_image"],
+                "saved MiB": r["saved_mib"],
+                "peak MiB": r["peak_mib"],
+                "of matmul": f"{r['tflops_per_s'] / ceiling:.0%}",
+                "workers": str(r.get("workers", "")),
+            }
     checks = ", ".join(f"{name} {difference:.1e}" for name, difference in document["checks"].items())
-    table = Table(title=title, caption=f"largest differences: {checks}" if checks else None)
-    columns = ("images/s", "ms a step", "min - max", "CPU s/image", "saved MiB", "peak MiB", "workers")
-    for column in ("", "", *columns):
-        table.add_column(column, justify="right" if column else "left")
-    for stage, rows in document["results"].items():
-        for name, r in rows.items():
-            cells = [f"{r['images_per_second']:.2f}", f"{r['ms']:.0f}", f"{r['ms_min']:.0f} - {r['ms_max']:.0f}"]
-            cells += [f"{r['cpu_s_per_image']:.3f}", f"{r['saved_mib']:.0f}", f"{r['peak_mib']:.0f}"]
-            table.add_row(stage, name, *cells, str(r.get("workers", "")))
-    console.print(table)
+    caption = f"a large matrix product: {ceiling:.3g} TFLOP/s"
+    console.print(
+        bench.table(title, rows, f"{caption}; nucsam and plain differ by at most: {checks}" if checks else "")
+    )
+    for name in document["out_of_memory"]:
+        console.print(f"{name}: out of memory")
     for stage, found in document["ratios"].items():
-        console.print(f"{stage}: " + ", ".join(f"{name} {v:.2f}" for name, v in found.items()), f"  bar: {BARS[stage]}")
+        for name, of in found.items():
+            bar = f"  bar: {BARS[stage]}" if name == "plain" else ""
+            console.print(f"{stage}, against {name}: " + ", ".join(f"{k} {v:.2f}" for k, v in of.items()) + bar)
+    console.print(bench.table("memory of a training step, MiB", document["memory_mib"]))
     profile = document["profile_ms_per_image"]
-    table = Table("ms an image", *profile, title="where a step's time goes, without loader workers")
-    for part in profile["nucsam"]:
-        table.add_row(part, *(f"{parts[part]:.1f}" for parts in profile.values()))
-    console.print(table)
+    parts = {part: {name: of[part] for name, of in profile.items()} for part in next(iter(profile.values()))}
+    clock = "wall" if document["device"] != "cpu" else "CPU"
+    about = f"{clock} ms an image, no loader workers; the peers' loader makes augmentation and targets"
+    console.print(bench.table(f"where a step's time goes: {about}; targets are part of the loss too", parts))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--image-size", type=int, default=512, help="model px, a multiple of 32")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--repeat", type=int, default=7, help="turns of each, after one to warm up")
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = bench.parser(__doc__)
     parser.add_argument("--steps", type=int, default=4, help="batches in a turn of the pipeline")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader workers to choose from")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch in the main process")
-    parser.add_argument("--json", type=Path, help="also write the JSON document here")
-    args = parser.parse_args()
-    if args.dtype == "fp16" and args.device == "cpu":
-        parser.error("--dtype fp16: a CPU would compute in fp32, expected fp32 or bf16 there")
-    torch.set_num_threads(args.threads)
-    config = Config()
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--config", type=Path, help="of nucsam, such as configs/nuinsseg.toml; none = the defaults")
+    parser.add_argument("--compile", action="store_true", help="torch.compile encoder and head of every way")
+    parser.add_argument(
+        "--memory-cap", type=float, default=0.0, metavar="GIB", help="of the GPU's allocator; 15 = a T4"
+    )
+    parser.add_argument("--snapshot", type=Path, help="write the allocations of a step of the first way here")
+    args = bench.parse(parser, arguments)
+    if args.device == "cpu" and (args.memory_cap or args.snapshot):
+        parser.error("--memory-cap, --snapshot: found --device cpu, but these are of a GPU's allocator; expected cuda")
+    config = configuration.load(args.config) if args.config else Config()
     config = replace(config, data=replace(config.data, crop=round(args.image_size / config.data.scale)))
-    bench, console = Bench(args, config), Console(width=110)
+    run, console = Bench(args, config), Console(width=120)
+    if args.memory_cap:
+        part = args.memory_cap * 2**30 / torch.cuda.get_device_properties(run.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(part)
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder) / "data", images=args.batch * args.steps, size=SIDE, seed=0)
         samples = Samples(find_records(Path(folder) / "data"), progress=False)
     images = torch.stack([torch.from_numpy(samples[i].image) for i in range(args.batch)]).permute(0, 3, 1, 2)
     images = nn.functional.interpolate(images.float(), (args.image_size, args.image_size), mode="bilinear")
     base = random_base(images)
-    images = images.to(bench.device).contiguous()  # NCHW, as loaders give it
+    images = images.to(run.device).contiguous()  # NCHW, as loaders give it
 
-    ways, checks = {"nucsam": ours(base, samples, config, bench.device)}, {}
-    if peft:
-        ways["plain"] = plain(base, samples, config, bench.device, ways["nucsam"].head)
-        checks = check(bench, *ways.values(), images)
-    else:
-        console.print("plain: skipped, peft is not installed")
-    results = measure(bench, ways, images, args.workers)
-    profiles = {}
-    for name, way in ways.items():
-        _, *parts = (bench.profile(way, number) for number in range(args.repeat + 1))
-        profiles[name] = {part: statistics.median(p[part] for p in parts) for part in parts[0]}
-    packages = ("torch", "numpy", "scipy", "scikit-image", "mobilesam-mirror", *(["peft"] if peft else []))
-    asked = {name: value for name, value in vars(args).items() if name != "json"}
-    document = {"benchmark": "train_step", **asked, "crop": bench.crop}
+    ways = build(base, samples, config, run.device, args.ways)
+    if not peft and {"plain", "report"} & set(args.ways):
+        console.print("plain, report: skipped, peft is not installed")
+    checks = check(run, ways["nucsam"], ways["plain"], images) if {"nucsam", "plain"} <= ways.keys() else {}
+    fit = those_that_fit(run, ways)
+    found = measure(run, fit, images, args)
+    if args.snapshot:
+        way = next(iter(fit.values()))
+        snapshot(args.snapshot, lambda: run.step(way, run.loaded(way)))
+    peers = [name for name in fit if name != "nucsam"] if "nucsam" in fit else []
+    document = {"benchmark": "train_step", **bench.asked(args), "crop": run.crop}
+    document |= {**run.about(["peft"] if peft else []), "ceiling": run.ceiling(), **found, "checks": checks}
     document |= {
-        "machine": torch.cuda.get_device_name() if bench.cuda else platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "trained": sum(p.numel() for p in ways["nucsam"].weights),
-        "results": results,
-        "ratios": {stage: ratios(*rows.values()) for stage, rows in results.items() if "plain" in rows},
-        "profile_ms_per_image": profiles,
-        "checks": checks,
+        "out_of_memory": [name for name in ways if name not in fit],
+        "trained": {name: sum(p.numel() for p in way.weights) for name, way in fit.items()},
+        "ratios": {s: {name: ratios(found[s]["nucsam"], found[s][name]) for name in peers} for s in BARS},
     }
     show(console, document)
-    if args.json:
-        args.json.write_text(json.dumps(document) + "\n", encoding="utf-8")
-    print(json.dumps(document))
+    bench.finish(document, args.json)
+
+
+def build(
+    base: Base, samples: Samples, config: Config, device: torch.device, wanted: Sequence[str] = WAYS
+) -> dict[str, Way]:
+    """The ways wanted that can be built; the plain one has a copy of nucsam's head."""
+    own, full = ours(base, samples, config, device), replace(config, model=replace(config.model, train="full"))
+    adapted = [name for name, part in own.encoder.named_modules() if isinstance(part, LoRALinear)]
+    makers: dict[str, Callable[[], Way]] = {"nucsam": lambda: own}
+    if peft:
+        makers["plain"] = lambda: plain(base, samples, config, device, own.head, adapted)
+        makers["report"] = lambda: report(base, samples, config, device)
+    makers["full"] = lambda: ours(base, samples, full, device)
+    return {name: make() for name, make in makers.items() if name in wanted}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from nucsam import lora
 from nucsam.atomic import atomic
@@ -196,7 +196,7 @@ def merged(model: Nucsam, base: Base) -> dict[str, Tensor]:
 
 def save_state(
     path: Path,
-    weights: dict[str, nn.Parameter],
+    weights: dict[str, Tensor],
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     metadata: dict[str, Any],
@@ -211,7 +211,7 @@ def save_state(
 
 def load_state(
     path: Path,
-    weights: dict[str, nn.Parameter],
+    weights: dict[str, Tensor],
     average: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class Model:
     )
     head: Literal["instance", "sam"] = "instance"
     train: Literal["lora", "full", "head"] = "lora"
+    norms: Literal["pinned", "moving"] = "pinned"  # BatchNorm statistics; moving: to learn a base from random
     rank: int = 4
     alpha: float = 4.0  # LoRA scale = alpha / rank
     pattern: str = (
@@ -136,6 +137,11 @@ class Config:
             raise ValueError(
                 f"data.crop * data.scale: found {data.crop} * {data.scale:g} = {data.crop * data.scale:g} model px, "
                 "expected a multiple of 32"
+            )
+        if self.model.norms == "moving" and (self.model.train != "full" or train.checkpoint):
+            raise ValueError(
+                f"model.norms: found 'moving' with model.train = {self.model.train!r}, train.checkpoint = "
+                f"{str(train.checkpoint).lower()}; expected 'full' and false"
             )
         if augment.scale_max < augment.scale_min:
             raise ValueError(

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Features(NamedTuple):
-    """The last map of each scale, for images (B, 3, H, W). NCHW, in channels-last memory."""
+    """The normalised images (B, 3, H, W) and the last map of each scale. NCHW, in channels-last memory."""
 
+    image: Tensor  # (B, 3, H, W)
     s2: Tensor  # (B, 32, H/2, W/2)
     s4: Tensor  # (B, 64, H/4, W/4)
     s8: Tensor  # (B, 128, H/8, W/8)
@@ -31,16 +32,18 @@ class Encoder(nn.Module):
 
     Equal to the stock encoder in eval mode within float error. BatchNorms are pinned: they stay in eval mode
     whatever `train()` says. They are affine maps then, and folded into the convolutions before them in each
-    forward, with gradients where those train; the state dict keeps the stock keys and values.
+    forward, with gradients where those train; the state dict keeps the stock keys and values. With `moving` they
+    are as stock ones: in training mode they use, and keep a running average of, their batch's statistics.
     `checkpoint` recomputes each block in the backward pass instead of keeping its activations.
     """
 
-    def __init__(self, tiny_vit: nn.Module, *, checkpoint: bool = False):
+    def __init__(self, tiny_vit: nn.Module, *, checkpoint: bool = False, moving: bool = False):
         super().__init__()
+        assert not (checkpoint and moving), "a block computed twice would count its statistics twice"
         self.patch_embed = tiny_vit.patch_embed
         self.layers = tiny_vit.layers
         self.neck = tiny_vit.neck
-        self.checkpoint = checkpoint
+        self.checkpoint, self.moving = checkpoint, moving
         # Of the RGB values 0..255, as `mobile_sam.build_sam` gives them.
         mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
         self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
@@ -54,10 +57,12 @@ class Encoder(nn.Module):
             raise ValueError(f"an image is {height} x {width} px, expected multiples of 32 for the encoder")
         x = (images - self.pixel_mean) / self.pixel_std
         x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        maps = [x]
         if _eager_cpu(x) and self._stem_is_fixed():  # image by image, its large maps stay in the cache
-            *maps, x = map(torch.cat, zip(*map(self._stem, x.split(1))))
+            *stem, x = map(torch.cat, zip(*map(self._stem, x.split(1))))
         else:
-            *maps, x = self._stem(x)
+            *stem, x = self._stem(x)
+        maps += stem
         for stage in self.layers[1:]:
             for block in stage.blocks:
                 x = self._run(_attention_block, block, x)
@@ -76,7 +81,7 @@ class Encoder(nn.Module):
         return s2, x, _patch_merging(self.layers[0].downsample, x)
 
     def _stem_is_fixed(self) -> bool:
-        """Not in `calibrate`, which needs the statistics of the whole batch."""
+        """Not where BatchNorms take the statistics of the whole batch."""
         parts = self.patch_embed, self.layers[0]
         trains = any(p.requires_grad for part in parts for p in part.parameters())
         return not (trains or self.patch_embed.seq[0].bn.training)
@@ -97,7 +102,7 @@ class Encoder(nn.Module):
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.eval()
+                module.train(mode and self.moving)
             # The biases that the stock attention gathers in train() and eval(): stale after a later load.
             if hasattr(module, "ab"):
                 del module.ab
@@ -123,7 +128,7 @@ class Encoder(nn.Module):
 def _conv_bn(module: nn.Module, x_BHWC: Tensor) -> Tensor:
     """A stock `Conv2d_BN`, as one convolution with the BatchNorm's scale and shift in its weight and bias."""
     conv, norm = module.c, module.bn
-    if norm.training:  # only in `calibrate`
+    if norm.training:
         return module(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     weight = conv.weight * scale.view(-1, 1, 1, 1)

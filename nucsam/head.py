@@ -20,12 +20,16 @@ NUCLEUS_WEIGHT = 3.0  # of a nucleus pixel in the distance loss, 1 for backgroun
 class Block(nn.Sequential):
     """3 x 3 convolution, GroupNorm, GELU: no batch statistics, so DDP and batch size change nothing."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.GELU())
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        super().__init__(conv, nn.GroupNorm(8, outputs), nn.GELU())
 
 
 class InstanceHead(nn.Module):
     """Top-down pyramid over the encoder's scales, to a map of three classes and two of distances.
+
+    Beside the encoder's maps at strides 8, 4 and 2 come those of a small convolution branch of its own that sees the
+    image: what the encoder keeps there was not made for nuclei and mostly does not train.
 
     Maps (B, 5, H, W) at image resolution, all logits: background, inside, boundary; centre distance, inverted boundary
     distance (`targets.distances`).
@@ -36,18 +40,25 @@ class InstanceHead(nn.Module):
     def __init__(self, width: int = 128) -> None:
         super().__init__()
         widths = (width, width * 3 // 4, width // 2, width // 4)  # at strides 16, 8, 4, 2
-        self.lateral = nn.ModuleList(nn.Conv2d(i, w, 1) for i, w in zip((160 + 320, 128, 64, 32), widths))
+        branch = (3, *widths[:0:-1])  # the image, then strides 2, 4, 8
+        self.branch = nn.ModuleList(nn.Sequential(Block(a, b, stride=2), Block(b, b)) for a, b in pairwise(branch))
+        inputs = (160 + 320, 128 + widths[1], 64 + widths[2], 32 + widths[3])
+        self.lateral = nn.ModuleList(nn.Conv2d(i, w, 1) for i, w in zip(inputs, widths))
         self.top_down = nn.ModuleList(nn.Conv2d(a, b, 1, bias=False) for a, b in pairwise(widths))
-        self.blocks = nn.ModuleList(Block(w, w) for w in widths)
+        self.blocks = nn.ModuleList(nn.Sequential(Block(w, w), Block(w, w)) for w in widths)
         self.out = nn.Conv2d(widths[-1], self.channels, 1)
 
     def forward(self, features, size: tuple[int, int]) -> Tensor:
         """Features of B x 3 x h x w model px -> maps (B, 5, *size)."""
-        maps = [torch.cat([features.s16, features.s16b], dim=1), features.s8, features.s4, features.s2]
-        x = self.blocks[0](self.lateral[0](maps[0]))
+        own = [features.image]
+        for stage in self.branch:
+            own.append(stage(own[-1]))
+        pairs = ((features.s16, features.s16b), (features.s8, own[3]), (features.s4, own[2]), (features.s2, own[1]))
+        maps = [lateral(torch.cat(pair, dim=1)) for lateral, pair in zip(self.lateral, pairs)]
+        x = self.blocks[0](maps[0])
         for level in range(1, 4):
             up = F.interpolate(self.top_down[level - 1](x), scale_factor=2.0, mode="bilinear")
-            x = self.blocks[level](self.lateral[level](maps[level]) + up)
+            x = self.blocks[level](maps[level] + up)
         x = self.out(x)
         return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear")
 

@@ -29,7 +29,7 @@ class Nucsam(nn.Module):
     def __init__(self, config: Model, checkpoint: bool = False) -> None:
         super().__init__()
         sam = build_sam()
-        self.image_encoder = Encoder(sam.image_encoder, checkpoint=checkpoint)
+        self.image_encoder = Encoder(sam.image_encoder, checkpoint=checkpoint, moving=config.norms == "moving")
         if config.head == "sam":
             self.prompt_encoder, self.mask_decoder = sam.prompt_encoder, sam.mask_decoder
             self.head = SamHead(self.prompt_encoder, self.mask_decoder)
@@ -51,9 +51,13 @@ class Nucsam(nn.Module):
         """Maps (C, H, W) of one image -> label map int32 (H, W)."""
         return self.head.instances(maps, config)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+    def trainable(self) -> dict[str, Tensor]:
+        """What training changes, by name: the parameters that train, and the statistics of moving BatchNorms."""
+        statistics = {}
+        if self.image_encoder.moving:
+            buffers = self.image_encoder.named_buffers(prefix="image_encoder")
+            statistics = {name: b for name, b in buffers if name.endswith(("running_mean", "running_var"))}
+        return {name: p for name, p in self.named_parameters() if p.requires_grad} | statistics
 
 
 def build(config: Model, base: Base, *, seed: int, checkpoint: bool = False) -> Nucsam:

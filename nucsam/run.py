@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from nucsam import __version__, checkpoint
 from nucsam.base import Base
@@ -60,7 +60,7 @@ class Run:
         out: Path,
         config: Config,
         base: Base,
-        weights: dict[str, nn.Parameter],
+        weights: dict[str, Tensor],
         average: dict[str, Tensor],
         optimizer: torch.optim.Optimizer,
         scaler: Any = None,

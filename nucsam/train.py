@@ -256,7 +256,7 @@ def _mpp(config: Config, records: list[data.Record]) -> float | None:
     return config.data.mpp or (statistics.median(found) if found else None)
 
 
-def _groups(weights: dict[str, nn.Parameter], t: Train) -> list[dict[str, Any]]:
+def _groups(weights: dict[str, Tensor], t: Train) -> list[dict[str, Any]]:
     """Adapter (or encoder) and head, each with its peak rate; no decay on vectors (norms, biases)."""
     groups = []
     for of_head, peak in ((False, t.lr_adapter), (True, t.lr_head)):
@@ -274,7 +274,7 @@ def _is_head(name: str) -> bool:
 
 
 @torch.no_grad()
-def _update(average: dict[str, Tensor], weights: dict[str, nn.Parameter], decay: float) -> None:
+def _update(average: dict[str, Tensor], weights: dict[str, Tensor], decay: float) -> None:
     torch._foreach_lerp_(list(average.values()), [p.detach() for p in weights.values()], 1 - decay)
 
 

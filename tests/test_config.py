@@ -287,9 +287,18 @@ def test_every_choice_is_taken():
         if get_origin(hint := get_type_hints(section.default_factory)[f.name]) is Literal
         for option in get_args(hint)
     ]
-    assert len(choices) == 21
+    assert len(choices) == 23
     for table, key, option in choices:
-        assert getattr(getattr(Config.from_dict({table: {key: option}}), table), key) == option
+        values = {key: option} | ({"train": "full"} if option == "moving" else {})
+        assert getattr(getattr(Config.from_dict({table: values}), table), key) == option
+
+
+@pytest.mark.parametrize("tables", [{"model": {"train": "lora"}}, {"train": {"checkpoint": True}}])
+def test_norms_move_only_where_their_statistics_are_kept(tables):
+    tables = {"model": {"train": "full"}} | tables
+    tables["model"] = tables["model"] | {"norms": "moving"}
+    with pytest.raises(ValueError, match=r"model.norms: found .moving.*expected .full. and false"):
+        Config.from_dict(tables)
 
 
 def test_files_that_cannot_be_read(tmp_path):

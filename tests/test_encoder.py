@@ -40,10 +40,11 @@ def fresh(sam: nn.Module, **options) -> Encoder:
 
 
 def stock_maps(tiny_vit: nn.Module, sam: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
-    """s2, s4, s8, s16, s16b and the embedding, with the sizes in the stock modules set to those of `images`."""
+    """Normalised images, s2, s4, s8, s16, s16b, embedding; sizes in the stock modules are set to those of `images`."""
     B, _, H, W = images.shape
-    x = tiny_vit.patch_embed.seq[:2]((images - sam.pixel_mean) / sam.pixel_std)
-    maps = [x]
+    images = (images - sam.pixel_mean) / sam.pixel_std
+    x = tiny_vit.patch_embed.seq[:2](images)
+    maps = [images, x]
     x = tiny_vit.patch_embed.seq[2](x)
     for layer, stride in zip(tiny_vit.layers, (4, 8, 16, 16), strict=True):
         size = H // stride, W // stride
@@ -94,7 +95,7 @@ def test_equals_stock_at_every_scale_and_size(sam, H, W):
         expected = stock_maps(copy.deepcopy(sam.image_encoder), sam, images)
         features = encoder(images)
         found = [*features, encoder.embed(features)]
-    strides, channels = (2, 4, 8, 16, 16, 16), (32, 64, 128, 160, 320, 256)
+    strides, channels = (1, 2, 4, 8, 16, 16, 16), (3, 32, 64, 128, 160, 320, 256)
     for ours, stock, stride, C in zip(found, expected, strides, channels, strict=True):
         assert ours.shape == (len(images), C, H // stride, W // stride)
         assert ours.is_contiguous(memory_format=torch.channels_last)
@@ -208,6 +209,27 @@ def test_batchnorms_are_pinned(sam):
     assert not any(norm.training for norm in norms)
     for name, tensor in encoder.named_buffers():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_moving_batchnorms_are_stock_ones(sam):
+    """Two training steps' features, gradients and running statistics are those of the stock modules."""
+    tiny_vit = copy.deepcopy(sam.image_encoder).train()
+    encoder = fresh(sam, moving=True).train()
+    stock = {name: module for name, module in tiny_vit.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    own = {name: module for name, module in encoder.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert stock.keys() == own.keys() and len(own) == 27
+    for seed in range(2):
+        images = some_images(2, 64, 96, seed=seed)
+        expected = stock_maps(tiny_vit, sam, images)
+        found = encoder(images)
+        for one, other in zip(found, expected[: len(found)]):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    for name, norm in own.items():
+        torch.testing.assert_close(norm.running_mean, stock[name].running_mean, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(norm.running_var, stock[name].running_var, atol=1e-4, rtol=1e-3)
+    before = {name: norm.running_var.clone() for name, norm in own.items()}
+    encoder.eval()(images)
+    assert all(torch.equal(before[name], norm.running_var) for name, norm in own.items())
 
 
 def test_nothing_is_stale_after_a_load(sam):

@@ -145,8 +145,8 @@ def test_flooding_only_where_seeds_meet_changes_nothing(share):
     seeded = set()
     for seed in range(8):
         rng = np.random.default_rng(seed)
-        maps = [ndimage.gaussian_filter(rng.random((90, 110)), 2) for _ in range(3)]
-        foreground, centre, boundary = (np.argsort(np.argsort(m.ravel())).reshape(m.shape) / m.size for m in maps)
+        noise = [ndimage.gaussian_filter(rng.random((90, 110)), 2) for _ in range(3)]
+        foreground, centre, boundary = (np.argsort(np.argsort(m.ravel())).reshape(m.shape) / m.size for m in noise)
         foreground = np.where(foreground < share, 0.9, 0.1)
         for area in (0, 30):
             found, expected = (

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nucsam.base import Base, build_sam, load_base, state_sha256
+from nucsam.checkpoint import merged
 from nucsam.config import Loss, Model, load
 from nucsam.lora import LoRALinear
 from nucsam.model import Nucsam, build, calibrated
@@ -50,11 +51,14 @@ def parts(net: Nucsam) -> dict[str, int]:
 
 
 def head_size(width: int) -> int:
-    """Values of the instance head, counted from its plan: lateral 1 x 1, top-down 1 x 1, 3 x 3 + GroupNorm, out."""
-    widths, inputs = [width, width * 3 // 4, width // 2, width // 4], [480, 128, 64, 32]
+    """Values of the instance head, counted from its plan: 3 x 3 + GroupNorm (branch, blocks), 1 x 1, out."""
+    widths = [width, width * 3 // 4, width // 2, width // 4]
+    inputs = [480, 128 + widths[1], 64 + widths[2], 32 + widths[3]]
+    blocks = [(a, b) for w in widths for a, b in ((w, w), (w, w))]
+    blocks += [(a, b) for a, b in pairwise([3, *widths[:0:-1]])] + [(w, w) for w in widths[1:]]
     lateral = sum(i * w + w for i, w in zip(inputs, widths))
     down = sum(a * b for a, b in pairwise(widths))
-    return lateral + down + sum(9 * w * w + 2 * w for w in widths) + 5 * widths[-1] + 5
+    return lateral + down + sum(9 * a * b + 2 * b for a, b in blocks) + 5 * widths[-1] + 5
 
 
 # The trainable set
@@ -66,6 +70,18 @@ def test_trainable_set_of_the_reports_recipe(base):
     names = list(net.trainable())
     assert len(names) == 40  # A and B of qkv and proj of ten blocks
     assert all(re.fullmatch(r"image_encoder\.layers\.[123]\.blocks\.\d\.attn\.(qkv|proj)\.lora_[AB]", n) for n in names)
+
+
+def test_moving_statistics_are_part_of_what_is_trained(base):
+    pinned = build(Model(train="full", width=32), base, seed=0).trainable()
+    net = build(Model(train="full", norms="moving", width=32), base, seed=0)
+    extra = net.trainable().keys() - pinned.keys()
+    assert len(extra) == 2 * 27 and all(name.endswith(("running_mean", "running_var")) for name in extra)
+    before = {name: net.trainable()[name].clone() for name in extra}
+    net.train()(torch.rand(2, 3, 64, 64) * 255, (64, 64))
+    assert not any(torch.equal(before[name], net.trainable()[name]) for name in extra)
+    assert {name for name in merged(net, base) if not name.startswith("head.")} == base.state.keys()
+    assert all(torch.equal(merged(net, base)[name], net.trainable()[name]) for name in extra)
 
 
 def test_trainable_set_of_our_best_is_in_the_budget(base):
@@ -215,7 +231,7 @@ def test_recomputed_blocks_have_the_same_gradients(warm):
         net(images, (64, 64)).square().mean().backward()
         found.append({name: p.grad for name, p in net.trainable().items()})
     kept, recomputed = found
-    assert len(kept) == 40 + 4 * 2 + 3 + 4 * 3 + 2
+    assert len(kept) == 40 + 4 * 2 + 3 + (4 + 3) * 2 * 3 + 2
     for name in kept:
         torch.testing.assert_close(kept[name], recomputed[name], rtol=1e-4, atol=1e-7)
 
@@ -304,7 +320,7 @@ def test_an_export_brings_its_head(base):
 def test_an_export_of_another_width_is_refused_with_both_shapes(base):
     extra = {n: t for n, t in build(Model(width=32), base, seed=0).state_dict().items() if n.startswith("head.")}
     export = replace(base, extra=extra, source="nuclei.safetensors")
-    with pytest.raises(ValueError, match=r"^nuclei\.safetensors: .*model\.width.*found \(32, .*expected \(64, "):
+    with pytest.raises(ValueError, match=r"^nuclei\.safetensors: .*model\.width.*found \(8, .*expected \(16, "):
         build(Model(width=64), export, seed=0)
 
 
