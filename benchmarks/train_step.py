@@ -6,16 +6,17 @@
         [--compile] [--memory-cap 15] [--snapshot FILE] [--threads N] [--json FILE]
 
 encoder: forward and backward of the encoder with LoRA, to its multi-scale features.
-pipeline: loader, augmentation, targets, encoder, head, losses, backward, clipping, AdamW, on synthetic images of 512 px.
+pipeline: loader, augmentation, targets, encoder, head, losses, backward, clipping, AdamW, on images of 512 px.
 `--image-size` is the side in model px, as the encoder sees it: a crop has image-size / data.scale image px.
 
 nucsam: as nucsam/train.py puts it together, with the library's defaults or those of `--config`.
 plain: stock `mobile_sam` with forward hooks, Hugging Face `peft` on the same layers, and augmentation and targets by
-    numpy, scipy and scikit-image, nucleus by nucleus, in the loader's workers. It gets the same decoded images, crops,
-    head, losses, dtype and optimizer. Both compute the same features, gradients, targets and losses, or nothing is timed.
-report: the loop of the student report made honest: stock `mobile_sam`, `peft` of rank 4 on all 40 live linear layers of
-    the encoder with the gradient through it, the frozen mask decoder without prompts, BCE and Dice on one foreground
-    map, no augmentation. Less is learned from less: it has no instances to learn.
+    numpy, scipy and scikit-image, nucleus by nucleus, in the loader's workers. It gets the same decoded images,
+    crops, head, losses, dtype and optimizer. Both compute the same features, gradients, targets and losses, or
+    nothing is timed.
+report: the loop of the student report made honest: stock `mobile_sam`, `peft` of rank 4 on all 40 live linear layers
+    of the encoder with the gradient through it, the frozen mask decoder without prompts, cross-entropy and Dice on one
+    foreground map, no augmentation.
 full: nucsam with all of the encoder training.
 
 They take turns, after one to warm up. Times are wall times; CPU s/image adds up all threads and loader workers, which
@@ -31,7 +32,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy runs in the loader's
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import sys
@@ -39,6 +39,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -442,9 +443,8 @@ def on_first_trained(net: nn.Module, call: Callable[[], None]) -> Iterator[None]
             hook.remove()
         call()
 
-    for part in net.modules():
-        if any(p.requires_grad for p in part.parameters(recurse=False)):
-            hooks.append(part.register_forward_pre_hook(reached))
+    trained = [part for part in net.modules() if any(p.requires_grad for p in part.parameters(recurse=False))]
+    hooks += [part.register_forward_pre_hook(reached) for part in trained]
     yield
     for hook in hooks:
         hook.remove()
@@ -498,12 +498,12 @@ def measure(run: Bench, ways: dict[str, Way], images: Tensor, args: argparse.Nam
         inputs = way.prepare(way.move(run.loaded(way)))
         still[name] = {
             "encoder": {
-                "saved_mib": run.saved_mib(way, lambda w=way: w.encoder(images)),
-                "flops": bench.flops(lambda w=way: run.encode(w, images)),
+                "saved_mib": run.saved_mib(way, partial(way.encoder, images)),
+                "flops": bench.flops(partial(run.encode, way, images)),
             },
             "pipeline": {
-                "saved_mib": run.saved_mib(way, lambda w=way, x=inputs: run.forward(w, *x)),
-                "flops": bench.flops(lambda w=way, b=run.loaded(way): run.step(w, b)),
+                "saved_mib": run.saved_mib(way, partial(run.forward, way, *inputs)),
+                "flops": bench.flops(partial(run.step, way, run.loaded(way))),
             },
         }
         _, *parts = (run.profile(way, number) for number in range(run.repeat + 1))
@@ -516,8 +516,8 @@ def measure(run: Bench, ways: dict[str, Way], images: Tensor, args: argparse.Nam
     results["pipeline"] = pipeline(run, ways, args.workers)
     for name, way in ways.items():
         peaks = {
-            "encoder": run.peak_mib(lambda w=way: run.encode(w, images)),
-            "pipeline": run.peak_mib(lambda w=way, b=run.loaded(way): run.step(w, b)),
+            "encoder": run.peak_mib(partial(run.encode, way, images)),
+            "pipeline": run.peak_mib(partial(run.step, way, run.loaded(way))),
         }
         for stage, peak in peaks.items():
             row = results[stage][name]
