@@ -77,7 +77,7 @@ class Loss:
 class Instances:
     foreground: float = 0.5  # probability from which a pixel is nucleus
     seed_centre: float = 0.5  # a seed's pixels have a lower centre distance, 0..1 (instance head)
-    seed_boundary: float = 0.6  # and a lower inverted boundary distance, 0..1
+    seed_boundary: float = 0.5  # and a lower inverted boundary distance, 0..1
     area: int = 30  # smaller objects are dropped, image px
 
 

@@ -16,7 +16,7 @@ def from_distances(
     *,
     threshold: float = 0.5,
     seed_centre: float = 0.5,
-    seed_boundary: float = 0.6,
+    seed_boundary: float = 0.5,
     area: int = 30,
 ) -> np.ndarray:
     """Watershed of the boundary distance from seeds (micro-sam's automatic instance segmentation).

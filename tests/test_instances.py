@@ -132,7 +132,7 @@ def test_whole_by_hand():
 def plain_from_distances(foreground, centre, boundary, area):
     """What `from_distances` says, with a queue over all pixels."""
     nucleus = foreground > 0.5
-    seeds, n = ndimage.label(nucleus & (centre < 0.5) & (boundary < 0.6))
+    seeds, n = ndimage.label(nucleus & (centre < 0.5) & (boundary < 0.5))
     for seed in range(1, n + 1):
         if (seeds == seed).sum() < SEED_AREA:
             seeds[seeds == seed] = 0
