@@ -11,9 +11,9 @@ model, seed and fold, a run directory of `nucsam train` under RUNS; jobs are sha
 where killed as those of `nucsam folds` are. One metric is the mean over a fold's images, then over folds.
 
 `--pretrain` first makes a stand-in for MobileSAM's weights from other images (folders in NuInsSeg's layout): each
-U-Net, and for nucsam a model with everything trained for each head and scale, from CONFIG.toml, the overrides and then
-`--pretrain-set`, on all of DATA but the inner split that chooses the epoch. Every model then starts from its own, and
-each U-Net has a row from scratch beside it.
+U-Net, and for nucsam a model with everything trained for each head and scale, from CONFIG.toml, the overrides, then
+configs/standin.toml and `--pretrain-set`, on all of DATA but the inner split that chooses the epoch. Every model then
+starts from its own, and each U-Net has a row from scratch beside it.
 
 Writes RUNS/accuracy.md, .json, .csv (a line a run) and .png; prints the table, then one JSON line.
 """
@@ -29,6 +29,7 @@ import shutil
 import statistics
 import sys
 import time
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -157,13 +158,16 @@ class Plan:
     def stand_in(self, name: str) -> tuple[str, Config]:
         """Name and configuration of the stand-in that a model starts from."""
         model, own = MODELS[name], self.settings(name)
-        differences = {"data.root": str(self.out / "pretrain" / "data"), "data.layout": "nuinsseg", "data.group": GROUP}
-        differences |= {"data.fold": "all", "data.select": "inner"}
+        recipe = tomllib.loads((HERE.parent / "configs" / "standin.toml").read_text(encoding="utf-8"))
+        differences = {f"{table}.{key}": value for table, values in recipe.items() for key, value in values.items()}
+        images = {"data.root": str(self.out / "pretrain" / "data"), "data.layout": "nuinsseg", "data.group": GROUP}
+        differences |= images | {"data.select": "inner"}
         if model.net:
-            key, differences = model.net, dict(model.differences) | differences
+            key = model.net
+            differences = {n: v for n, v in differences.items() if not n.startswith("model.")} | dict(model.differences)
         else:
             key = f"nucsam-{own.model.head}-scale-{own.data.scale:g}"
-            differences |= {"model.head": own.model.head, "data.scale": own.data.scale, "model.train": "full"}
+            differences |= {"model.head": own.model.head, "data.scale": own.data.scale}
         made = changed(self.common.to_dict(), differences, f"stand-in {key}")
         return key, configuration.override(made.to_dict(), self.pretrain_set, "--pretrain-set")
 

@@ -138,7 +138,8 @@ def test_each_starts_from_its_own_stand_in():
     for name, job in stand_ins.items():
         c = job.config
         assert (c.data.root, c.data.fold, c.data.select, c.train.epochs) == ("runs/pretrain/data", "all", "inner", 7)
-        assert c.model.train == ("lora" if name == "deep" else "full") and c.augment.d4
+        assert (c.model.train, c.model.norms) == (("lora", "pinned") if name == "deep" else ("full", "moving"))
+        assert (c.data.crop, c.train.lr_adapter, c.augment.d4) == (256, 1e-3, True)  # configs/standin.toml's for all
     jobs = {job.run.parts[1]: job for job in asked.training(again=False)}
     assert list(jobs) == ["deep", "deep-scratch", "report", "lora", "head", "sam", "scale-1"]
     assert jobs["deep"].trainer[-2:] == ("--start", "runs/pretrain/deep/adapter.safetensors")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nucsam.config import Config, Data, Model, Train, differences, load, override, to_toml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SHIPPED = {"nuinsseg", "quickstart", "report"}
+SHIPPED = {"nuinsseg", "quickstart", "report", "standin"}
 PRINTABLE = st.text(st.characters(min_codepoint=32, exclude_categories=["Cs"], exclude_characters="\x7f"), max_size=30)
 
 
