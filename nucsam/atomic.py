@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+_UNHARMED = "what was there before is unharmed"
+
 
 class atomic:
     """Context of a temporary path beside `path` that takes its name on success and vanishes on failure."""
@@ -23,5 +25,5 @@ class atomic:
             error = failed
         finally:  # also where a signal has come meanwhile
             self.partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{self.path}: {error}; what was there before is unharmed") from error
+        if isinstance(error, OSError) and _UNHARMED not in str(error):  # of several files at a time the first says it
+            raise OSError(f"{self.path}: {error}; {_UNHARMED}") from error

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def predict_files(
     files = {path: outputs.files(out, path.stem, formats) for path in find_images(paths)}
     _check_files(files, out)
     predictor = load(model, device=device, scale=scale, tta=tta, **options)
-    state = PartialState(cpu=predictor.device.type == "cpu") if processes() > 1 else None
+    state = None
+    if processes() > 1:  # one that is done waits for as long as a slide of another takes
+        state = PartialState(cpu=predictor.device.type == "cpu", timeout=timedelta(days=7))
     if state and state.num_processes != processes():
         raise ValueError(
             f"WORLD_SIZE: the launcher started {processes()} processes, Accelerate joined {state.num_processes}; "
@@ -184,13 +187,15 @@ class Batch:
     def _plan(self, settings: dict[str, Any], record: Path, force: bool) -> tuple[list[Path], list[Path]]:
         """The images to predict: those that each process has whole, dealt in turn, and those shared by windows."""
         todo = [path for path, own in self.files.items() if force or not all(file.is_file() for file in own.values())]
-        made = checkpoint.read_json(record.read_bytes(), str(record)) if record.is_file() and not force else settings
+        made = checkpoint.read_json(record.read_bytes(), str(record)) if record.is_file() else settings
         changed = [
             f"{k}: {made.get(k)!r} -> {v!r}"
             for k, v in settings.items()
             if k not in ("nucsam", "model") and made.get(k) != v
         ]
-        if changed:
+        if changed and force:
+            self._clear(record.parent)
+        elif changed:
             raise ValueError(
                 f"{record}: made otherwise than now wanted: {'; '.join(changed)}; expected another --out, or --force"
             )
@@ -203,6 +208,19 @@ class Batch:
         whole = len(todo) // self.processes * self.processes
         shared = [path for path in todo[whole:] if self._several_windows(path)]
         return [path for path in todo if path not in shared], shared
+
+    def _clear(self, out: Path) -> None:
+        """Before another record: no result made otherwise may stay beside it, not even if this run is cut off."""
+        own = {file.resolve() for files in self.files.values() for file in files.values()}
+        there = [path for pattern in outputs.FILES.values() for path in out.glob(pattern.format("*"))]
+        others = sorted(str(path) for path in there if path.resolve() not in own)
+        if others:
+            raise ValueError(
+                f"{out}: found {len(others)} result(s) that --force would leave as they are, such as {others[0]}; "
+                "expected their images and formats too, or another --out"
+            )
+        for path in there:
+            path.unlink()
 
     def _several_windows(self, path: Path) -> bool:
         try:
@@ -250,6 +268,16 @@ class Batch:
     def _predict_shared(self, path: Path) -> None:
         """Each process predicts a part of the windows into pieces, hidden beside the results; the main one merges."""
         pieces = next(iter(self.files[path].values())).with_name(f".{path.stem}.pieces")
+        try:
+            self._predict_pieces(path, pieces)
+        except BaseException:
+            shutil.rmtree(pieces, ignore_errors=True)
+            raise
+        if self.rank == 0:
+            shutil.rmtree(pieces, ignore_errors=True)
+        self.state.wait_for_everyone()
+
+    def _predict_pieces(self, path: Path, pieces: Path) -> None:
         error, whole = None, None
         try:
             pieces.mkdir(parents=True, exist_ok=True)
@@ -263,14 +291,11 @@ class Batch:
         except (ValueError, OSError) as failed:
             error = failed
         errors = [text for text in gather_object([str(error) if error else ""]) if text]
-        if self.rank == 0:
+        if self.rank == 0 and errors:
+            self._fail(path, ValueError(errors[0]))
+        elif self.rank == 0:
             merged = ((w, np.load(pieces / f"{k}.npz")["label"]) for k, w in enumerate(whole.windows))
-            if errors:
-                self._fail(path, ValueError(errors[0]))
-            else:
-                self._write(path, whole, merged, advance=0)
-            shutil.rmtree(pieces)
-        self.state.wait_for_everyone()
+            self._write(path, whole, merged, advance=0)
 
     def _write(self, path: Path, tiles: Tiles, found: Iterable[tuple[Window, np.ndarray]], advance: float = 1) -> None:
         def windows() -> Iterator[tuple[Window, np.ndarray]]:

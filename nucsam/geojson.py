@@ -66,28 +66,33 @@ def read(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
 
     Takes a FeatureCollection, a list of Features, or one Feature. A pixel is in a polygon if its centre is, by the
     even-odd rule over the polygon's rings; later nuclei cover earlier ones, and what lies outside of the image is cut
-    off. A MultiPolygon is one nucleus. Of a QuPath cell the nucleus is taken. Warns of points, lines and empty
-    geometries, which are not used. Raises a ValueError that names the file and the feature (the first is 1) on anything
-    else, and where no polygon meets the image.
+    off. A MultiPolygon is one nucleus. Of a QuPath cell the nucleus is taken. Warns of what is not used: points, lines,
+    empty geometries, and annotations round two or more detections or cells, which are regions. Raises a ValueError that
+    names the file and the feature (the first is 1) on anything else, and where no polygon meets the image.
     """
-    label, ignored, nuclei = np.zeros(shape, np.int32), Counter(), 0
+    drawn, ignored = [], Counter()
     for number, feature in enumerate(_read_features(path), 1):
         try:
             kind, polygons = _geometry(feature)
             if polygons is None:
                 ignored[kind] += 1
-                continue
-            nuclei += 1
-            for rings in polygons:
-                _fill(label, [_ring(ring) for ring in rings], nuclei)
+            else:
+                drawn.append((_object_type(feature), [_rings(rings) for rings in polygons]))
         except ValueError as error:
             raise ValueError(f"{path}: feature {number}: {error}") from None
+    label, regions = np.zeros(shape, np.int32), _regions(drawn)
+    nuclei = [polygons for k, (_, polygons) in enumerate(drawn) if k not in regions]
+    for value, polygons in enumerate(nuclei, 1):
+        for rings in polygons:
+            _fill(label, rings, value)
     if nuclei and not label.any():
         size = f"{shape[1]}x{shape[0]}"
-        raise ValueError(f"{path}: found no pixel of {size} px in any of {nuclei} polygons, expected coordinates in px")
+        found = f"found no pixel of {size} px in any of {len(nuclei)} polygons"
+        raise ValueError(f"{path}: {found}, expected coordinates in px")
+    ignored |= Counter({"annotation of a region": len(regions)} if regions else {})
     if ignored:
         kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.items())
-        warnings.warn(f"{path}: found {kinds}, not used; expected polygons", stacklevel=2)
+        warnings.warn(f"{path}: found {kinds}, not used; expected polygons of nuclei", stacklevel=2)
     return label
 
 
@@ -189,6 +194,26 @@ def _read_features(path: str | Path) -> list[Any]:
     return found
 
 
+def _object_type(feature: Any) -> Any:
+    """QuPath's word for what a Feature is: annotation, detection, cell, ...; None if it has none."""
+    match feature:
+        case {"properties": {"objectType": str() as kind}}:
+            return kind
+    return None
+
+
+def _regions(drawn: list[tuple[Any, list[list[np.ndarray]]]]) -> set[int]:
+    """Indices of the annotations whose box holds those of two or more detections or cells."""
+    points = [np.concatenate([ring for rings in polygons for ring in rings]) for _, polygons in drawn]
+    boxes = np.array([[*xy.min(0), *xy.max(0)] for xy in points]).reshape(-1, 4)
+    within = boxes[[kind in ("detection", "cell") for kind, _ in drawn]]
+
+    def holds(box: np.ndarray) -> bool:
+        return ((within[:, :2] >= box[:2]).all(1) & (within[:, 2:] <= box[2:]).all(1)).sum() > 1
+
+    return {k for k, (kind, _) in enumerate(drawn) if kind == "annotation" and holds(boxes[k])}
+
+
 def _geometry(feature: Any) -> tuple[str, list | None]:
     """Type of a Feature's geometry, and its polygons, each a list of rings; None where it has no area."""
     match feature:
@@ -209,6 +234,13 @@ def _geometry(feature: Any) -> tuple[str, list | None]:
             return "empty geometry", None
     found = geometry.get("type") if isinstance(geometry, dict) else geometry
     raise ValueError(f"found a geometry {str(found)[:40]!r}, expected a Polygon or MultiPolygon with coordinates")
+
+
+def _rings(rings: Any) -> list[np.ndarray]:
+    """The rings of a polygon."""
+    if not isinstance(rings, list) or not rings:
+        raise ValueError(f"found a polygon of {str(rings)[:40]}, expected a list of rings")
+    return [_ring(ring) for ring in rings]
 
 
 def _ring(ring: Any) -> np.ndarray:

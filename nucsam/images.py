@@ -20,6 +20,7 @@ LABELS = (*TIFF, ".png", ".npy")
 WHOLE = 2**22  # px: a TIFF up to this is read whole
 MOST = 2**27  # px: a TIFF that cannot be read by windows is read whole up to this
 CACHE = 2**27  # bytes of decoded tiles or strips that a TIFF keeps
+_MICRONS = {"nm": 1e-3, "µm": 1.0, "\u03bcm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4}  # OME's; two letters look like µ
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # our ValueError says what it would print
 
@@ -28,7 +29,12 @@ def _read_pillow(path: Path, label: bool) -> np.ndarray:
     from PIL import Image
 
     formats = ("TIFF",) if path.suffix.lower() in TIFF else ("PNG",) if label else ("PNG", "JPEG", "BMP")
-    with Image.open(path, formats=formats) as image:
+    try:
+        opened = Image.open(path, formats=formats)
+    except Image.DecompressionBombError as error:
+        most = f"over {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} Mpx, expected fewer; a TIFF may be of any size"
+        raise ValueError(f"found {most}") from error
+    with opened as image:
         image.verify()  # a PNG's checksums, which reading its pixels does not look at
     with Image.open(path, formats=formats) as image:
         if image.format == "PNG" and image.n_frames > 1:
@@ -248,7 +254,7 @@ def read_mpp(path: str | Path) -> float | None:
         pixels, unit, text = page.resolution[0], int(page.resolutionunit), page.description
     if ome := re.search(r'PhysicalSizeX="((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"', text):
         named = re.search(r'PhysicalSizeXUnit="([^"]+)"', text)
-        mpp = float(ome[1]) * {"nm": 1e-3, "mm": 1e3}.get(named[1] if named else "", 1.0)
+        mpp = float(ome[1]) * _MICRONS.get(named[1] if named else "µm", 0.0)
     else:
         microns = {2: 25400.0, 3: 10000.0}.get(unit, 0.0)  # of an inch, of a centimetre
         if text.startswith("ImageJ"):

@@ -80,7 +80,7 @@ def write_rows(table: Any, columns: Mapping[str, np.ndarray]) -> None:
     if not table.tell():
         writer.writerow(columns)
     rows = zip(*(column.tolist() for column in columns.values()))
-    writer.writerows([f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)
+    writer.writerows([f"{value:.9g}" if isinstance(value, float) else value for value in row] for row in rows)
 
 
 def _columns(window: Window, label: np.ndarray, image: Any, before: int, mpp: float | None) -> dict[str, np.ndarray]:

@@ -276,10 +276,10 @@ def open_model(path: Path) -> tuple[Nucsam, Config, dict[str, Any]]:
         raise ValueError(f"{path}: no such file, expected a run directory or a safetensors file of nucsam export")
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: found a {path.suffix or 'nameless'} file, expected .safetensors or a run directory")
-    base = load_base(path)
-    metadata = checkpoint.read_json(base.metadata.get("nucsam", "null"), f"{path}: `nucsam` metadata")
+    _, metadata = checkpoint.read_tensors(path)
     if metadata.get("kind") != "merged":
         raise ValueError(f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'merged' (nucsam export)")
+    base = load_base(path)
     config = Config.from_dict(metadata["config"], f"{path}: configuration")
     return build(replace(config.model, train="head"), base, seed=0).eval(), config, metadata
 

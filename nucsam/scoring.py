@@ -79,7 +79,10 @@ def score_run(run: Path, *, untrained: bool = False, root: str = "", overlays: P
     if untrained:
         net = build(config.model, base, seed=config.train.seed)
     d = replace(config.data, root=root or config.data.root)
-    records, split = find_images(d)
+    try:
+        records, split = find_images(d)
+    except ValueError as error:
+        raise ValueError(f"{error}" + ("" if root else "; where the images have moved: --data FOLDER")) from None
     if metadata.get("images", found := data.identity(records)) != found:
         raise ValueError(
             f"{d.root}: found other images than {run} was split on, so that test images may have been trained on; "

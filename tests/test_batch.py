@@ -85,7 +85,7 @@ def test_what_is_no_model(trained, tmp_path):
         (tmp_path / "gone", "gone: no such file, expected a run directory or a safetensors file of nucsam export"),
         (tmp_path / "empty", "found no config.toml, expected a run directory"),
         (tmp_path / "a.pt", "found a .pt file, expected .safetensors or a run directory"),
-        (trained[0] / "adapter.safetensors", "does not fit MobileSAM"),
+        (trained[0] / "adapter.safetensors", "found a file of kind 'adapter', expected 'merged'"),
         (trained[0] / "base.safetensors", "found a file of kind 'base', expected 'merged'"),
     ]:
         with pytest.raises(ValueError, match=says):
@@ -185,6 +185,23 @@ def test_results_of_another_model_are_not_mixed(anything, tmp_path, colour, caps
         assert "predict.json: made otherwise than now wanted: " in capsys.readouterr().err
     assert predict(image, "--out", tmp_path, "--tta", "--force") == 0
     assert json.loads((tmp_path / "predict.json").read_text())["tta"] is True
+
+
+def test_force_with_another_model_leaves_no_result_of_the_one_before(anything, tmp_path, colour, capsys):
+    tiny, grey = anything / "tiny.png", anything / "grey.png"
+    assert predict(tiny, grey, "--out", tmp_path) == 0
+    before = (tmp_path / "grey.tif").read_bytes()
+    assert predict(tiny, "--out", tmp_path, "--tta", "--force") == 2
+    assert "1 result(s) that --force would leave as they are, such as" in capsys.readouterr().err
+    assert (tmp_path / "grey.tif").read_bytes() == before
+    assert json.loads((tmp_path / "predict.json").read_text())["tta"] is False
+    assert predict(tiny, "--out", tmp_path, "--force") == 0  # the same settings: those of others may stay
+    broken = tmp_path / "grey.png"
+    broken.write_bytes(grey.read_bytes()[:300])
+    out = tmp_path / "out"
+    assert predict(tiny, grey, "--out", out) == 0
+    assert predict(tiny, broken, "--out", out, "--tta", "--force") == 1
+    assert names(out) == ["predict.json", "tiny.tif"]  # none of grey made otherwise
 
 
 @pytest.mark.parametrize(

@@ -434,6 +434,8 @@ def test_microns_per_pixel(tmp_path):
         (None, {"resolution": (4, 4), "imagej": True}),
         (0.3, {"ome": True, "metadata": {"axes": "YXS", "PhysicalSizeX": 0.3}}),
         (0.3, {"ome": True, "metadata": {"axes": "YXS", "PhysicalSizeX": 300.0, "PhysicalSizeXUnit": "nm"}}),
+        (0.3, {"ome": True, "metadata": {"axes": "YXS", "PhysicalSizeX": 3e-5, "PhysicalSizeXUnit": "cm"}}),
+        (None, {"ome": True, "metadata": {"axes": "YXS", "PhysicalSizeX": 0.3, "PhysicalSizeXUnit": "pixel"}}),
     ]:
         tifffile.imwrite(path, ramp(), **options)
         assert read_mpp(path) == (None if expected is None else pytest.approx(expected)), options

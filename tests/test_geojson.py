@@ -262,7 +262,7 @@ def test_points_and_lines_are_told_and_take_no_id(tmp_path):
     with pytest.warns(UserWarning) as caught:
         label = read(path, (2, 2))
     assert [str(w.message) for w in caught] == [
-        f"{path}: found 1 Point, 1 empty geometry, 2 LineString, not used; expected polygons"
+        f"{path}: found 1 Point, 1 empty geometry, 2 LineString, not used; expected polygons of nuclei"
     ]
     assert np.array_equal(label, drawn("1.", ".."))
 
@@ -315,3 +315,19 @@ def test_errors_name_the_file_and_the_feature(tmp_path, text, words):
 def test_no_such_file(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read(tmp_path / "a.geojson", (3, 4))
+
+
+@pytest.mark.parametrize("kind", ["detection", "cell"])
+def test_regions_round_nuclei_are_not_nuclei(tmp_path, kind):
+    """QuPath exports the annotation in which it has detected, before the detections."""
+    shapes = [("annotation", square(0, 0, 12)), (kind, square(1, 1, 3)), (kind, square(6, 6, 4))]
+    features = [
+        {"type": "Feature", "geometry": polygon(ring), "properties": {"objectType": name}} for name, ring in shapes
+    ]
+    path = put(tmp_path, json.dumps({"type": "FeatureCollection", "features": features}))
+    with pytest.warns(UserWarning, match="found 1 annotation of a region, not used"):
+        label = read(path, (12, 12))
+    assert np.bincount(label.ravel()).tolist() == [144 - 9 - 16, 9, 16]
+    for few, sizes in ((features[:1], [144]), (features[:2], [144 - 9, 9])):  # drawn by hand, and corrected by hand
+        path = put(tmp_path, json.dumps({"type": "FeatureCollection", "features": few}))
+        assert np.bincount(read(path, (12, 12)).ravel())[1:].tolist() == sizes
