@@ -64,7 +64,7 @@ from nucsam.base import Base, load_base
 from nucsam.config import Config
 from nucsam.data import Crops, EpochBatches, Samples, find_records
 from nucsam.encoder import Features
-from nucsam.head import NUCLEUS_WEIGHT, SamHead
+from nucsam.head import NUCLEUS_WEIGHT, TVERSKY, SamHead
 from nucsam.lora import LoRALinear
 from nucsam.synthetic import write_dataset
 
@@ -151,7 +151,7 @@ def plain(
         probability = 1 - logits.softmax(1)[:, targets.BACKGROUND]
         return {
             "cross_entropy": w.cross_entropy * losses.cross_entropy(logits, classes, counted, class_weights),
-            "tversky": w.tversky * losses.focal_tversky(probability, nucleus, counted),
+            "tversky": w.tversky * losses.focal_tversky(probability, nucleus, counted, **TVERSKY),
             "distance": w.distance * losses.absolute(maps[:, 3:].sigmoid(), distances, pixel_weights),
         }
 
@@ -372,7 +372,7 @@ class Bench(bench.Machine):
 
     def rows(self, calls: dict[str, Callable[[int], Any]], steps: int, repeat: int) -> dict[str, dict[str, float]]:
         """What a step takes in calls of `steps` steps, in turns."""
-        rows = self.turns(calls, repeat, steps)
+        rows = self.turns(calls, repeat, steps=steps)
         for row in rows.values():
             row["images_per_second"] = 1e3 * self.batch / row["ms"]
             row["cpu_s_per_image"] = 1e-3 * row.pop("cpu_ms") / self.batch

@@ -1,0 +1,327 @@
+"""The benchmark scripts on settings of seconds: they run, and their last line is JSON with what they promise."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from torch import nn
+
+from nucsam.encoder import Encoder
+from nucsam.metrics import PROTOCOLS, score
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import bench
+import data
+import inference
+import instances
+import scaling
+import stock
+import train_step
+
+COMMON = {
+    "benchmark",
+    "device",
+    "batch",
+    "image_size",
+    "dtype",
+    "repeat",
+    "machine",
+    "cores",
+    "load",
+    "date",
+    "versions",
+}
+SMALL = ["--device", "cpu", "--batch", "1", "--threads", "1", "--repeat", "1"]
+TIMES = {"ms", "ms_min", "ms_max", "images_per_second"}
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """Runs a script's main with SMALL and more on small images; its document, which its file holds too."""
+    monkeypatch.setattr(bench.Machine, "ceiling", lambda _: {"tflops": 0.1, "gb_per_s": 10.0})
+    monkeypatch.setattr(data, "SIDE", 96)
+    monkeypatch.setattr(train_step, "SIDE", 96)
+    monkeypatch.setattr(inference, "PERIOD", 512)
+
+    def call(script, *arguments):
+        script.main([*SMALL, *arguments, "--json", str(tmp_path / "out.json")])
+        document = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert document == json.loads((tmp_path / "out.json").read_text())
+        assert document["benchmark"] == script.__name__
+        assert document.keys() >= COMMON
+        return document
+
+    return call
+
+
+# ---- what they share ----
+
+
+class Counted:
+    """A call that says how often it was called, and with what."""
+
+    def __init__(self):
+        self.numbers = []
+
+    def __call__(self, number):
+        self.numbers.append(number)
+
+
+@pytest.fixture
+def machine():
+    return bench.Machine(bench.parse(bench.parser(""), SMALL))
+
+
+def test_turns_are_taken_and_the_first_is_not_counted(machine, monkeypatch):
+    ticks = iter(np.cumsum([0, 100.0, 0, 100, 0, 1, 0, 4, 0, 3, 0, 6]).tolist())  # start and end: a, b; a, b; a, b
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
+    a, b = Counted(), Counted()
+    rows = machine.turns({"a": a, "b": b}, 2, steps=2)
+    assert a.numbers == b.numbers == [0, 1, 2]
+    assert [rows[name][key] for name in "ab" for key in ("ms", "ms_min", "ms_max")] == [
+        1000,
+        500,
+        1500,
+        2500,
+        2000,
+        3000,
+    ]
+    assert rows["a"].keys() == {"ms", "ms_min", "ms_max", "cpu_ms"}
+
+
+def test_peak_is_that_of_the_call(machine):
+    assert machine.peak_mib(lambda: np.ones(40 * 2**17)) == pytest.approx(40, abs=5)
+    assert machine.peak_mib(lambda: None) < 5
+
+
+def test_ceilings_are_those_of_a_machine(machine):
+    found = machine.ceiling()
+    assert 1e-3 < found["tflops"] < 100
+    assert 0.1 < found["gb_per_s"] < 1e4
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_flops_of_a_convolution(groups):
+    """Multiplications and additions by hand; a backward pass is two more of the forward one."""
+    conv, x = nn.Conv2d(8, 16, 3, padding=1, groups=groups, bias=False), torch.randn(2, 8, 12, 10, requires_grad=True)
+    forward = 2 * (2 * 12 * 10 * 16) * (9 * 8 // groups)
+    assert bench.flops(lambda: conv(x)) == forward
+    assert bench.flops(lambda: conv(x).sum().backward()) == 3 * forward
+    conv.requires_grad_(False)
+    assert bench.flops(lambda: conv(x).sum().backward()) == 2 * forward
+
+
+def test_fp16_on_a_cpu_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench.parse(bench.parser(""), ["--device", "cpu", "--dtype", "fp16"])
+    assert "--dtype fp16" in capsys.readouterr().err
+
+
+def test_the_stock_encoder_runs_at_any_size(base):
+    """Beside ours, which tests/test_encoder.py holds against the package's own forward."""
+    images = torch.rand(1, 3, 96, 96) * 255
+    own = Encoder(stock.stock_sam(base, 1024).image_encoder)
+    with torch.no_grad():
+        found = stock.embed(stock.stock_sam(base, 96), images)
+        assert found.shape == (1, 256, 6, 6)
+        assert torch.allclose(found, own.embed(own(images)), atol=1e-4)
+
+
+# ---- train_step.py ----
+
+
+def test_train_step(run):
+    ways = ["nucsam", "full", *(["plain", "report"] if train_step.peft else [])]
+    document = run(train_step, "--image-size", "64", "--steps", "1", "--workers", "0")
+    assert set(document["trained"]) == set(ways)
+    assert document["trained"]["full"] > 5 * document["trained"]["nucsam"]
+    for stage in ("encoder", "pipeline"):
+        assert set(document[stage]) == set(ways)
+        assert set(document["ratios"][stage]) == set(ways) - {"nucsam"}
+        for row in document[stage].values():
+            assert row.keys() >= TIMES | {"peak_mib", "saved_mib", "cpu_s_per_image", "flops", "tflops_per_s"}
+            assert row["images_per_second"] == pytest.approx(1000 / row["ms"])
+        memory = document["memory_mib"]
+    assert memory["nucsam"].keys() >= {"weights", "gradients", "optimizer", "activations"}
+    for name, trained in document["trained"].items():
+        assert memory[name]["gradients"] == pytest.approx(4 * trained / 2**20)
+        assert memory[name]["optimizer"] == pytest.approx(8 * trained / 2**20, rel=0.01)  # two moments, and counters
+    parts = {
+        "encoder, frozen part",
+        "encoder, adapted part",
+        "head",
+        "targets",
+        "augmentation",
+        "optimizer",
+        "transfer",
+    }
+    assert set(document["profile_ms_per_image"]["nucsam"]) >= parts
+
+
+def test_the_report_trains_lora_on_the_forty_live_layers(base):
+    pytest.importorskip("peft")
+    encoder = train_step.ReportEncoder(stock.stock_sam(base, 64))
+    trained = {name for name, p in encoder.named_parameters() if p.requires_grad}
+    assert len(trained) == 80
+    assert all("lora_" in name for name in trained)
+    encoder(torch.rand(1, 3, 64, 64) * 255).neck.square().sum().backward()
+    assert all(p.grad is not None for name, p in encoder.named_parameters() if "lora_B" in name)
+
+
+def test_the_frozen_part_ends_where_the_first_weight_trains():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
+    net.requires_grad_(False)
+    net[1][1].requires_grad_(True)
+    net[2].requires_grad_(True)
+    seen = []
+    for number, part in enumerate((net[0], net[1][0], net[1][1], net[2])):
+        part.register_forward_hook(lambda *_, n=number: seen.append(n))
+    with train_step.on_first_trained(net, lambda: seen.append("here")):
+        net(torch.ones(1, 2))
+    net(torch.ones(1, 2))
+    assert seen == [0, 1, "here", 2, 3, 0, 1, 2, 3]
+
+
+def test_what_does_not_fit_is_left_out(machine):
+    class Run:
+        def loaded(self, way):
+            return way
+
+        def step(self, way, batch):
+            if way.large:
+                raise torch.OutOfMemoryError
+
+    class Way:
+        def __init__(self, large):
+            self.large, self.optimizer = large, torch.optim.SGD([torch.zeros(1)])
+
+    assert list(train_step.those_that_fit(Run(), {"a": Way(True), "b": Way(False)})) == ["b"]
+
+
+@pytest.mark.parametrize("option", [["--memory-cap", "15"], ["--snapshot", "x.pickle"]])
+def test_options_of_a_gpu_are_refused_on_a_cpu(option, capsys):
+    with pytest.raises(SystemExit):
+        train_step.main(["--device", "cpu", *option])
+    assert "expected cuda" in capsys.readouterr().err
+
+
+# ---- data.py ----
+
+
+def test_data(run):
+    document = run(data, "--image-size", "64", "--images", "4", "--workers", "0", "--ways", "nucsam")
+    assert list(document["results"]) == ["nucsam 0"]
+    row = document["results"]["nucsam 0"]
+    assert row.keys() == {"loader", "first", "later"}
+    assert all(0 <= of["waits"] <= 1 and of["images"] == 4 for of in row.values())
+    assert row["loader"]["waits"] > row["later"]["waits"]  # without a step there is nothing but waiting
+    assert row["loader"]["images_per_second"] > row["later"]["images_per_second"]
+    assert document["decode_s"] > 0
+    assert document["decode_mib"] >= 4 * 5 * 96**2 / 2**20  # RGB and uint16 labels
+
+
+def test_a_data_set_of_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DISTINCT", 2)
+    monkeypatch.setattr(data, "SIDE", 64)
+    records = data.make_records(tmp_path / "set", 5)
+    assert len(records) == 5
+    assert len({record.image.read_bytes() for record in records}) == 2
+
+
+# ---- instances.py ----
+
+
+def test_instances(run):
+    document = run(instances, "--image-size", "128", "--nuclei", "4", "30")
+    assert set(document["results"]) == set(document["met"]) == {"4", "30"}
+    for n, found in document["results"].items():
+        assert set(found) == {"ours", "hover", "micro-sam"}
+        for row in found.values():
+            assert row.keys() >= TIMES | {"peak_mib", "part_of_copy"}
+            assert row["truth"] == int(n)
+            assert row["aji"] > 0.8
+    assert set(document["ratios"]["30"]) == {"hover", "micro-sam"}
+
+
+def test_the_peers_split_what_touches():
+    """Two discs that touch: one component, two nuclei for all ways."""
+    y, x = np.mgrid[:64, :64]
+    labels = ((y - 32) ** 2 + (x - 20) ** 2 <= 100) + 2 * ((y - 32) ** 2 + (x - 41) ** 2 <= 100)
+    maps = instances.maps_of(labels.astype(np.int32))
+    for name, way in instances.WAYS.items():
+        found = score(labels.astype(np.int32), way(maps).astype(np.int32), protocol=PROTOCOLS["plain"])
+        assert found.pq > 0.85, name
+    parts, _ = ndimage.label(maps["foreground"] > 0.5)
+    assert parts[32, 20] == parts[32, 41] > 0  # negative control: without distances they are one
+
+
+def test_offsets_go_from_minus_one_to_one():
+    labels = np.zeros((20, 30), np.int32)
+    labels[4:9, 10:21] = 3
+    down, across = instances.offsets(labels)
+    assert across[6, 10:21].tolist() == pytest.approx(np.linspace(-1, 1, 11).tolist())
+    assert down[4:9, 12].tolist() == pytest.approx([-1, -0.5, 0, 0.5, 1])
+    assert (across[labels == 0] == 0).all()
+
+
+# ---- inference.py ----
+
+
+def test_inference(run):
+    document = run(
+        inference, "--image-size", "64", "--scale", "0.25", "--size", "300", "--images", "1", "--sample", "1"
+    )
+    assert set(document["results"]) == {"stock", "tiled", "images"}
+    assert set(document["ratios"]) == {"tiled", "images"}
+    for name in ("tiled", "images"):
+        row = document["results"][name]
+        assert row.keys() >= TIMES | {"peak_mib", "mp_per_second", "times_stock_of_image"}
+        assert row["seconds_in"].keys() == {"encoder", "head", "nuclei", "reading", "writing"}
+        assert row["nuclei"] > 20  # the maps are those that the image shows, not those of random weights
+    rows = document["results"]
+    assert rows["tiled"]["tiles"] == 4  # 300 px by tiles of 256 px
+    bare, spent = rows["stock"]["cpu_ms"] / rows["stock"]["tiles"], rows["tiled"]["cpu_ms"]
+    assert document["clock"] == "cpu_ms"
+    assert rows["tiled"]["times_stock"] == pytest.approx(spent / 4 / bare)
+    assert rows["tiled"]["times_stock_of_image"] == pytest.approx(spent / (bare * 300**2 / 256**2))
+
+
+def test_what_is_shown_is_what_the_picture_holds():
+    """A picture's maps as logits: their probabilities are its channels."""
+    images = torch.full((1, 3, 32, 32), 0.0)
+    images[:, 0], images[:, 1], images[:, 2] = 0.9 * 255, 0.25 * 255, 0.5 * 255
+    maps = inference.shown(nn.Identity(), (images, (16, 16)), torch.zeros(1))
+    assert maps.shape == (1, 5, 16, 16)
+    background, inside, boundary = maps[0, :3, 4, 4].softmax(0).tolist()
+    assert [1 - background, boundary] == pytest.approx([0.9, 0], abs=1e-4)
+    assert inside == pytest.approx(0.9, abs=1e-4)
+    assert maps[0, 3:, 4, 4].sigmoid().tolist() == pytest.approx([0.25, 0.5], abs=1e-4)
+
+
+# ---- scaling.py ----
+
+
+def test_scaling(run, tmp_path):
+    sizes = ["--sides", "64", "96", "--nuclei", "5", "8", "--counts", "2", "4", "--plot", str(tmp_path)]
+    document = run(scaling, "--only", "image-size", "nuclei", "data", *sizes)
+    assert set(document["results"]) == set(document["exponents"]) == {"image-size", "nuclei", "data"}
+    assert set(document["results"]["image-size"]["training step, ms"]) == {"64", "96"}
+    assert document["exponents"]["data"]["decoded, MiB"] == pytest.approx(1.0)
+    plots = sorted(tmp_path.glob("*.png"))
+    assert [path.name for path in plots] == [f"scaling-{name}.png" for name in ("data", "image-size", "nuclei")]
+    assert all(1000 < path.stat().st_size < 100_000 for path in plots)
+
+
+def test_exponent():
+    assert scaling.exponent({1: 3.0, 2: 12.0, 4: 48.0}) == pytest.approx(2.0)
+    assert np.isnan(scaling.exponent({5: 1.0}))
+
+
+def test_a_run_that_fails_is_told(tmp_path):
+    args = bench.parse(bench.parser(""), SMALL)
+    with pytest.raises(SystemExit, match="ended with status 2"):
+        scaling.launch(args, 1, "json.tool", ["--no-such-option"], tmp_path / "out")
