@@ -278,7 +278,10 @@ def open_model(path: Path) -> tuple[Nucsam, Config, dict[str, Any]]:
         raise ValueError(f"{path}: found a {path.suffix or 'nameless'} file, expected .safetensors or a run directory")
     _, metadata = checkpoint.read_tensors(path)
     if metadata.get("kind") != "merged":
-        raise ValueError(f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'merged' (nucsam export)")
+        raise ValueError(
+            f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'merged'; an adapter is merged with its "
+            "base by nucsam export first"
+        )
     base = load_base(path)
     config = Config.from_dict(metadata["config"], f"{path}: configuration")
     return build(replace(config.model, train="head"), base, seed=0).eval(), config, metadata
