@@ -27,3 +27,9 @@ class atomic:
             self.partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and _UNHARMED not in str(error):  # of several files at a time the first says it
             raise OSError(f"{self.path}: {error}; {_UNHARMED}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, or leave what was there."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nucsam import __version__, checkpoint, images, outputs
+from nucsam.atomic import write_text
 from nucsam.base import state_sha256
 from nucsam.data import visible
 from nucsam.predict import Predictor, load, processes
@@ -204,7 +205,7 @@ class Batch:
                 f"{skipped} image(s) with results skipped; --force replaces them", markup=False, soft_wrap=True
             )
         record.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(record, json.dumps(settings, indent=2) + "\n")
+        write_text(record, json.dumps(settings, indent=2) + "\n")
         whole = len(todo) // self.processes * self.processes
         shared = [path for path in todo[whole:] if self._several_windows(path)]
         return [path for path in todo if path not in shared], shared

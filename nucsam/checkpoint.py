@@ -4,7 +4,8 @@ Files are safetensors with one metadata entry, `nucsam`, a JSON document; nothin
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,19 +40,36 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and JSON document of a file of `write_tensors`; a ValueError names a file that is none."""
+    with _opened(path) as file:
+        metadata = _metadata(path, file)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    if odd := [name for name, tensor in tensors.items() if not finite(tensor)]:
+        raise ValueError(f"{path}: found NaN or infinity in {len(odd)} tensors, such as {odd[0]}")
+    return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The JSON document alone; ValueError as of `read_tensors`."""
+    with _opened(path) as file:
+        return _metadata(path, file)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get("nucsam")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            yield file
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; expected one that nucsam wrote") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-    if metadata is None:
+
+
+def _metadata(path: Path, file: Any) -> dict[str, Any]:
+    found = (file.metadata() or {}).get("nucsam")
+    if found is None:
         raise ValueError(f"{path}: found no `nucsam` metadata, expected a file that nucsam wrote")
-    if odd := [name for name, tensor in tensors.items() if not finite(tensor)]:
-        raise ValueError(f"{path}: found NaN or infinity in {len(odd)} tensors, such as {odd[0]}")
-    return tensors, read_json(metadata, f"{path}: `nucsam` metadata")
+    return read_json(found, f"{path}: `nucsam` metadata")
 
 
 def read_json(text: str | bytes, source: str) -> dict[str, Any]:
@@ -63,12 +81,6 @@ def read_json(text: str | bytes, source: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{source}: found a {type(found).__name__}, expected a dict")
     return found
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, or leave what was there."""
-    with atomic(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def save_adapter(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:

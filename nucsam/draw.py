@@ -1,12 +1,12 @@
 """Instances as pictures: contours over images, panels, contact sheets."""
 
-import io
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from nucsam.atomic import atomic
 
 TRUTH, PREDICTION = (0, 200, 80), (255, 210, 0)  # RGB
 GAP, CAPTION = 6, 16  # px between tiles and of a caption's line
@@ -90,11 +90,5 @@ def write_png(path: str | Path, array: np.ndarray) -> None:
     """Writes uint8 (H, W) or (H, W, 3) as a PNG. Atomic: the name holds the old file or the whole new one."""
     from PIL import Image
 
-    path, file = Path(path), io.BytesIO()
-    Image.fromarray(array).save(file, format="PNG")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(file.getvalue())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic(Path(path)) as partial:
+        Image.fromarray(array).save(partial, format="PNG")

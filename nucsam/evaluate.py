@@ -395,7 +395,7 @@ def write_json(path: str | Path, results: dict) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """As checkpoint.write_text, which would import torch; a pipe or device is written to as it is."""
+    """As `atomic.write_text`, but that a pipe or device is written to as it is."""
     file = path.is_file() or not path.exists()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial") if file and not path.is_symlink() else path
     try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nucsam import __version__, checkpoint, graph
+from nucsam.atomic import atomic
 from nucsam.base import Base
 from nucsam.config import Config
 from nucsam.model import build
@@ -65,7 +66,7 @@ def export(
     if format == "onnx":
         values += _write_graph(out, state, config, {**described, "kind": kind})
     elif format == "mobile-sam" and out.suffix != ".safetensors":
-        with checkpoint.atomic(out) as partial, partial.open("wb") as file:
+        with atomic(out) as partial, partial.open("wb") as file:
             torch.save({name: tensor.contiguous() for name, tensor in state.items()}, file)
     else:
         checkpoint.write_tensors(out, state, {**described, "kind": kind})
@@ -92,7 +93,7 @@ def _write_graph(out: Path, state: dict[str, Tensor], config: Config, metadata: 
     head = {name: tensor for name, tensor in state.items() if name.startswith("head.")}
     base = Base({name: tensor for name, tensor in state.items() if name not in head}, "", str(out), head)
     net = build(replace(config.model, train="head"), base, seed=0).eval().requires_grad_(False)
-    with checkpoint.atomic(out) as partial:
+    with atomic(out) as partial:
         difference = graph.write(partial, graph.Graph(net, config.data.scale), metadata)
     return f", at most {difference:.1g} from PyTorch's maps in onnxruntime"
 

@@ -42,6 +42,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nucsam import config, evaluate, report
+from nucsam.atomic import write_text
 from nucsam.config import Config
 
 TRAINER = (sys.executable, "-m", "nucsam.train")
@@ -209,8 +210,8 @@ def folds(path: Path, overrides: Sequence[str], out: Path, grid: Sequence[str] =
         return 0  # the first one tells; a launcher would end the others on any other status
     table = cross_validation(jobs, path.stem)
     parts = markdown(table)
-    _write(out / "table.json", evaluate.to_json(table) + "\n")
-    _write(out / "table.md", "\n".join(parts))
+    write_text(out / "table.json", evaluate.to_json(table) + "\n")
+    write_text(out / "table.md", "\n".join(parts))
     for part in reversed(parts):
         board.console.print(Markdown(part))
     failed = [job for job in jobs if job not in board.done]
@@ -342,7 +343,7 @@ def _work(job: Job, lock: int, environment: dict[str, str], stop: _Stop, board: 
     """Run a claimed job's child to its end and note how it ended; SIGTERM is forwarded to it, once."""
     job.run.parent.mkdir(parents=True, exist_ok=True)
     settings = job.run.with_name(f"{job.run.name}.toml")
-    _write(settings, config.to_toml(job.config))
+    write_text(settings, config.to_toml(job.config))
     with job.log.open("ab") as log:
         where = f"{socket.gethostname()} {environment.get('CUDA_VISIBLE_DEVICES') or 'CPU'}"
         record = {"began": time.time(), "where": where, "log_from": log.tell()}
@@ -398,13 +399,6 @@ def _note(lock: int, record: dict[str, Any]) -> None:
     os.pwrite(lock, json.dumps(record).encode(), 0)
 
 
-def _write(path: Path, text: str) -> None:
-    """As checkpoint.write_text, which would import torch."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def _check(out: Path, base: Config, jobs: Sequence[Job]) -> None:
     """Make `out`, or refuse one that holds runs of another configuration; a grid may grow."""
     if (out / "config.toml").exists():
@@ -427,7 +421,7 @@ def _check(out: Path, base: Config, jobs: Sequence[Job]) -> None:
                 "--out: holds runs of another configuration (found -> wanted), expected the same or another folder:\n"
                 + "\n".join(changed)
             )
-        _write(out / "folds.toml", config.to_toml(base))
+        write_text(out / "folds.toml", config.to_toml(base))
 
 
 def _launched() -> float:

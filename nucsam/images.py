@@ -4,7 +4,6 @@ Images are PNG, TIFF, JPEG or BMP; labels TIFF, PNG or NPY, 0 = background and o
 """
 
 import logging
-import os
 import re
 import threading
 from functools import lru_cache, partial
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
+
+from nucsam.atomic import atomic
 
 TIFF = (".tif", ".tiff")
 IMAGES = (".png", *TIFF, ".jpg", ".jpeg", ".bmp")
@@ -236,12 +237,8 @@ def write_label(path: str | Path, label: np.ndarray) -> None:
     """Writes ids >= 0 (H, W) as a deflated TIFF: uint16, or uint32 where an id is over 65535. Atomic."""
     assert label.ndim == 2 and label.dtype.kind in "ui" and label.min(initial=0) >= 0
     dtype = np.uint16 if label.max(initial=0) <= 65535 else np.uint32
-    partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
-    try:
+    with atomic(Path(path)) as partial:
         tifffile.imwrite(partial, label.astype(dtype), compression="zlib", photometric="minisblack")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_mpp(path: str | Path) -> float | None:

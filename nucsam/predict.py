@@ -276,7 +276,7 @@ def open_model(path: Path) -> tuple[Nucsam, Config, dict[str, Any]]:
         raise ValueError(f"{path}: no such file, expected a run directory or a safetensors file of nucsam export")
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: found a {path.suffix or 'nameless'} file, expected .safetensors or a run directory")
-    _, metadata = checkpoint.read_tensors(path)
+    metadata = checkpoint.read_metadata(path)
     if metadata.get("kind") != "merged":
         raise ValueError(
             f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'merged'; an adapter is merged with its "

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nucsam.atomic import atomic
+from nucsam.atomic import write_text
 from nucsam.config import Config, differences
 from nucsam.gallery import SHAPES, gallery, picks, scaled
 from nucsam.metrics import OUTCOMES
@@ -216,8 +216,7 @@ def write(folder: Path, *, net: Any = None, root: str = "", figures: Path | None
         "config": (runs[0].folder / "config.toml").read_text(encoding="utf-8"),
         "links": [run.folder.relative_to(folder).as_posix() for run in every if run.folder != folder],
     }
-    with atomic(folder / "report.html") as partial:
-        partial.write_text(plain(_template().render(page)), encoding="utf-8")
+    write_text(folder / "report.html", plain(_template().render(page)))
     return [folder / "report.html", *(_figures(figures, made, shown, runs[0], root) if figures else [])]
 
 

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from nucsam import __version__, checkpoint
+from nucsam.atomic import write_text
 from nucsam.base import Base
 from nucsam.config import Config, differences, load, to_toml
 
@@ -142,7 +143,7 @@ class Run:
                 self.keep(keep)
         if self.main:
             lines = "".join(json.dumps(line) + "\n" for line in progress.history)
-            checkpoint.write_text(self.out / "metrics.jsonl", lines)
+            write_text(self.out / "metrics.jsonl", lines)
         self.save()
 
     def keep(self, weights: dict[str, Tensor]) -> None:
@@ -170,7 +171,7 @@ class Run:
             "command": sys.argv,
             **facts,
         }
-        checkpoint.write_text(self.out / "environment.json", json.dumps(found, indent=2) + "\n")
+        write_text(self.out / "environment.json", json.dumps(found, indent=2) + "\n")
 
 
 def check_out(out: Path, config: Config, resume: bool) -> None:
@@ -198,4 +199,4 @@ def make_out(out: Path, config: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for partial in out.rglob(".*.partial"):
         partial.unlink()
-    checkpoint.write_text(out / "config.toml", to_toml(config))
+    write_text(out / "config.toml", to_toml(config))

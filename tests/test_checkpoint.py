@@ -8,9 +8,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nucsam import checkpoint
+from nucsam.atomic import atomic, write_text
 from nucsam.base import Base, load_base, state_sha256
 from nucsam.checkpoint import (
-    atomic,
     load_adapter,
     load_state,
     merged,
@@ -19,7 +19,6 @@ from nucsam.checkpoint import (
     save_adapter,
     save_state,
     write_tensors,
-    write_text,
 )
 from nucsam.config import Config, Loss, Model, Train, to_toml
 from nucsam.model import Nucsam, build

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from scipy.special import expit
 
 from nucsam import __version__, graph
+from nucsam.atomic import write_text
 from nucsam.base import Base, build_sam, load_base, state_sha256
-from nucsam.checkpoint import open_run, read_tensors, save_adapter, write_tensors, write_text
+from nucsam.checkpoint import open_run, read_tensors, save_adapter, write_tensors
 from nucsam.config import Config, Data, Instances, Model, Train, to_toml
 from nucsam.export import FORMATS, export
 from nucsam.instances import from_distances
