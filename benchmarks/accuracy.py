@@ -82,7 +82,7 @@ MODELS = {
     "report": Model(file="report.toml"),
     "lora": Model(),
     "head": Model({"model.train": "head"}),
-    "full": Model({"model.train": "full"}),
+    "full": Model({"model.train": "full", "train.lr_adapter": 2e-4}),  # what LoRA needs is too much for all weights
     **{f"rank-{rank}": _rank(rank) for rank in (2, 4, 8, 16)},
     "lora-qkv": Model({"model.pattern": ATTENTION + "qkv"}),
     "lora-attention": Model({"model.pattern": ATTENTION + "(qkv|proj)"}),
@@ -95,6 +95,7 @@ MODELS = {
     "no-cross-entropy": Model({"loss.cross_entropy": 0.0}),
     "no-tversky": Model({"loss.tversky": 0.0}),
     "no-distance": Model({"loss.distance": 0.0}),
+    "distance-1": Model({"loss.distance": 1.0}),
     "boundary-1": Model({"loss.boundary": 1.0}),
     "scale-1": Model({"data.scale": 1.0}),
     "scale-2": Model({"data.scale": 2.0}),

@@ -7,8 +7,8 @@ tiled: one deflated TIFF of `--size` px a side. images: `--images` PNG files of 
 predict` runs: opened, cut into tiles of `--image-size` model px (image-size / scale image px, an eighth of it shared),
 encoder with LoRA merged, head, stitching, nuclei, a label TIFF written. Loading the model is not counted.
 
-With random weights the maps would hold no nuclei. So the image is a picture of the maps: its channels are foreground,
-centre and boundary distance of synthetic nuclei, with noise. The network computes what it computes on any image, and
+With random weights the maps would hold no nuclei. So the image is a picture of the maps: its channels are foreground
+and, twice, depth of synthetic nuclei, with noise. The network computes what it computes on any image, and
 its maps are then replaced by those that the image shows.
 
 Beside it runs the bare stock encoder, `mobile_sam`'s TinyViT as the package has it, on `--sample` batches of tiles of
@@ -61,20 +61,20 @@ LOGIT = 6.0  # most that a map's logit is
 
 
 def picture(side: int) -> np.ndarray:
-    """uint8 (side, side, 3): foreground, centre and boundary distance of synthetic nuclei, in 0..255."""
+    """uint8 (side, side, 3): foreground and twice depth of synthetic nuclei, in 0..255."""
     _, label, _ = make_image(min(side, PERIOD), 1, organ="human kidney")
     maps = maps_of(label)
-    tile = np.stack([maps[name] for name in ("foreground", "centre", "boundary")], axis=-1)
+    tile = np.stack([maps[name] for name in ("foreground", "depth", "depth")], axis=-1)
     times = -(-side // len(tile))
     return np.tile((255 * tile).round().astype(np.uint8), (times, times, 1))[:side, :side]
 
 
 def shown(_: nn.Module, inputs: tuple[Tensor, tuple[int, int]], made: Tensor) -> Tensor:
-    """The maps (B, 5, *size) that images (B, 3, H, W) are pictures of, as logits, in place of those made of them."""
+    """The maps (B, 4, *size) that images (B, 3, H, W) are pictures of, as logits, in place of those made of them."""
     images, size = inputs
     part = F.interpolate(images, size=size, mode="bilinear") / 255
-    foreground, centre, boundary = torch.logit(part, eps=1e-3).clamp(-LOGIT, LOGIT).unbind(1)
-    return torch.stack([-foreground, 0 * foreground, 0 * foreground - 50, centre, boundary], dim=1).to(made.dtype)
+    foreground, depth, _ = torch.logit(part, eps=1e-3).clamp(-LOGIT, LOGIT).unbind(1)
+    return torch.stack([-foreground, 0 * foreground, 0 * foreground - 50, depth], dim=1).to(made.dtype)
 
 
 def write(folder: Path, args: argparse.Namespace) -> dict[str, list[Path]]:

@@ -4,9 +4,9 @@
 
 All three get maps of the same synthetic nuclei, blurred and with noise of the same strength, and run on one CPU core;
 "times ours" is of CPU time, which others on the machine do not add to.
-ours: `nucsam.instances.from_distances`, on foreground, centre and boundary distance.
+ours: `nucsam.instances.from_depth`, on foreground and depth.
 hover: Sobel edges of the horizontal and vertical offsets, markers, watershed (Graham et al. 2019, `__proc_np_hv`).
-micro-sam: smoothed distances, markers, watershed (Archit et al. 2025, automatic instance segmentation).
+micro-sam: smoothed distances to centre and boundary, markers, watershed (Archit et al. 2025).
 The two are written with scipy and scikit-image as their public code has them. AJI, against the labels that the maps
 were made of, says whether speed is bought with quality. --device, --batch and --dtype are taken and change nothing.
 """
@@ -34,7 +34,7 @@ import bench
 from metrics import ellipses
 
 from nucsam import targets
-from nucsam.instances import from_distances
+from nucsam.instances import from_depth
 from nucsam.metrics import PROTOCOLS, score
 
 NOISE, GRAIN, BLUR = 0.08, 2.0, 1.0  # standard deviation of the noise, its grain and the blur of the maps in px
@@ -55,11 +55,11 @@ def scene(side: int, n: int, seed: int = 0) -> np.ndarray:
 
 
 def maps_of(labels: np.ndarray, seed: int = 0) -> Maps:
-    """A network's maps of these nuclei, float32 (H, W): foreground, centre, boundary in 0..1; across, down in -1..1."""
+    """A network's maps of these nuclei, float32 (H, W): foreground, depth, centre in 0..1; across, down in -1..1."""
     batch = torch.from_numpy(labels.astype(np.int64))[None]
-    centre, boundary = targets.distances(batch, targets.classes(batch), int(labels.max()))[0].numpy()
-    down, across = offsets(labels)
-    clean = {"foreground": labels > 0, "centre": centre, "boundary": boundary, "across": across, "down": down}
+    depth = targets.depth(batch, targets.classes(batch), int(labels.max()))[0].numpy()
+    down, across, centre = offsets(labels)
+    clean = {"foreground": labels > 0, "depth": depth, "centre": centre, "across": across, "down": down}
     rng, made = np.random.default_rng(seed), {}
     for name, pixels in clean.items():
         noise = ndimage.gaussian_filter(rng.standard_normal(labels.shape), GRAIN)
@@ -69,16 +69,20 @@ def maps_of(labels: np.ndarray, seed: int = 0) -> Maps:
 
 
 def offsets(labels: np.ndarray) -> np.ndarray:
-    """HoVer-Net's vertical and horizontal offsets from the centroid, (2, H, W): -1..1 in each nucleus, else 0."""
-    made = np.zeros((2, *labels.shape), np.float32)
+    """From a nucleus's centroid, scaled per nucleus, (3, H, W): HoVer-Net's vertical and horizontal offset, -1..1 and 0
+    in the background, and micro-sam's distance, 0..1 and 1 in the background."""
+    made = np.zeros((3, *labels.shape), np.float32)
+    made[2] = 1
     for number, box in enumerate(ndimage.find_objects(labels), 1):
         if box is None:
             continue
         mask = labels[box] == number
-        for pixels, place in zip(made, np.nonzero(mask)):
-            away = place - place.mean()
+        apart = [place - place.mean() for place in np.nonzero(mask)]
+        for pixels, away in zip(made, apart):
             far = np.where(away < 0, max(-away.min(), 1e-6), max(away.max(), 1e-6))
             pixels[box][mask] = away / far
+        away = np.hypot(*apart)
+        made[2][box][mask] = away / max(away.max(), 1)
     return made
 
 
@@ -102,7 +106,7 @@ def hover(maps: Maps, area: int = 10) -> np.ndarray:
 
 def micro_sam(maps: Maps, area: int = 25) -> np.ndarray:
     """torch-em's `watershed_from_center_and_boundary_distances`, which micro-sam calls with its default thresholds."""
-    centre, boundary = (ndimage.gaussian_filter(maps[name], 1.6) for name in ("centre", "boundary"))
+    centre, boundary = (ndimage.gaussian_filter(values, 1.6) for values in (maps["centre"], 1 - maps["depth"]))
     nucleus = maps["foreground"] > 0.5
     markers = connected_components((centre < 0.5) & (boundary < 0.5) & nucleus)
     return drop_small(watershed(boundary, markers, mask=nucleus), area)
@@ -119,7 +123,7 @@ def drop_small(labels: np.ndarray, area: int) -> np.ndarray:
 
 
 def ours(maps: Maps) -> np.ndarray:
-    return from_distances(maps["foreground"], maps["centre"], maps["boundary"])
+    return from_depth(maps["foreground"], maps["depth"])
 
 
 WAYS = {"ours": ours, "hover": hover, "micro-sam": micro_sam}
@@ -130,7 +134,7 @@ def measure(machine: bench.Machine, side: int, n: int, repeat: int, copy: float)
     truth = scene(side, n)
     maps = maps_of(truth)
     found = machine.turns({name: lambda _, way=way: way(maps) for name, way in WAYS.items()}, repeat)
-    moved = sum(maps[name].nbytes for name in ("foreground", "centre", "boundary")) + truth.nbytes
+    moved = sum(maps[name].nbytes for name in ("foreground", "depth")) + truth.nbytes
     for name, way in WAYS.items():
         labels, row = way(maps).astype(np.int32), found[name]
         row |= {"images_per_second": 1e3 / row["ms"], "times_ours": row["cpu_ms"] / found["ours"]["cpu_ms"]}

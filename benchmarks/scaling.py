@@ -90,7 +90,7 @@ def nuclei(args: argparse.Namespace, _: Path) -> Curves:
         pred, batch = instances.ours(maps), torch.from_numpy(labels)[None].to(machine.device).long()
 
         def make_targets(labels: torch.Tensor, n: int) -> None:
-            targets.distances(labels, targets.classes(labels), n)
+            targets.depth(labels, targets.classes(labels), n)
 
         calls: dict[str, Callable[[], object]] = {
             "targets": partial(make_targets, batch, n),

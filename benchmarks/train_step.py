@@ -128,7 +128,7 @@ def ours(base: Base, samples: Samples, config: Config, device: torch.device) -> 
     def own_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
         labels = labels.to(device).long()
         classes = targets.classes(labels)
-        return classes, targets.distances(labels, classes, int(labels.max()))
+        return classes, targets.depth(labels, classes, int(labels.max()))
 
     data = Crops(samples, window=window(d.crop, config.augment), seed=0)
     return Way(net.image_encoder, net.head, data, move, prepare, loss, own_targets)
@@ -142,9 +142,9 @@ def plain(
 ) -> Way:
     side, m, w = round(config.data.crop * config.data.scale), config.model, config.loss
     settings = peft.LoraConfig(r=m.rank, lora_alpha=m.alpha, target_modules=adapted)
-    encoder, move = PlainEncoder(base, side, settings), mover(device, "image", "counted", "classes", "distances")
+    encoder, move = PlainEncoder(base, side, settings), mover(device, "image", "counted", "classes", "depth")
 
-    def loss(maps: Tensor, classes: Tensor, distances: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    def loss(maps: Tensor, classes: Tensor, depth: Tensor, counted: Tensor) -> dict[str, Tensor]:
         classes, nucleus, logits = classes.long(), classes > 0, maps[:, :3]
         class_weights = logits.new_tensor([1.0, 1.0, w.boundary])
         pixel_weights = counted * torch.where(nucleus, NUCLEUS_WEIGHT, 1.0)
@@ -152,12 +152,12 @@ def plain(
         return {
             "cross_entropy": w.cross_entropy * losses.cross_entropy(logits, classes, counted, class_weights),
             "tversky": w.tversky * losses.focal_tversky(probability, nucleus, counted, **TVERSKY),
-            "distance": w.distance * losses.absolute(maps[:, 3:].sigmoid(), distances, pixel_weights),
+            "distance": w.distance * losses.absolute(maps[:, 3].sigmoid(), depth, pixel_weights),
         }
 
     def loop_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
-        classes, distances = zip(*map(plain_targets, labels.numpy()))
-        return torch.from_numpy(np.stack(classes)), torch.from_numpy(np.stack(distances))
+        classes, depths = zip(*map(plain_targets, labels.numpy()))
+        return torch.from_numpy(np.stack(classes)), torch.from_numpy(np.stack(depths))
 
     data = PlainCrops(samples, config)
     return Way(encoder.to(device), copy.deepcopy(head), data, move, as_loaded, loss, loop_targets)
@@ -226,9 +226,9 @@ class PlainCrops(Crops):
         if rng.random() < a.noise:
             image = image + rng.normal(0, a.noise_sigma * rng.random(), image.shape)
         image = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).resize((side, side), Image.Resampling.BILINEAR)
-        classes, distances = plain_targets(label)
+        classes, depth = plain_targets(label)
         arrays = {"image": np.asarray(image).transpose(2, 0, 1), "label": label, "counted": counted > 0}
-        arrays |= {"classes": classes, "distances": distances}
+        arrays |= {"classes": classes, "depth": depth}
         return {name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}
 
 
@@ -236,18 +236,15 @@ def plain_targets(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What `nucsam.targets` says of one label map, nucleus by nucleus."""
     classes = (label > 0).astype(np.uint8)
     classes[find_boundaries(label, connectivity=2, mode="inner")] = targets.BOUNDARY
-    distances = np.ones((2, *label.shape), np.float32)
+    depth = np.zeros(label.shape, np.float32)
     for number, box in enumerate(find_objects(label), 1):
         if box is None:
             continue
         mask = label[box] == number
-        y, x = np.nonzero(mask)
-        away = np.hypot(y - y.mean(), x - x.mean())
         deep = distance_transform_edt(mask & (classes[box] == targets.INSIDE))[mask]
         deep = 1 + np.minimum(deep, targets.REACH)
-        distances[0][box][mask] = away / max(away.max(), 1)
-        distances[1][box][mask] = 1 - deep / deep.max()
-    return classes, distances
+        depth[box][mask] = deep / deep.max()
+    return classes, depth
 
 
 def train_pinned(net: nn.Module) -> None:
@@ -472,7 +469,7 @@ def check(run: Bench, own: Way, peer: Way, images: Tensor) -> dict[str, float]:
     run.dtype, torch.backends.cudnn.allow_tf32 = dtype, tf32
     batch = run.loaded(peer)
     made, looped = (way.targets(batch["label"]) for way in (own, peer))
-    maps, labels = torch.randn(run.batch, 5, run.crop, run.crop), batch["label"]
+    maps, labels = torch.randn(run.batch, own.head.channels, run.crop, run.crop), batch["label"]
     maps, labels, truth = maps.to(run.device), labels.to(run.device).long(), peer.prepare(peer.move(batch))[1]
     terms = own.loss(maps, labels, truth["counted"], int(labels.max())), peer.loss(maps, **truth)
 
@@ -483,7 +480,7 @@ def check(run: Bench, own: Way, peer: Way, images: Tensor) -> dict[str, float]:
         "features": (max(map(apart, *features)), 1e-3),
         "gradients": (max(apart(a.grad, b.grad) / b.grad.abs().max().item() for a, b in zip(*adapters)), 1e-2),
         "classes": (apart(made[0], looped[0]), 0.0),
-        "distances": (apart(made[1], looped[1]), 1e-4),
+        "depth": (apart(made[1], looped[1]), 1e-4),
         "loss": (max(apart(terms[0][name], terms[1][name]) for name in terms[0]), 1e-4),
     }
     if wrong := [f"{name} {d:.2g}, expected at most {most:g}" for name, (d, most) in found.items() if not d <= most]:

@@ -180,10 +180,10 @@ class Unet(nn.Module):
             "dice": weights.dice * losses.dice(logits.sigmoid(), nucleus, counted),
         }
         if self.depth is not None:
-            aim = 1 - targets.distances(labels, targets.classes(labels), n)[:, 1]
+            aim = targets.depth(labels, targets.classes(labels), n)
             square = (maps[:, 1] - aim).square() * counted
             mean = square.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
-            terms["depth"] = DEPTH * weights.distance * mean
+            terms["depth"] = DEPTH * mean
         return terms
 
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:

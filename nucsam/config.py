@@ -39,9 +39,9 @@ class Augment:
     d4: bool = True  # the eight flips and quarter turns
     scale_min: float = 0.7  # magnification, drawn log-uniformly
     scale_max: float = 1.3
-    stain: float = 0.75  # probability of HED stain augmentation
-    stain_scale: float = 0.15  # each stain times 1 + U(-s, s)
-    stain_bias: float = 0.05  # each stain plus U(-b, b), natural optical density
+    stain: float = 1.0  # probability of HED stain augmentation
+    stain_scale: float = 0.3  # each stain times 1 + U(-s, s)
+    stain_bias: float = 0.1  # each stain plus U(-b, b), natural optical density
     blur: float = 0.15  # probability
     blur_sigma: float = 1.0  # largest Gaussian sigma, model px
     noise: float = 0.15  # probability
@@ -69,23 +69,23 @@ class Loss:
     cross_entropy: float = 1.0  # instance: classes background, inside, boundary; sam: foreground
     boundary: float = 2.0  # weight of a boundary pixel in the cross-entropy, 1 for the others
     tversky: float = 1.0  # focal Tversky on the foreground (instance head)
-    distance: float = 1.0  # absolute error of centre and boundary distance (instance head)
+    distance: float = 4.0  # absolute error of the depth in the nucleus (instance head)
     dice: float = 1.0  # soft Dice on the foreground (sam head)
 
 
 @dataclass(frozen=True)
 class Instances:
     foreground: float = 0.5  # probability from which a pixel is nucleus
-    seed_centre: float = 0.5  # a seed's pixels have a lower centre distance, 0..1 (instance head)
-    seed_boundary: float = 0.5  # and a lower inverted boundary distance, 0..1
-    area: int = 30  # smaller objects are dropped, image px
+    seed_rise: float = 0.15  # a seed is so much deeper than the pass to a deeper one, 0..1 (instance head)
+    confidence: float = 0.7  # nuclei of a lower mean foreground probability are dropped (instance head)
+    area: int = 30  # and smaller ones, image px
 
 
 @dataclass(frozen=True)
 class Train:
     epochs: int = 100
     batch: int = 4  # images per process and forward pass
-    accumulate: int = 1  # forward passes per optimizer step
+    accumulate: int = 1  # forward passes per optimizer step; the instance head's BatchNorms see one at a time
     lr_adapter: float = 5e-4  # encoder: LoRA, or everything in "full"
     lr_head: float = 1e-3
     weight_decay: float = 0.01
@@ -194,12 +194,9 @@ _RULES = {  # what is expected: its test, and the fields it holds for
         "train.lr_adapter train.lr_head train.clip train.gamma",
     ),
     "a probability from 0 to 1": (lambda v: 0 <= v <= 1, "augment.stain augment.blur augment.noise"),
-    "a number between 0 and 1": (
-        lambda v: 0 < v < 1,
-        "instances.foreground instances.seed_centre instances.seed_boundary",
-    ),
+    "a number between 0 and 1": (lambda v: 0 < v < 1, "instances.foreground instances.seed_rise"),
     "a fraction over 0, at most 0.5": (lambda v: 0 < v <= 0.5, "data.inner"),
-    "0 up to but not 1": (lambda v: 0 <= v < 1, "train.warmup train.ema"),
+    "0 up to but not 1": (lambda v: 0 <= v < 1, "train.warmup train.ema instances.confidence"),
     "a positive multiple of 32": (lambda v: v > 0 and v % 32 == 0, "model.width"),
 }
 

@@ -21,7 +21,7 @@ TOLERANCE = 1e-3  # of a probability; a right graph is off by about 1e-6, a wron
 class Graph(nn.Module):
     """Images float32 (B, 3, H, W), RGB in 0..255, H and W multiples of `multiple` image px -> maps (B, C, H, W), 0..1.
 
-    The maps are those of `names`. Those of the instance head are what `nucsam.instances.from_distances` takes, that of
+    The maps are those of `names`. Those of the instance head are what `nucsam.instances.from_depth` takes, that of
     the sam head what `from_foreground` takes. scale: model px per image px; the resizing is part of the graph.
     """
 
@@ -32,7 +32,7 @@ class Graph(nn.Module):
         self.multiple = 32 * ratio.denominator // math.gcd(ratio.numerator, 32 * ratio.denominator)
         self.model_px = round(self.multiple * ratio)
         sam = isinstance(net.head, SamHead)
-        self.names = ("foreground",) if sam else ("foreground", "centre", "boundary")
+        self.names = ("foreground",) if sam else ("foreground", "depth")
         self.eval()
 
     def forward(self, image: Tensor) -> Tensor:

@@ -2,63 +2,109 @@
 
 import numpy as np
 from scipy import ndimage
-from skimage.measure import label as connected_components
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from skimage.measure import label as label_pieces
 from skimage.segmentation import watershed
 
-SEED_AREA = 5  # px; smaller seeds are noise
 _EIGHT = np.ones((3, 3), bool)
 
 
-def from_distances(
+def from_depth(
     foreground_HW: np.ndarray,
-    centre_HW: np.ndarray,
-    boundary_HW: np.ndarray,
+    depth_HW: np.ndarray,
     *,
     threshold: float = 0.5,
-    seed_centre: float = 0.5,
-    seed_boundary: float = 0.5,
+    rise: float = 0.15,
+    confidence: float = 0.0,
     area: int = 30,
 ) -> np.ndarray:
-    """Watershed of the boundary distance from seeds (micro-sam's automatic instance segmentation).
+    """Watershed of the depth from its h-maxima (Soille 2003, Morphological Image Analysis, 6.3 and 9.2).
 
-    Args: probability of being nucleus, and the two maps of `targets.distances`, float (H, W), 0..1. Seeds are the
-        components of foreground pixels with both distances below their bounds; nuclei under `area` px are dropped.
+    Args: probability of being nucleus, and the map of `targets.depth`, float (H, W), 0..1. A seed is a maximum of the
+        depth that lies at least `rise` above the highest pass to a higher one. Nuclei under `area` px, or whose mean
+        foreground is under `confidence`, are dropped.
     Returns: label map int32 (H, W), ids 1.. in raster order, 0 = background.
     """
+    H, W = foreground_HW.shape
     nucleus = foreground_HW > threshold
-    seeds, _ = ndimage.label(nucleus & (centre_HW < seed_centre) & (boundary_HW < seed_boundary))
-    places, labels = np.flatnonzero(nucleus), np.zeros(nucleus.shape, np.int32)
-    labels.ravel()[places] = _named(_flooded(boundary_HW, seeds, nucleus, places), area)
+    height = np.full((H, W + 1), -np.inf, np.float32)  # a column more parts a row's end from the next one's start
+    np.copyto(height[:, :W], depth_HW, where=nucleus)
+    basins, peak = _basins(height.ravel(), (1, W + 1))
+    names = _joined(peak, *_passes(basins, height.ravel(), (1, W + 1)), rise)
+    places, labels = np.flatnonzero(nucleus), np.zeros((H, W), np.int32)
+    ids = names[basins.reshape(H, W + 1)[:, :W].ravel()[places]]
+    labels.ravel()[places] = _named(ids, foreground_HW.ravel()[places], area=area, confidence=confidence)
     return labels
 
 
-def _flooded(height_HW: np.ndarray, seeds_HW: np.ndarray, mask_HW: np.ndarray, places_P: np.ndarray) -> np.ndarray:
-    """`watershed(height, seeds, mask=mask)` at the flat places P of the mask, without the seeds under SEED_AREA.
+def _basins(height: np.ndarray, steps: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Where each pixel comes to that climbs from neighbour to neighbour, without a queue of pixels.
 
-    A component of the mask with one seed is all that seed's: the slow queue of pixels is for those where seeds meet.
+    Of a flat image, -inf where there is none, and the steps to the next column and row. Returns the basins 1.. of all
+    maxima, 0 elsewhere, int32 like the image, and the maxima's heights, -inf first.
     """
-    seeds_P, parts_P = (labels.ravel()[places_P] for labels in (seeds_HW, ndimage.label(mask_HW)[0]))
-    seeds_P[np.bincount(seeds_P)[seeds_P] < SEED_AREA] = 0
-    seeded = np.flatnonzero(seeds_P)
-    ids, parts = seeds_P[seeded], parts_P[seeded]
-    owner = np.zeros(len(places_P) + 1, np.int32)
-    owner[parts] = ids
-    shared = np.zeros(len(owner), bool)
-    shared[parts[ids != owner[parts]]] = True
-    labels_P, meet = owner[parts_P], shared[parts_P]
-    if meet.any():
-        markers, mask = np.zeros_like(seeds_HW), np.zeros_like(mask_HW)
-        markers.ravel()[places_P[meet]], mask.ravel()[places_P[meet]] = seeds_P[meet], True
-        labels_P[meet] = watershed(height_HW, markers, mask=mask).ravel()[places_P[meet]]
-    return labels_P
+    beside = [(here, there) for k in steps for here, there in ((np.s_[:-k], np.s_[k:]), (np.s_[k:], np.s_[:-k]))]
+    best, way = height.copy(), np.zeros(len(height), np.int8)
+    for here, there in beside:
+        np.maximum(best[here], height[there], out=best[here])
+    for direction, (here, there) in enumerate(beside, 1):
+        np.maximum(way[here], (height[there] == best[here]).view(np.int8) * np.int8(direction), out=way[here])
+    way[best == height] = 0
+    places = np.flatnonzero(height > -np.inf)
+    own, numbers = np.arange(len(places)), np.zeros(len(height), np.intp)
+    numbers[places] = own
+    away = np.array([0, *(sign * step for step in steps for sign in (1, -1))])
+    up = numbers[places + away[way[places]]]
+    while not np.array_equal(up, further := up[up]):
+        up = further
+    top = up == own
+    basins = np.zeros(len(height), np.int32)
+    basins[places] = np.cumsum(top)[up]
+    return basins, np.append(np.float32(-np.inf), height[places[top]])
 
 
-def _named(ids_P: np.ndarray, area: int) -> np.ndarray:
-    """Ids 1.. in the order of their first pixels, int32; 0 stays, and what has under `area` px becomes it."""
-    size = np.bincount(ids_P, minlength=1)
+def _passes(basins: np.ndarray, height: np.ndarray, steps: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    """Where basins touch, (T,) each: one basin, the other, the height there; each place both ways, ascending."""
+    found = []
+    for step in steps:
+        a, b = basins[:-step], basins[step:]
+        one = np.flatnonzero((a != b) & (a > 0) & (b > 0))
+        a, b, low = a[one], b[one], np.minimum(height[one], height[one + step])
+        found += [(a, b, low), (b, a, low)]
+    here, beyond, low = (np.concatenate(values) for values in zip(*found))
+    order = np.argsort(low, kind="stable")
+    return here[order], beyond[order], low[order]
+
+
+def _joined(peak: np.ndarray, here: np.ndarray, beyond: np.ndarray, height: np.ndarray, rise: float) -> np.ndarray:
+    """For each basin, from its maximum's height and the passes, the id of the h-maximum's basin, 0 for 0.
+
+    In each round every basin whose maximum is less than `rise` above its highest pass joins the basin beyond: the flood
+    from the h-maxima, without the slow reconstruction that finds them.
+    """
+    names = np.arange(len(peak))
+    while True:
+        highest = np.full(len(peak), -1)
+        highest[here] = np.arange(len(here))  # the last value assigned stays: the highest pass
+        low = np.flatnonzero(highest >= 0)
+        low = low[peak[low] - height[highest[low]] < rise]
+        if not low.size:
+            return names
+        joins = coo_array((np.ones(low.size), (low, beyond[highest[low]])), shape=(len(peak), len(peak)))
+        n, joined = connected_components(joins, directed=False)
+        before, peak = peak, np.full(n, -np.inf, peak.dtype)
+        np.maximum.at(peak, joined, before)
+        names, here, beyond = joined[names], joined[here], joined[beyond]
+        here, beyond, height = (values[here != beyond] for values in (here, beyond, height))
+
+
+def _named(ids_P: np.ndarray, foreground_P: np.ndarray, *, area: int, confidence: float) -> np.ndarray:
+    """Ids 1.. in the order of their first pixels, int32; 0 stays, and what is too small or too unsure becomes it."""
+    size, total = np.bincount(ids_P, minlength=1), np.bincount(ids_P, foreground_P, minlength=1)
     first = np.zeros(len(size), np.int64)
     first[ids_P[::-1]] = np.arange(len(ids_P))[::-1]  # the last value assigned stays
-    kept = np.flatnonzero(size >= max(area, 1))
+    kept = np.flatnonzero((size >= max(area, 1)) & (total >= confidence * size))
     kept = kept[kept > 0]
     names = np.zeros(len(size), np.int32)
     names[kept[np.argsort(first[kept])]] = np.arange(1, len(kept) + 1)
@@ -70,7 +116,7 @@ def from_foreground(
 ) -> np.ndarray:
     """Watershed of a foreground map's own distance transform: what can be had without any map of instances.
 
-    Seeds are the maxima of the depth, smoothed by `sigma` px, within `reach` px. Else as `from_distances`.
+    Seeds are the maxima of the depth, smoothed by `sigma` px, within `reach` px. Else as `from_depth`.
     """
     nucleus = foreground_HW > threshold
     depth = ndimage.gaussian_filter(ndimage.distance_transform_edt(nucleus), sigma)
@@ -81,7 +127,7 @@ def from_foreground(
 
 def whole(labels_HW: np.ndarray, area: int) -> np.ndarray:
     """Each nucleus's largest 4-connected piece if it has `area` px, ids 1.. in raster order, int32."""
-    pieces, n = connected_components(labels_HW, connectivity=1, return_num=True)
+    pieces, n = label_pieces(labels_HW, connectivity=1, return_num=True)
     size = np.bincount(pieces.ravel(), minlength=n + 1)
     owner = np.zeros(n + 1, np.int64)
     owner[pieces] = labels_HW

@@ -42,9 +42,9 @@ def focal_tversky(
     return (1 - tversky).clamp(min=1e-6) ** gamma  # the power has no gradient at 0
 
 
-def absolute(maps_BCHW: Tensor, targets_BCHW: Tensor, weights_BHW: Tensor) -> Tensor:
-    """Absolute error, summed over channels, mean over pixels by their weights; a weight of 0 does not count."""
-    return _mean((maps_BCHW - targets_BCHW).abs().sum(1), weights_BHW)
+def absolute(maps_BHW: Tensor, targets_BHW: Tensor, weights_BHW: Tensor) -> Tensor:
+    """Absolute error, mean over pixels by their weights; a weight of 0 does not count."""
+    return _mean((maps_BHW - targets_BHW).abs(), weights_BHW)
 
 
 def _mean(pixel_BHW: Tensor, weight_BHW: Tensor) -> Tensor:

@@ -52,11 +52,13 @@ class Nucsam(nn.Module):
         return self.head.instances(maps, config)
 
     def trainable(self) -> dict[str, Tensor]:
-        """What training changes, by name: the parameters that train, and the statistics of moving BatchNorms."""
-        statistics = {}
-        if self.image_encoder.moving:
-            buffers = self.image_encoder.named_buffers(prefix="image_encoder")
-            statistics = {name: b for name, b in buffers if name.endswith(("running_mean", "running_var"))}
+        """What training changes, by name: the parameters that train, and the statistics of BatchNorms that move."""
+        moving = ("head.", "image_encoder.") if self.image_encoder.moving else ("head.",)
+        statistics = {
+            name: buffer
+            for name, buffer in self.named_buffers()
+            if name.startswith(moving) and name.endswith(("running_mean", "running_var"))
+        }
         return {name: p for name, p in self.named_parameters() if p.requires_grad} | statistics
 
 

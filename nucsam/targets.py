@@ -25,25 +25,16 @@ def classes(labels_BHW: Tensor) -> Tensor:
     return nucleus.long() + (nucleus & (low != high)).long()
 
 
-def distances(labels_BHW: Tensor, classes_BHW: Tensor, n: int) -> Tensor:
-    """micro-sam's two distance maps, each scaled per nucleus, float32 (B, 2, H, W), 1 in the background.
+def depth(labels_BHW: Tensor, classes_BHW: Tensor, n: int) -> Tensor:
+    """Distance to the boundary, scaled per nucleus: float32 (B, H, W), 1 at its deepest pixel, 0 in the background.
 
-    Channel 0: distance to the nucleus's centroid, 0 there to 1 at the farthest pixel. Channel 1: inverted distance to
-    its boundary, from 0 at the deepest pixel to below 1 at the boundary. `classes_BHW` are those of `classes`.
+    micro-sam's boundary distance, the other way up. `classes_BHW` are those of `classes`.
     """
     index = labels_BHW + (n + 1) * torch.arange(len(labels_BHW), device=labels_BHW.device).view(-1, 1, 1)
-    centre = _scaled(_centre_distance(labels_BHW, index, n), index, n)
-    depth = _scaled(_depth(classes_BHW == INSIDE), index, n)
-    return torch.where((labels_BHW > 0)[:, None], torch.stack([centre, 1 - depth], dim=1), 1.0)
-
-
-def _centre_distance(labels_BHW: Tensor, index: Tensor, n: int) -> Tensor:
-    """Distance to the centroid of the pixel's nucleus, px."""
-    _, H, W = labels_BHW.shape
-    y = torch.arange(H, device=index.device, dtype=torch.float32).view(1, H, 1).expand(index.shape)
-    x = torch.arange(W, device=index.device, dtype=torch.float32).view(1, 1, W).expand(index.shape)
-    area, sum_y, sum_x = (_per_nucleus(v, index, n).clamp(min=least) for v, least in ((y * 0 + 1, 1), (y, 0), (x, 0)))
-    return torch.hypot((sum_y / area)[index] - y, (sum_x / area)[index] - x)
+    px = _depth(classes_BHW == INSIDE)
+    deepest = torch.zeros(len(labels_BHW) * (n + 1), device=labels_BHW.device)
+    deepest.scatter_reduce_(0, index.flatten(), px.flatten(), "amax")
+    return torch.where(labels_BHW > 0, px / deepest.clamp_(min=1.0)[index], 0.0)
 
 
 def _depth(inside_BHW: Tensor) -> Tensor:
@@ -58,15 +49,3 @@ def _depth(inside_BHW: Tensor) -> Tensor:
         either = torch.minimum(row[:, REACH - shift :][:, :H], row[:, REACH + shift :][:, :H])
         torch.minimum(nearest, either.add_(shift * shift), out=nearest)
     return 1 + nearest.sqrt_().clamp_(max=REACH)
-
-
-def _scaled(values_BHW: Tensor, index: Tensor, n: int) -> Tensor:
-    """Values divided by the largest of their nucleus."""
-    largest = torch.zeros(len(index) * (n + 1), device=index.device)
-    largest.scatter_reduce_(0, index.flatten(), values_BHW.flatten(), "amax")
-    return values_BHW / largest.clamp(min=1.0)[index]
-
-
-def _per_nucleus(values_BHW: Tensor, index: Tensor, n: int) -> Tensor:
-    sums = torch.zeros(len(index) * (n + 1), device=index.device)
-    return sums.index_add_(0, index.flatten(), values_BHW.flatten())

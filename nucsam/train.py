@@ -96,10 +96,10 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
         atexit.register(_end_workers)
 
     base = _base(config, out, [crops[0, i] for i in training[:CALIBRATION_IMAGES]], accelerator)
-    net = build(config.model, base, seed=t.seed, checkpoint=t.checkpoint).to(device)
-    weights = net.trainable()
-    optimizer = torch.optim.AdamW(_groups(weights, t), betas=(0.9, 0.99))
-    ddp, optimizer = accelerator.prepare(net, optimizer)
+    net = build(config.model, base, seed=t.seed, checkpoint=t.checkpoint)
+    ddp = accelerator.prepare(net)
+    weights = net.trainable()  # not before: several processes on the CPU get other tensors for their buffers
+    optimizer = accelerator.prepare(torch.optim.AdamW(_groups(weights, t), betas=(0.9, 0.99)))
     average = {name: p.detach().clone() for name, p in weights.items()} if t.ema else {}
     about = {
         "mpp": _mpp(config, records),

@@ -78,10 +78,10 @@ def test_every_model_has_a_configuration():
     assert tuple(unets.NETS) == accuracy.UNETS
     assert (*unets.NETS, "report", "lora", "head", "full") == accuracy.MUSTS
     asked = plan("--models", "all", "model.rank=4", "model.alpha=4")
-    assert len(asked.models) == 28 and asked.models == tuple(accuracy.MODELS)
+    assert len(asked.models) == 29 and asked.models == tuple(accuracy.MODELS)
     changes = {name: config.differences(asked.common, asked.settings(name)) for name in asked.models}
     same = {name for name, lines in changes.items() if not lines}
-    assert same == {"lora", "rank-4", "lora-attention-mlp", "scale-2", "tta"}
+    assert same == {"lora", "rank-4", "lora-attention-mlp", "scale-1", "tta"}
     assert changes["rank-16"] == ["model.rank: 4 -> 16", "model.alpha: 4.0 -> 16.0"]
     assert changes["no-ema"] == ["train.ema: 0.99 -> 0.0"]
     assert all(asked.settings(name).data.scale == 1.0 for name in unets.NETS)
@@ -131,9 +131,10 @@ def test_jobs_fold_after_fold_and_nothing_twice():
 
 def test_each_starts_from_its_own_stand_in():
     options = ["--pretrain", "a", "--pretrain", "b", "--pretrain-set", "train.epochs=7"]
-    asked = plan("--models", "deep,report,lora,head,sam,scale-1,tta", "--folds", "2", *options)
+    asked = plan("--models", "deep,report,lora,head,sam,scale-2,tta", "--folds", "2", *options)
     stand_ins = {job.run.name: job for job in asked.pretraining()}
-    names = ("deep", "nucsam-sam-scale-2", "nucsam-instance-scale-2", "nucsam-instance-scale-1")
+    parts = ("sam-scale-2", "instance-scale-1", "sam-scale-1", "instance-scale-2")
+    names = ("deep", *(f"nucsam-{part}" for part in parts))
     assert tuple(stand_ins) == names
     for name, job in stand_ins.items():
         c = job.config
@@ -141,11 +142,17 @@ def test_each_starts_from_its_own_stand_in():
         assert (c.model.train, c.model.norms) == (("lora", "pinned") if name == "deep" else ("full", "moving"))
         assert (c.data.crop, c.train.lr_adapter, c.augment.d4) == (256, 1e-3, True)  # configs/standin.toml's for all
     jobs = {job.run.parts[1]: job for job in asked.training(again=False)}
-    assert list(jobs) == ["deep", "deep-scratch", "report", "lora", "head", "sam", "scale-1"]
+    assert list(jobs) == ["deep", "deep-scratch", "report", "lora", "head", "sam", "scale-2"]
     assert jobs["deep"].trainer[-2:] == ("--start", "runs/pretrain/deep/adapter.safetensors")
     assert jobs["deep-scratch"].trainer[-2:] == ("--net", "deep")
     assert jobs["deep"].config == jobs["deep-scratch"].config
-    for name, base in {"report": names[1], "lora": names[2], "head": names[2], "scale-1": names[3]}.items():
+    for name, base in {
+        "report": names[1],
+        "lora": names[2],
+        "head": names[2],
+        "sam": names[3],
+        "scale-2": names[4],
+    }.items():
         assert jobs[name].config.model.weights == f"runs/pretrain/{base}.safetensors"
         assert jobs[name].trainer[-2:] == ("--export", f"runs/pretrain/{base}")
 
@@ -257,12 +264,12 @@ def test_stand_ins_come_first(bench, tmp_path):
     assert status == 0
     runs = [run.removeprefix("runs/") for run, _ in started]
     last = ["deep/seed0/fold0", "deep-scratch/seed0/fold0", "lora/seed0/fold0", "tta/seed0/fold0"]
-    assert runs == ["pretrain/deep", "pretrain/nucsam-instance-scale-2", *last]
+    assert runs == ["pretrain/deep", "pretrain/nucsam-instance-scale-1", *last]
     rows = json.loads((tmp_path / "runs" / "accuracy.json").read_text())["rows"]
     assert [(row["model"], row["runs"][0]["base"]) for row in rows] == [
         ("deep", "stand-in"),
         ("deep-scratch", "none"),
-        *((name, "runs/pretrain/nucsam-instance-scale-2.safetensors") for name in ("lora", "tta")),
+        *((name, "runs/pretrain/nucsam-instance-scale-1.safetensors") for name in ("lora", "tta")),
     ]
 
 

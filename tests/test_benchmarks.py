@@ -256,16 +256,18 @@ def test_the_peers_split_what_touches():
         found = score(labels.astype(np.int32), way(maps).astype(np.int32), protocol=PROTOCOLS["plain"])
         assert found.pq > 0.85, name
     parts, _ = ndimage.label(maps["foreground"] > 0.5)
-    assert parts[32, 20] == parts[32, 41] > 0  # negative control: without distances they are one
+    assert parts[32, 20] == parts[32, 41] > 0  # negative control: without depth they are one
 
 
 def test_offsets_go_from_minus_one_to_one():
     labels = np.zeros((20, 30), np.int32)
     labels[4:9, 10:21] = 3
-    down, across = instances.offsets(labels)
+    down, across, centre = instances.offsets(labels)
     assert across[6, 10:21].tolist() == pytest.approx(np.linspace(-1, 1, 11).tolist())
     assert down[4:9, 12].tolist() == pytest.approx([-1, -0.5, 0, 0.5, 1])
     assert (across[labels == 0] == 0).all()
+    assert centre[6, 10:21].tolist() == pytest.approx((np.abs(np.arange(-5, 6)) / np.hypot(5, 2)).tolist())
+    assert (centre[labels == 0] == 1).all()
 
 
 # ---- inference.py ----
@@ -295,11 +297,11 @@ def test_what_is_shown_is_what_the_picture_holds():
     images = torch.full((1, 3, 32, 32), 0.0)
     images[:, 0], images[:, 1], images[:, 2] = 0.9 * 255, 0.25 * 255, 0.5 * 255
     maps = inference.shown(nn.Identity(), (images, (16, 16)), torch.zeros(1))
-    assert maps.shape == (1, 5, 16, 16)
+    assert maps.shape == (1, 4, 16, 16)
     background, inside, boundary = maps[0, :3, 4, 4].softmax(0).tolist()
     assert [1 - background, boundary] == pytest.approx([0.9, 0], abs=1e-4)
     assert inside == pytest.approx(0.9, abs=1e-4)
-    assert maps[0, 3:, 4, 4].sigmoid().tolist() == pytest.approx([0.25, 0.5], abs=1e-4)
+    assert maps[0, 3, 4, 4].sigmoid().item() == pytest.approx(0.25, abs=1e-4)
 
 
 # ---- scaling.py ----

@@ -152,7 +152,7 @@ def test_training_prints_what_must_be_known(trained):
     run, output = trained
     output = " ".join(output.split())
     assert "random base weights: the scores say nothing about MobileSAM" in output
-    assert "trains 283,301 of 6,027,193 parameters" in output
+    assert "trains 284,828 of 6,028,720 parameters" in output
     assert "chosen by aji on the inner split" in output
     assert (run / "scores.json").is_file()
 

@@ -217,7 +217,8 @@ RANGES = [
     ("model.alpha", [0.0, -1.0], "a positive number"),
     ("model.width", [0, 100, -32], "multiple of 32"),
     *((f"loss.{k}", [-1.0], "0 or more") for k in ("cross_entropy", "boundary", "tversky", "distance", "dice")),
-    *((f"instances.{k}", [0.0, 1.0], "between 0 and 1") for k in ("foreground", "seed_centre", "seed_boundary")),
+    *((f"instances.{k}", [0.0, 1.0], "between 0 and 1") for k in ("foreground", "seed_rise")),
+    ("instances.confidence", [1.0, -0.1], "0 up to but not 1"),
     ("instances.area", [-1], "0 or more"),
     *(
         (f"train.{k}", [0, -1], "at least 1")

@@ -17,7 +17,7 @@ from nucsam.base import Base, build_sam, load_base, state_sha256
 from nucsam.checkpoint import open_run, read_tensors, save_adapter, write_tensors
 from nucsam.config import Config, Data, Instances, Model, Train, to_toml
 from nucsam.export import FORMATS, export
-from nucsam.instances import from_distances
+from nucsam.instances import from_depth
 from nucsam.model import Nucsam, build
 from nucsam.predict import open_model
 
@@ -347,12 +347,12 @@ def test_onnx_gives_our_maps_at_any_batch_and_size(onnx, trained):
         larger = torch.nn.functional.interpolate(images, size=(2 * height, 2 * width), mode="bilinear")
         logits = trained(larger, (height, width)).numpy()
         foreground = 1 - np.exp(logits[:, 0]) / np.exp(logits[:, :3]).sum(1)
-        expected = np.stack([foreground, expit(logits[:, 3]), expit(logits[:, 4])], 1)
-        assert found.shape == (batch, 3, height, width)
+        expected = np.stack([foreground, expit(logits[:, 3])], 1)
+        assert found.shape == (batch, 2, height, width)
         np.testing.assert_allclose(found, expected, atol=1e-4)
         assert expected.std() > 0.01
-        options = Instances(foreground=0.4, area=5)
-        nuclei = from_distances(*found[0], threshold=0.4, area=5)
+        options = Instances(foreground=0.4, confidence=0.0, area=5)
+        nuclei = from_depth(*found[0], threshold=0.4, area=5)
         assert np.array_equal(nuclei, trained.instances(logits[0], options))
 
 
@@ -360,7 +360,7 @@ def test_onnx_says_what_it_is(onnx):
     session = onnxruntime.InferenceSession(onnx[0], providers=["CPUExecutionProvider"])
     found = session.get_modelmeta().custom_metadata_map
     described = json.loads(found["nucsam"])
-    assert (found["maps"], found["multiple"], described["kind"]) == ("foreground,centre,boundary", "16", "graph")
+    assert (found["maps"], found["multiple"], described["kind"]) == ("foreground,depth", "16", "graph")
     assert (described["config"]["data"]["scale"], described["config"]["instances"]["foreground"]) == (2.0, 0.4)
     assert "somebody" not in str(found)
     (image,), (maps) = session.get_inputs(), session.get_outputs()
@@ -380,7 +380,7 @@ def test_a_graph_of_other_maps_is_not_written(onnx, run, base, tmp_path, monkeyp
 
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: Program())
     export(run, tmp_path / "same.onnx", format="onnx")
-    make_run(tmp_path / "run", base, replace(MODEL, alpha=20.0))
+    make_run(tmp_path / "run", base, replace(MODEL, rank=3))
     with pytest.raises(RuntimeError, match=r"onnxruntime and PyTorch differ by .*, expected at most 0\.001"):
         export(tmp_path / "run", tmp_path / "other.onnx", format="onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"run", "same.onnx"}

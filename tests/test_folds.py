@@ -374,8 +374,8 @@ def test_two_folds_by_accelerate_launch(tiny, tmp_path):
     assert table["protocols"][0]["mean"]["dice"] == pytest.approx(mean)
     assert "RANDOM BASE WEIGHTS" in done.stdout
     assert load(tmp_path / "runs/model.rank-2/fold1/config.toml").data.fold == 1
-    assert table["parameters_trainable"] == 114_517 - 44_544 // 2  # rank 2, not 4
-    assert "trains 92,245 of" in (tmp_path / "runs/model.rank-2/fold1.log").read_text()
+    assert table["parameters_trainable"] == 114_800 - 44_544 // 2  # rank 2, not 4
+    assert "trains 92,528 of" in (tmp_path / "runs/model.rank-2/fold1.log").read_text()
 
 
 SRUN = """#!/bin/sh

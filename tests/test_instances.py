@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import ndimage
+from skimage.morphology import local_maxima, reconstruction
 from skimage.segmentation import watershed
 
-from nucsam.instances import SEED_AREA, from_distances, from_foreground, whole
-from nucsam.targets import classes, distances
+from nucsam.instances import from_depth, from_foreground, whole
+from nucsam.targets import classes, depth
 
 
 def discs(*places: tuple[float, float, float], side: int = 64) -> np.ndarray:
@@ -22,11 +23,10 @@ def discs(*places: tuple[float, float, float], side: int = 64) -> np.ndarray:
     return label
 
 
-def perfect(label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Foreground, centre and boundary distance as training has them."""
+def perfect(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Foreground and depth as training has them."""
     labels = torch.from_numpy(label)[None]
-    centre, boundary = distances(labels, classes(labels), int(label.max()))[0].numpy()
-    return (label > 0).astype(np.float32), centre, boundary
+    return (label > 0).astype(np.float32), depth(labels, classes(labels), int(label.max()))[0].numpy()
 
 
 def same_up_to_ids(a: np.ndarray, b: np.ndarray) -> bool:
@@ -38,52 +38,63 @@ touching = discs((20, 20, 10), (20, 39, 9), (38, 30, 11))
 
 
 def test_perfect_maps_give_the_nuclei_back():
-    found = from_distances(*perfect(touching))
+    found = from_depth(*perfect(touching))
     assert found.dtype == np.int32
     assert sorted(np.unique(found)) == [0, 1, 2, 3]
     assert (found > 0).sum() == (touching > 0).sum()
-    # the watershed cuts along the crest of the boundary distance, which may be a pixel off
+    # the flood cuts along the valley of the depth, which may be a pixel off
     assert all(max((found[touching == k] == j).mean() for j in (1, 2, 3)) > 0.97 for k in (1, 2, 3))
-    assert ndimage.label(touching)[1] == 1  # negative control: without distances they are one
+    assert ndimage.label(touching)[1] == 1  # negative control: without depth they are one
 
 
-def test_seeds_need_both_distances():
-    foreground, centre, boundary = perfect(touching)
-    assert from_distances(foreground, centre, boundary, seed_centre=1e-6).max() == 0
-    assert from_distances(foreground, centre, boundary, seed_boundary=1e-6).max() == 0
-    everywhere = from_distances(foreground, centre * 0, boundary * 0)  # all foreground is one seed
-    assert everywhere.max() == 1
+def test_a_flat_depth_splits_nothing():
+    foreground, depth = perfect(touching)
+    for flat in (0 * depth, 0 * depth + 1):
+        assert np.array_equal(from_depth(foreground, flat), (touching > 0).astype(np.int32))
+
+
+@pytest.mark.parametrize(("rise", "found"), [(0.29, 2), (0.31, 1)])
+def test_a_seed_rises_so_much_above_the_pass_to_a_deeper_one(rise, found):
+    """Two ridges, 1.0 and 0.8 deep, with a pass of 0.5 between them; a third, 0.6, on the way is never enough."""
+    depth = np.full((9, 90), 0.5)
+    for column, top in ((15, 1.0), (45, 0.6), (75, 0.8)):
+        depth[:, column - 10 : column + 11] = top
+    label = from_depth(np.ones_like(depth), depth, rise=rise)
+    assert label.max() == found
+    assert len({label[4, 15], label[4, 75]}) == found
+    assert (label > 0).all()
 
 
 def test_threshold_is_exclusive_and_a_nucleus_lies_within_it():
-    foreground, centre, boundary = perfect(discs((30, 30, 12)))
+    foreground, depth = perfect(discs((30, 30, 12)))
     foreground = np.where((foreground > 0) & (np.arange(64) < 30), 0.6, 0.5 * foreground)
-    found = from_distances(foreground, centre, boundary, threshold=0.5)
+    found = from_depth(foreground, depth, threshold=0.5)
     assert (found > 0).sum() == (foreground > 0.5).sum() > 0
     assert (found[:, 30:] == 0).all()
-
-
-@pytest.mark.parametrize(("pixels", "found"), [(SEED_AREA - 1, 0), (SEED_AREA, 1)])
-def test_small_seeds_are_noise(pixels, found):
-    foreground = np.ones((20, 20))
-    centre = np.ones((20, 20))
-    centre[5, 2 : 2 + pixels] = 0
-    label = from_distances(foreground, centre, np.zeros((20, 20)))
-    assert label.max() == found
-    assert (label > 0).all() == bool(found)  # the one seed floods all
 
 
 def test_nuclei_under_the_area_are_dropped():
     label = discs((15, 15, 8), (45, 45, 4))
     small = int((label == 2).sum())
     for area, left in ((small, 2), (small + 1, 1)):
-        assert from_distances(*perfect(label), area=area).max() == left
+        assert from_depth(*perfect(label), area=area).max() == left
         assert from_foreground((label > 0).astype(float), area=area).max() == left
+
+
+def test_unsure_nuclei_are_dropped_by_their_mean():
+    label = discs((15, 15, 8), (45, 45, 6))
+    _, depth = perfect(label)
+    foreground = np.choose(label, [0.1, 0.8, 0.6])
+    foreground[45, 45] = 1.0  # one sure pixel makes no sure nucleus
+    for confidence, left in ((0.0, [1, 2]), (0.6, [1, 2]), (0.7, [1]), (0.9, [])):
+        found = from_depth(foreground, depth, confidence=confidence)
+        assert same_up_to_ids(found, np.where(np.isin(label, left), label, 0))
+        assert found.max() == len(left)
 
 
 def test_nothing_from_nothing():
     empty = np.zeros((16, 24))
-    assert from_distances(empty, empty + 1, empty + 1).tolist() == empty.tolist()
+    assert from_depth(empty, empty).tolist() == empty.tolist()
     assert from_foreground(empty).tolist() == empty.tolist()
 
 
@@ -129,31 +140,32 @@ def test_whole_by_hand():
     assert whole(labels, 3).tolist() == [[0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
 
 
-def plain_from_distances(foreground, centre, boundary, area):
-    """What `from_distances` says, with a queue over all pixels."""
-    nucleus = foreground > 0.5
-    seeds, n = ndimage.label(nucleus & (centre < 0.5) & (boundary < 0.5))
-    for seed in range(1, n + 1):
-        if (seeds == seed).sum() < SEED_AREA:
-            seeds[seeds == seed] = 0
-    return whole(watershed(boundary, seeds, mask=nucleus), area)
+def plain_from_depth(foreground, depth, rise):
+    """What `from_depth` says, by reconstruction and a queue over all pixels."""
+    depth = np.where(foreground > 0.5, depth, -1.0)  # so far below that no component is lost in it
+    rebuilt = reconstruction(np.maximum(depth - rise, -1), depth, footprint=ndimage.generate_binary_structure(2, 1))
+    seeds, _ = ndimage.label(local_maxima(rebuilt, connectivity=1) & (foreground > 0.5))
+    return watershed(-depth, seeds, mask=foreground > 0.5)
 
 
-@pytest.mark.parametrize("share", [0.35, 0.6, 0.8, 1.0])
-def test_flooding_only_where_seeds_meet_changes_nothing(share):
-    """Smooth noise, in which a part of the components of the foreground have no seed, one, or many."""
-    seeded = set()
-    for seed in range(8):
+@pytest.mark.parametrize("share", [0.35, 0.6, 1.0])
+@pytest.mark.parametrize("rise", [0.05, 0.2, 0.5])
+def test_equals_a_flood_from_the_h_maxima(share, rise):
+    """Smooth noise, in which components of the foreground have one maximum or many, of all heights."""
+    split = set()
+    for seed in range(6):
         rng = np.random.default_rng(seed)
-        noise = [ndimage.gaussian_filter(rng.random((90, 110)), 2) for _ in range(3)]
-        foreground, centre, boundary = (np.argsort(np.argsort(m.ravel())).reshape(m.shape) / m.size for m in noise)
+        noise = [ndimage.gaussian_filter(rng.random((90, 110)), 2) for _ in range(2)]
+        foreground, depth = (np.argsort(np.argsort(m.ravel())).reshape(m.shape) / m.size for m in noise)
         foreground = np.where(foreground < share, 0.9, 0.1)
-        for area in (0, 30):
-            found, expected = (
-                f(foreground, centre, boundary, area=area) for f in (from_distances, plain_from_distances)
-            )
-            assert np.array_equal(found, expected)
+        found = from_depth(foreground, 0.2 + 0.8 * depth, rise=rise, area=0)
+        expected = plain_from_depth(foreground, (0.2 + 0.8 * depth).astype(np.float32), rise)
+        assert found.max() == len(np.unique(expected[expected > 0]))
+        pairs, counts = np.unique(np.stack([found, expected])[:, expected > 0], axis=1, return_counts=True)
+        largest = np.zeros(found.max() + 1, int)
+        np.maximum.at(largest, pairs[0], counts)
+        assert largest.sum() > 0.98 * (expected > 0).sum()  # where floods meet, pixels of equal right
         parts, n = ndimage.label(foreground > 0.5)
-        seeded |= {len(np.unique(found[parts == part])) for part in range(1, n + 1)}
-    assert max(seeded) > 3  # many in one component
-    assert len(seeded) > 1 or share == 1.0
+        split |= {len(np.unique(found[parts == part])) for part in range(1, n + 1)}
+    assert max(split) > 3  # many in one component
+    assert len(split) > 1 or share == 1.0

@@ -83,15 +83,15 @@ def test_focal_tversky_with_other_weights():
 
 
 def test_absolute():
-    """The channels of a pixel are summed, the pixels averaged by weight."""
-    maps = torch.tensor([[[[0.5, 3.0], [0.0, 1.0]], [[0.0, -1.0], [0.0, -2.0]]]])  # errors 0.5, 4, 0 and 3
-    targets = torch.zeros(1, 2, 2, 2)
+    """The pixels are averaged by weight."""
+    maps = torch.tensor([[[0.5, 4.0], [0.0, -3.0]]])
+    targets = torch.zeros(1, 2, 2)
     close(losses.absolute(maps, targets, ALL.float()), [(0.5 + 4 + 0 + 3) / 4])
     close(losses.absolute(maps, targets, HALF.float()), [(0.5 + 0) / 2])
     close(losses.absolute(maps + 7, targets + 7, torch.tensor([[[3.0, 1.0], [0.0, 2.0]]])), [(1.5 + 4 + 6) / 6])
 
 
-# Every loss as a function of raw maps (B, 5, H, W), truth (B, H, W) in 0, 1, 2 and counted (B, H, W)
+# Every loss as a function of raw maps (B, 4, H, W), truth (B, H, W) in 0, 1, 2 and counted (B, H, W)
 
 LOSSES = {
     "cross_entropy": lambda maps, truth, counted: losses.cross_entropy(
@@ -101,7 +101,7 @@ LOSSES = {
     "dice": lambda maps, truth, counted: losses.dice(maps[:, 0].sigmoid(), truth > 0, counted),
     "focal_tversky": lambda maps, truth, counted: losses.focal_tversky(maps[:, 0].sigmoid(), truth > 0, counted),
     "absolute": lambda maps, truth, counted: losses.absolute(
-        maps[:, 3:].sigmoid(), truth[:, None] / 2, counted * torch.where(truth > 0, 3.0, 1.0)
+        maps[:, 3].sigmoid(), truth / 2, counted * torch.where(truth > 0, 3.0, 1.0)
     ),
 }
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -114,7 +114,7 @@ def test_every_loss_is_here():
 
 def batch(seed: int, images: int = 3, side: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    maps = 2 * torch.randn(images, 5, side, side, generator=generator)
+    maps = 2 * torch.randn(images, 4, side, side, generator=generator)
     truth = torch.randint(0, 3, (images, side, side), generator=generator)
     counted = torch.rand(images, side, side, generator=generator) < 0.7
     return maps.requires_grad_(), truth, counted
@@ -176,7 +176,7 @@ def test_image_without_nuclei(loss):
         "binary_cross_entropy": F.softplus(maps[1, 0]).mean().item(),
         "dice": p / (p + 1),
         "focal_tversky": (0.3 * p / (0.3 * p + 1)) ** 0.75,
-        "absolute": maps[1, 3:].sigmoid().sum(0).mean().item(),
+        "absolute": maps[1, 3].sigmoid().mean().item(),
     }[next(name for name, function in LOSSES.items() if function is loss)]
     assert values[1].item() == pytest.approx(expected, rel=1e-5)
     assert maps.grad[1].ne(0).any()
@@ -217,7 +217,7 @@ def test_batch_equals_its_parts(loss, seed, cut):
 def test_half_precision_sums_do_not_overflow(loss):
     """A 512 x 512 image has more pixels than float16 has numbers."""
     generator = torch.Generator().manual_seed(0)
-    maps = torch.randn(1, 5, 512, 512, generator=generator)
+    maps = torch.randn(1, 4, 512, 512, generator=generator)
     truth = torch.randint(0, 3, (1, 512, 512), generator=generator)
     counted = torch.ones(1, 512, 512, dtype=torch.bool)
     found, expected = loss(maps.half(), truth, counted), loss(maps, truth, counted)

@@ -51,14 +51,14 @@ def parts(net: Nucsam) -> dict[str, int]:
 
 
 def head_size(width: int) -> int:
-    """Values of the instance head, counted from its plan: 3 x 3 + GroupNorm (branch, blocks), 1 x 1, out."""
-    widths = [width, width * 3 // 4, width // 2, width // 4]
-    inputs = [480, 128 + widths[1], 64 + widths[2], 32 + widths[3]]
-    blocks = [(a, b) for w in widths for a, b in ((w, w), (w, w))]
-    blocks += [(a, b) for a, b in pairwise([3, *widths[:0:-1]])] + [(w, w) for w in widths[1:]]
-    lateral = sum(i * w + w for i, w in zip(inputs, widths))
+    """Values of the instance head, counted from its plan: 3 x 3 + BatchNorm (branch, blocks), 1 x 1, out."""
+    widths = [width, width * 3 // 4, width // 2, width // 4, width // 8]
+    inputs = [480, 128 + widths[1], 64 + widths[2], 32 + widths[3], widths[4]]
+    blocks = [(w, w) for w in widths[:4] for _ in range(2)] + [(widths[4], widths[4])]
+    blocks += [(a, b) for a, b in pairwise([3, *widths[:0:-1]])] + [(w, w) for w in widths[1:4]]
+    lateral = sum(i * w for i, w in zip(inputs, widths))
     down = sum(a * b for a, b in pairwise(widths))
-    return lateral + down + sum(9 * a * b + 2 * b for a, b in blocks) + 5 * widths[-1] + 5
+    return lateral + down + sum(9 * a * b + 2 * b for a, b in blocks) + 4 * widths[-1] + 4
 
 
 # The trainable set
@@ -115,7 +115,9 @@ def test_trainable_set(base, train, head, expected):
     counted = {key: sum(p.numel() for p in some) for key, some in sizes.items()}
     assert parts(net) == {part: counted.get((part, size), size) for part, size in expected.items()}
     assert all(not UNREACHED.match(name) for name in net.trainable())
-    assert net.trainable().keys() == {name for name, p in net.named_parameters() if p.requires_grad}
+    statistics = {name for name, _ in net.named_buffers() if name.startswith("head.")}
+    assert len(statistics) == (2 * 16 if head == "instance" else 0)
+    assert net.trainable().keys() == {name for name, p in net.named_parameters() if p.requires_grad} | statistics
 
 
 def test_trainable_counts_of_the_field(base):
@@ -182,7 +184,7 @@ def warm(base) -> Base:
 def test_every_trainable_parameter_has_a_gradient_by_step_2(warm, train, head):
     net = build(Model(train=train, head=head, width=32), warm, seed=0)
     found = steps(net, 2)
-    trainable = net.trainable().keys()
+    trainable = net.trainable().keys() & found.keys()
     assert [name for name in trainable if not found[name][1]] == []
     assert [name for name in found if name not in trainable and any(found[name])] == []
     first = {name for name in trainable if not found[name][0]}
@@ -194,7 +196,7 @@ def test_every_trainable_parameter_has_a_gradient_by_step_2(warm, train, head):
 def test_vague_pixels_have_no_part_in_a_heads_loss(base, head):
     """In no term, by value or gradient; and each other pixel has one."""
     net, generator = build(Model(head=head, width=32), base, seed=0), torch.Generator().manual_seed(0)
-    maps = torch.randn(2, 5 if head == "instance" else 1, 32, 32, generator=generator).requires_grad_()
+    maps = torch.randn(2, 4 if head == "instance" else 1, 32, 32, generator=generator).requires_grad_()
     labels = torch.zeros(2, 32, 32, dtype=torch.int64)
     labels[0, 5:25, 5:30], labels[1, 8:20, 9:29] = 1, 2
     counted = torch.rand(2, 32, 32, generator=generator) < 0.7
@@ -214,7 +216,7 @@ def test_vague_pixels_have_no_part_in_a_heads_loss(base, head):
     everywhere = torch.ones_like(counted)
     terms, same = (net.loss(m, labels, everywhere, 2, Loss()) for m in (maps, other))
     assert all((term != same[name]).all() for name, term in terms.items())  # negative control
-    scaled = net.loss(maps, labels, everywhere, 2, Loss(cross_entropy=3.0, tversky=3.0, distance=3.0, dice=3.0))
+    scaled = net.loss(maps, labels, everywhere, 2, Loss(cross_entropy=3.0, tversky=3.0, distance=12.0, dice=3.0))
     for name, term in terms.items():
         torch.testing.assert_close(scaled[name], 3 * term)
 
@@ -229,9 +231,9 @@ def test_recomputed_blocks_have_the_same_gradients(warm):
                 if name.endswith("lora_B"):
                     p.fill_(0.01)
         net(images, (64, 64)).square().mean().backward()
-        found.append({name: p.grad for name, p in net.trainable().items()})
+        found.append({name: p.grad for name, p in net.named_parameters() if p.requires_grad})
     kept, recomputed = found
-    assert len(kept) == 40 + 4 * 2 + 3 + (4 + 3) * 2 * 3 + 2
+    assert len(kept) == 40 + 5 + 4 + (4 * 2 + 1 + 1 + 3 * 2) * 3 + 2  # LoRA, lateral, down, blocks, out
     for name in kept:
         torch.testing.assert_close(kept[name], recomputed[name], rtol=1e-4, atol=1e-7)
 
@@ -295,7 +297,7 @@ def test_a_new_adapter_changes_nothing(warm, head):
     with torch.no_grad():
         found = [net(images, (64, 96)) for net in nets]
         assert torch.equal(*found)
-        assert found[0].shape == (1, 5 if head == "instance" else 1, 64, 96)
+        assert found[0].shape == (1, 4 if head == "instance" else 1, 64, 96)
         assert found[0].std() > 1e-4
         for p in nets[0].trainable().values():
             p += 0.05
@@ -320,7 +322,7 @@ def test_an_export_brings_its_head(base):
 def test_an_export_of_another_width_is_refused_with_both_shapes(base):
     extra = {n: t for n, t in build(Model(width=32), base, seed=0).state_dict().items() if n.startswith("head.")}
     export = replace(base, extra=extra, source="nuclei.safetensors")
-    with pytest.raises(ValueError, match=r"^nuclei\.safetensors: .*model\.width.*found \(8, .*expected \(16, "):
+    with pytest.raises(ValueError, match=r"^nuclei\.safetensors: .*model\.width.*found \(4, .*expected \(8, "):
         build(Model(width=64), export, seed=0)
 
 
@@ -339,7 +341,7 @@ def standardised(net: Nucsam, images: torch.Tensor) -> dict[str, tuple[torch.Ten
 
         return forward
 
-    for name, norm in net.eval().named_modules():
+    for name, norm in net.eval().image_encoder.named_modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.training, norm.forward = True, record(name, norm)  # the encoder folds a BatchNorm unless it trains
     with torch.no_grad():
@@ -378,12 +380,14 @@ def test_calibration_changes_the_statistics_the_identity_and_nothing_else(base):
     assert calibrated(base, images / 2).sha256 != found.sha256
 
 
-def test_batchnorms_stay_pinned_in_training(warm):
+def test_batchnorms_of_the_encoder_stay_pinned_in_training_and_the_heads_move(warm):
     net = build(Model(train="full", width=32), warm, seed=0).train()
     before = {n: b.clone() for n, b in net.named_buffers()}
     with torch.no_grad():
         net(255 * torch.rand(2, 3, 64, 64), (64, 64))
     assert len(before) > 27
-    assert all(torch.equal(b, before[n]) for n, b in net.named_buffers())
-    assert not any(m.training for m in net.modules() if isinstance(m, nn.BatchNorm2d))
-    assert math.prod(net(torch.zeros(1, 3, 64, 64), (50, 70)).shape) == 5 * 50 * 70
+    moved = {n for n, b in net.named_buffers() if not torch.equal(b, before[n])}
+    assert moved == {n for n in before if n.startswith("head.")} == net.trainable().keys() & before.keys()
+    assert not any(m.training for m in net.image_encoder.modules() if isinstance(m, nn.BatchNorm2d))
+    net.eval()
+    assert math.prod(net(torch.zeros(1, 3, 64, 64), (50, 70)).shape) == 4 * 50 * 70

@@ -265,11 +265,11 @@ def test_what_is_no_image(shape, dtype):
 
 
 class Colour(Blur):
-    """Red is the logit of the foreground, green that of both distances, blurred; the instance head's watershed."""
+    """Red is the logit of the foreground, green that of the shallowness, blurred; the instance head's watershed."""
 
     def forward(self, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         red, green = (super().forward(images, size) / 16 - 8).unbind(1)
-        return torch.stack([0 * red, red, red - 20, green, green], 1)
+        return torch.stack([0 * red, red, red - 20, -green], 1)
 
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         return InstanceHead.instances(None, maps, config)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import label as components
 
-from nucsam.targets import BACKGROUND, BOUNDARY, INSIDE, REACH, classes, distances
+from nucsam.targets import BACKGROUND, BOUNDARY, INSIDE, REACH, classes, depth
 
 
 def random_labels(seed: int, images: int = 3, height: int = 20, width: int = 27) -> np.ndarray:
@@ -29,21 +29,19 @@ def slow_classes(label: np.ndarray) -> np.ndarray:
     return found
 
 
-def slow_distances(label: np.ndarray) -> np.ndarray:
-    found = np.ones((2, *label.shape))
+def slow_depth(label: np.ndarray) -> np.ndarray:
+    found = np.zeros(label.shape)
     outside = np.argwhere(slow_classes(label) != INSIDE)
     for identity in np.unique(label[label > 0]):
         pixels = np.argwhere(label == identity)
-        centre = np.hypot(*(pixels - pixels.mean(0)).T)
         nearest = [min((np.hypot(*(pixel - other)) for other in outside), default=np.inf) for pixel in pixels]
-        depth = 1 + np.minimum(nearest, REACH)
-        found[0][tuple(pixels.T)] = centre / max(centre.max(), 1.0)
-        found[1][tuple(pixels.T)] = 1 - depth / depth.max()
+        px = 1 + np.minimum(nearest, REACH)
+        found[tuple(pixels.T)] = px / px.max()
     return found
 
 
-def distances_of(labels: torch.Tensor, spare: int = 0) -> torch.Tensor:
-    return distances(labels, classes(labels), int(labels.max()) + spare)
+def depth_of(labels: torch.Tensor, spare: int = 0) -> torch.Tensor:
+    return depth(labels, classes(labels), int(labels.max()) + spare)
 
 
 @settings(max_examples=40, deadline=None)
@@ -57,11 +55,11 @@ def test_classes_equal_a_loop_over_pixels(seed):
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), spare=st.integers(0, 5))
-def test_distances_equal_a_loop_over_nuclei(seed, spare):
+def test_depth_equals_a_loop_over_nuclei(seed, spare):
     labels = random_labels(seed)
-    found = distances_of(torch.from_numpy(labels), spare)
+    found = depth_of(torch.from_numpy(labels), spare)
     assert found.dtype == torch.float32
-    np.testing.assert_allclose(found.numpy(), [slow_distances(label) for label in labels], atol=1e-5)
+    np.testing.assert_allclose(found.numpy(), [slow_depth(label) for label in labels], atol=1e-5)
 
 
 def test_the_random_label_maps_hold_the_hard_cases():
@@ -98,46 +96,37 @@ def test_a_corner_neighbour_makes_a_boundary():
     assert classes(labels)[0].tolist() == [[2, 2, 1], [2, 2, 1], [1, 1, 1]]
 
 
-def test_distances_by_hand():
+def test_depth_by_hand():
     labels = torch.zeros(1, 9, 9, dtype=torch.int64)
-    labels[0, 1:6, 1:6] = 3  # centre at (3, 3), depths 1, 2 and 3 by ring
-    labels[0, 8, 1] = labels[0, 8, 5] = 7  # two pieces of one nucleus, their centre at (8, 3) in neither
+    labels[0, 1:6, 1:6] = 3  # depths 1, 2 and 3 px by ring
+    labels[0, 8, 1] = labels[0, 8, 5] = 7  # two pieces of one nucleus
     labels[0, 8, 8] = 9
-    centre, boundary = distances_of(labels)[0]
-    diagonal = 8**0.5
-    row = [diagonal, 5**0.5, 2.0, 5**0.5, diagonal]
-    assert centre[1, 1:6].tolist() == pytest.approx([d / diagonal for d in row])
-    assert centre[3, 1:6].tolist() == pytest.approx([d / diagonal for d in (2, 1, 0, 1, 2)])
-    assert boundary[1, 1:6].tolist() == pytest.approx([2 / 3] * 5)
-    assert boundary[2, 1:6].tolist() == pytest.approx([2 / 3, 1 / 3, 1 / 3, 1 / 3, 2 / 3])
-    assert boundary[3, 1:6].tolist() == pytest.approx([2 / 3, 1 / 3, 0, 1 / 3, 2 / 3])
-    assert centre[8].tolist() == [1, 1, 1, 1, 1, 1, 1, 1, 0]  # a lone pixel is its own centre
-    assert boundary[8].tolist() == [1, 0, 1, 1, 1, 0, 1, 1, 0]  # and as deep as it gets
-    assert torch.stack([centre, boundary])[:, labels[0] == 0].eq(1).all()
+    found = depth_of(labels)[0]
+    assert found[1, 1:6].tolist() == pytest.approx([1 / 3] * 5)
+    assert found[2, 1:6].tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3, 2 / 3, 1 / 3])
+    assert found[3, 1:6].tolist() == pytest.approx([1 / 3, 2 / 3, 1, 2 / 3, 1 / 3])
+    assert found[8].tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 1]  # a lone pixel is as deep as it gets
+    assert found[labels[0] == 0].eq(0).all()
 
 
 def test_the_same_id_in_two_images_is_two_nuclei():
     labels = torch.zeros(2, 7, 7, dtype=torch.int64)
     labels[0, :3, :3], labels[1, 2:7, 2:7] = 1, 1
-    together = distances_of(labels)
-    assert torch.equal(together, torch.cat([distances_of(label[None]) for label in labels]))
-    assert together[0, 0, 1, 1] == together[1, 0, 4, 4] == 0
+    together = depth_of(labels)
+    assert torch.equal(together, torch.cat([depth_of(label[None]) for label in labels]))
+    assert together[0, 0, 0] == together[1, 6, 6] == 1
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_ranges(seed):
     labels = torch.from_numpy(random_labels(seed))
-    centre, boundary = distances_of(labels).unbind(1)
-    nucleus = labels > 0
-    for found in (centre, boundary):
-        assert found[~nucleus].eq(1).all()
-        assert 0 <= found.min() <= found.max() <= 1
-    assert boundary[nucleus].lt(1).all()
-    for image, c, b in zip(labels, centre, boundary):
+    found = depth_of(labels)
+    assert found[labels == 0].eq(0).all()
+    assert found[labels > 0].gt(0).all()
+    for image, depths in zip(labels, found):
         for identity in image[image > 0].unique():
-            assert b[image == identity].min() == 0
-            assert c[image == identity].max() == 1 or (image == identity).sum() <= 4
+            assert depths[image == identity].max() == 1
 
 
 @settings(max_examples=25, deadline=None)
@@ -149,7 +138,7 @@ def test_ids_mean_nothing_but_sameness(seed):
     )
     renamed = order[labels]
     assert torch.equal(classes(labels), classes(renamed))
-    torch.testing.assert_close(distances_of(labels), distances_of(renamed), atol=1e-5, rtol=0)
+    torch.testing.assert_close(depth_of(labels), depth_of(renamed), atol=1e-5, rtol=0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -162,7 +151,7 @@ def test_turned_labels_give_turned_targets(seed, turns, flip):
         return maps.flip(-1) if flip else maps
 
     assert torch.equal(classes(turn(labels)), turn(classes(labels)))
-    torch.testing.assert_close(distances_of(turn(labels)), turn(distances_of(labels)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(depth_of(turn(labels)), turn(depth_of(labels)), atol=1e-5, rtol=0)
 
 
 def test_large_ids_and_large_images_stay_exact():
@@ -170,33 +159,29 @@ def test_large_ids_and_large_images_stay_exact():
     labels = torch.zeros(1, 3061, 80, dtype=torch.int32)
     labels[0, 3000:, 10:71] = 65535
     labels[0, 2999, 10:71] = 65534
-    centre, boundary = distances_of(labels)[0]
-    assert centre[3030, 40].item() == pytest.approx(0, abs=1e-3)
-    assert centre[3000, 10].item() == centre[3060, 70].item() == pytest.approx(1, abs=1e-3)
-    assert boundary[3000, 40].item() == pytest.approx(1 - 1 / 31)
-    assert boundary[3060, 40].item() == 0  # the image's border is no boundary
+    found = depth_of(labels)[0]
+    assert found[3000, 40].item() == pytest.approx(1 / 31)
+    assert found[3060, 40].item() == 1  # the image's border is no boundary
     assert classes(labels)[0, 2999:3002, 40].tolist() == [2, 2, 1]
 
 
 def test_depth_ends_at_its_reach():
     labels = torch.zeros(1, 101, 101, dtype=torch.int64)
     labels[0, 1:100, 1:100] = 1
-    boundary = distances_of(labels)[0, 1, 50]
+    found = depth_of(labels)[0, 50]
     depths = torch.minimum(torch.arange(1.0, 51), torch.tensor(REACH + 1.0))
-    torch.testing.assert_close(boundary[1:51], 1 - depths / (REACH + 1))
-    assert boundary[50].item() == 0
+    torch.testing.assert_close(found[1:51], depths / (REACH + 1))
+    assert found[50].item() == 1
 
 
 def test_image_that_is_one_nucleus():
     labels = torch.ones(1, 40, 40, dtype=torch.int64)
     assert classes(labels).eq(INSIDE).all()
-    centre, boundary = distances_of(labels)[0]
-    assert boundary.eq(0).all()
-    assert centre[0, 0].item() == 1
+    assert depth_of(labels).eq(1).all()
 
 
 def test_empty_label_map():
     labels = torch.zeros(2, 5, 5, dtype=torch.int64)
     assert classes(labels).eq(0).all()
-    assert distances_of(labels).eq(1).all()
-    assert distances_of(labels).shape == (2, 2, 5, 5)
+    assert depth_of(labels).eq(0).all()
+    assert depth_of(labels).shape == (2, 5, 5)

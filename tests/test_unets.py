@@ -69,11 +69,11 @@ def test_the_seed_decides():
 
 
 def test_depth_loss_counts_the_counted(labels):
-    net, aim = made("dual-decoder"), 1 - targets.distances(labels, targets.classes(labels), 2)[:, 1]
+    net, aim = made("dual-decoder"), targets.depth(labels, targets.classes(labels), 2)
     maps = torch.stack([torch.zeros_like(aim), aim], dim=1)
     assert net.loss(maps, labels, labels >= 0, 2, Loss())["depth"].tolist() == [0, 0]
-    maps[:, 1, :32] += 2.0  # an error of 2 in the upper half: a mean square of 2, weighted by 5 and by 3
-    assert net.loss(maps, labels, labels >= 0, 2, Loss(distance=3.0))["depth"].tolist() == pytest.approx([30.0, 30.0])
+    maps[:, 1, :32] += 2.0  # an error of 2 in the upper half: a mean square of 2, weighted by 5
+    assert net.loss(maps, labels, labels >= 0, 2, Loss())["depth"].tolist() == pytest.approx([10.0, 10.0])
     counted = torch.ones_like(labels, dtype=torch.bool)
     counted[:, :32] = False
     assert net.loss(maps, labels, counted, 2, Loss())["depth"].tolist() == [0, 0]
@@ -92,7 +92,7 @@ def test_second_stage_leaves_the_first_alone(labels):
 def test_true_maps_give_the_true_nuclei(name, labels):
     """Discs that touch are two; the depth of one flat maximum makes them one (negative control)."""
     net = made(name)
-    depth = 1 - targets.distances(labels, targets.classes(labels), 2)[:, 1]
+    depth = targets.depth(labels, targets.classes(labels), 2)
     for image, depths, n in ((0, depth, 1), (1, depth, 2), (1, torch.zeros_like(depth), 1)):
         maps = torch.stack([(labels[image] > 0) * 20.0 - 10, depths[image]]).numpy()
         if name == "shallow":
