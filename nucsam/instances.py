@@ -65,16 +65,14 @@ def _basins(height: np.ndarray, steps: tuple[int, int]) -> tuple[np.ndarray, np.
 
 
 def _passes(basins: np.ndarray, height: np.ndarray, steps: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Where basins touch, (T,) each: one basin, the other, the height there; each place both ways, ascending."""
+    """Where basins touch, (T,) each: one basin, the other, the height there; each place both ways."""
     found = []
     for step in steps:
         a, b = basins[:-step], basins[step:]
         one = np.flatnonzero((a != b) & (a > 0) & (b > 0))
         a, b, low = a[one], b[one], np.minimum(height[one], height[one + step])
         found += [(a, b, low), (b, a, low)]
-    here, beyond, low = (np.concatenate(values) for values in zip(*found))
-    order = np.argsort(low, kind="stable")
-    return here[order], beyond[order], low[order]
+    return tuple(np.concatenate(values) for values in zip(*found))
 
 
 def _joined(peak: np.ndarray, here: np.ndarray, beyond: np.ndarray, height: np.ndarray, rise: float) -> np.ndarray:
@@ -85,13 +83,14 @@ def _joined(peak: np.ndarray, here: np.ndarray, beyond: np.ndarray, height: np.n
     """
     names = np.arange(len(peak))
     while True:
-        highest = np.full(len(peak), -1)
-        highest[here] = np.arange(len(here))  # the last value assigned stays: the highest pass
-        low = np.flatnonzero(highest >= 0)
-        low = low[peak[low] - height[highest[low]] < rise]
-        if not low.size:
+        highest = np.full(len(peak), -np.inf, peak.dtype)
+        np.maximum.at(highest, here, height)
+        over = np.arange(len(peak))
+        (through,) = np.nonzero((height == highest[here]) & (peak[here] - height < rise))
+        if not through.size:
             return names
-        joins = coo_array((np.ones(low.size), (low, beyond[highest[low]])), shape=(len(peak), len(peak)))
+        over[here[through]] = beyond[through]  # of passes of one height the last
+        joins = coo_array((np.ones(len(over)), (np.arange(len(over)), over)), shape=(len(over), len(over)))
         n, joined = connected_components(joins, directed=False)
         before, peak = peak, np.full(n, -np.inf, peak.dtype)
         np.maximum.at(peak, joined, before)
