@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-STRIP = 4  # windows abreast: down a strip of them, few maps wait for the next row of windows
+STRIP = 8  # windows abreast: down a strip of them, few maps wait for the next row of windows
 
 Place = tuple[slice, slice]  # rows, columns
 Key = tuple[int, int, int]  # row and column of a tile, and the first window that it is run for
@@ -45,12 +45,17 @@ def side(size: int, scale: float) -> tuple[int, int]:
     return round(model / scale), model
 
 
-def starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Evenly spread starts of the fewest tiles that cover `size` and share at least `overlap`."""
-    if size <= tile:
-        return [0]
-    count = -(-(size - overlap) // (tile - overlap))
-    return [round(i * (size - tile) / (count - 1)) for i in range(count)]
+def grid(size: int, tile: int, overlap: int, scale: float) -> tuple[list[int], int, int]:
+    """The fewest tiles up to `tile` that cover `size` and share at least `overlap`: their starts, and `side` of one.
+
+    They are evenly spread, and no larger than so many need to be.
+    """
+    largest, model = side(min(size, tile), scale)
+    if size <= largest:
+        return [0], largest, model
+    count = -(-(size - overlap) // (largest - overlap))
+    px, model = min((largest, model), side(-(-(size + (count - 1) * overlap) // count), scale))
+    return [round(i * (size - px) / (count - 1)) for i in range(count)], px, model
 
 
 def ramp(side: int, overlap: int) -> np.ndarray:
@@ -78,8 +83,8 @@ class Tiles:
     def __init__(self, image: Any, *, scale: float, tile: int, overlap: int, windows: Sequence[Window]) -> None:
         self.image, self.scale, self.windows = image, scale, windows
         self.size = tuple(image.shape[:2])
-        self.sides, self.model_sides = zip(*(side(min(s, tile), scale) for s in self.size))  # image px, model px
-        self.starts = [starts(s, side, overlap) for s, side in zip(self.size, self.sides)]
+        found = (grid(s, tile, overlap, scale) for s in self.size)
+        self.starts, self.sides, self.model_sides = zip(*found)  # image px, image px, model px
         self.ramps = [ramp(side, overlap) for side in self.sides]
         self.failed: Exception | None = None  # why the image could not be read to its end
         self._keys = self._plan()

@@ -12,7 +12,7 @@ from nucsam.encoder import Encoder
 from nucsam.head import InstanceHead
 from nucsam.model import build
 from nucsam.predict import Predictor
-from nucsam.tiles import starts
+from nucsam.tiles import grid
 
 SCALES = [1.0, 1.5, 2.0]
 
@@ -143,7 +143,7 @@ def test_order_is_kept_and_grouping_changes_nothing(batch):
         np.testing.assert_array_equal(label, image[..., 0])
     assert max(shape[0] for shape in fake.seen) <= batch
     assert sum(shape[0] for shape in fake.seen) == sum(
-        len(starts(h, 64, 16)) * len(starts(w, 64, 16)) for h, w in SIZES
+        len(grid(h, 64, 16, 1.0)[0]) * len(grid(w, 64, 16, 1.0)[0]) for h, w in SIZES
     )
     blurred = [list(predictor(Blur(), 2.0, tile=64, overlap=16, batch=b).maps(images)) for b in (batch, 1)]
     for one, other in zip(*blurred):
@@ -338,7 +338,7 @@ def test_windows_without_margins_cut_nuclei():
 def test_tiles_are_run_once_whatever_the_windows(tile, overlap, core):
     model = Colour()
     assert predictor(model, tile=tile, overlap=overlap, core=core, margin=40).predict(discs(600)[0]).any()
-    assert sum(shape[0] for shape in model.seen) == len(starts(600, -(-tile // 32) * 32, overlap)) ** 2
+    assert sum(shape[0] for shape in model.seen) == len(grid(600, tile, overlap, 1.0)[0]) ** 2
 
 
 def test_a_net_in_windows_is_the_net_in_one(base):
@@ -362,9 +362,9 @@ def test_a_net_in_windows_is_the_net_in_one(base):
 def test_microns_per_px_set_the_scale(mpp, scale, tile):
     """Half the magnification: twice the model px per image px, in tiles of the same model px."""
     model = Fake()
-    tiles = predictor(model, 2.0, tile=128, mpp=0.25).grid(picture(300, 300), mpp=mpp)
+    tiles = predictor(model, 2.0, tile=128, mpp=0.25).grid(picture(tile, tile), mpp=mpp)
     assert (tiles.scale, tiles.sides) == (scale, (tile, tile))
-    predictor(model, 2.0, tile=128, mpp=0.25).predict(picture(300, 300), mpp=mpp)
+    predictor(model, 2.0, tile=128, mpp=0.25).predict(picture(tile, tile), mpp=mpp)
     assert {shape[2:] for shape in model.seen} == {(256, 256)}
 
 
@@ -383,7 +383,7 @@ def test_small_nuclei_are_small_in_microns():
 
 
 def test_a_scale_goes_before_microns_per_px():
-    tiles = predictor(Fake(), 2.0, tile=128, mpp=0.25, ratio=2.0).grid(picture(300, 300), mpp=0.5)
+    tiles = predictor(Fake(), 2.0, tile=128, mpp=0.25, ratio=2.0).grid(picture(256, 256), mpp=0.5)
     assert (tiles.scale, tiles.sides) == (1.0, (256, 256))
     with pytest.raises(
         ValueError, match=r"found 0.025 times the magnification trained on .* expected 0.125 to 8 times"

@@ -7,20 +7,38 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nucsam.tiles import STRIP, Tiles, Window, meet, own, ramp, starts, windows
+from nucsam.tiles import STRIP, Tiles, Window, grid, meet, own, ramp, windows
 
 
-@settings(max_examples=100, deadline=None)
-@given(size=st.integers(1, 2000), tile=st.integers(2, 512), part=st.floats(0, 0.9))
-def test_tiles_cover_and_overlap(size, tile, part):
-    overlap, size = int(part * tile), max(size, tile)
-    found = starts(size, tile, overlap)
+@settings(max_examples=200, deadline=None)
+@given(
+    size=st.integers(1, 4000),
+    tile=st.integers(64, 512),
+    part=st.floats(0, 0.5),
+    scale=st.sampled_from([0.5, 1.0, 1.3, 2.0]),
+)
+def test_tiles_cover_and_overlap(size, tile, part, scale):
+    overlap = int(part * tile)
+    found, px, model = grid(size, tile, overlap, scale)
+    assert model % 32 == 0 and px == round(model / scale)
     assert found[0] == 0
-    assert found[-1] + tile == size
+    if len(found) == 1:
+        assert px >= size  # an image under a tile is padded
+        return
+    assert found[-1] + px == size
     steps = np.diff(found)
-    assert (steps <= tile - overlap).all()  # neighbours share at least the overlap
+    assert (steps <= px - overlap).all()  # neighbours share at least the overlap
     assert (steps > 0).all()
-    assert len(found) == 1 or (len(found) - 2) * (tile - overlap) + tile < size  # one tile fewer would not do
+    largest = grid(tile, tile, 0, scale)[1]
+    assert px <= largest < max(tile, 64 / scale) + 32 / scale + 1
+    assert (len(found) - 1) * (largest - overlap) + overlap < size  # one tile fewer would not do
+    assert model == 64 or (px - 32 / scale - 1 - overlap) * len(found) + overlap < size  # nor would smaller ones
+
+
+def test_tiles_by_hand():
+    assert grid(5000, 512, 64, 1.0) == ([round(4520 * k / 11) for k in range(12)], 480, 480)
+    assert grid(500, 512, 64, 2.0) == ([0], 512, 1024)
+    assert grid(513, 512, 0, 1.0) == ([0, 225], 288, 288)
 
 
 @settings(max_examples=100, deadline=None)
