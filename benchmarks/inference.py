@@ -4,7 +4,7 @@
         [--size 5000] [--images 8] [--scale 2] [--sample 4] [--repeat 1] [--threads N] [--json FILE]
 
 tiled: one deflated TIFF of `--size` px a side. images: `--images` PNG files of 512 px. Both go through what `nucsam
-predict` runs: opened, cut into tiles of `--image-size` model px (image-size / scale image px, an eighth of it shared),
+predict` runs: opened, cut into tiles of up to `--image-size` model px (image-size / scale image px, an eighth shared),
 encoder with LoRA merged, head, stitching, nuclei, a label TIFF written. Loading the model is not counted.
 
 With random weights the maps would hold no nuclei. So the image is a picture of the maps: its channels are foreground
@@ -12,11 +12,11 @@ and, twice, depth of synthetic nuclei, with noise. The network computes what it 
 its maps are then replaced by those that the image shows.
 
 Beside it runs the bare stock encoder, `mobile_sam`'s TinyViT as the package has it, on `--sample` batches of tiles of
-the same image, dtype and batch; its time is scaled up to all tiles that the model sees ("times stock", the bar's), and
-to the image without the overlap of tiles ("of the image"). These, and the parts, are of wall time; on a CPU with one
-thread of torch of CPU time, of all threads, to which others on the machine do not add. What runs in threads beside the
-encoder (nuclei, writing, reading ahead) may be hidden by it. "of matmul" is the part of a large matrix product's FLOP/s
-that encoder and head reach over the whole run. Prints tables, and one JSON line last.
+the same image, dtype and batch; its time is scaled to the pixels of the image ("times stock", the bar's), and to all
+pixels that the model sees, where tiles share some ("of the tiles"). These, and the parts, are of wall time; on a CPU
+with one thread of torch of CPU time, of all threads, to which others on the machine do not add. What runs in threads
+beside the encoder (nuclei, writing, reading ahead) may be hidden by it. "of matmul" is the part of a large matrix
+product's FLOP/s that encoder and head reach over the whole run. Prints tables, and one JSON line last.
 """
 
 import os
@@ -141,6 +141,8 @@ def measure(machine: bench.Machine, args: argparse.Namespace, folder: Path) -> d
     tiles = tile.repeat(args.batch, 1, 1, 1).to(machine.device)
     net = model.build(replace(config.model, train="head"), base, seed=0).eval().to(machine.device)
     net.register_forward_hook(shown)
+    seen = [0]  # model px
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(seen.pop() + inputs[0].numel() // 3))
     px = round(side / args.scale)
     how = {"tile": px, "overlap": px // 8, "batch": args.batch, "instances": config.instances}
     autocast = None if args.dtype == "fp32" else machine.dtype
@@ -153,11 +155,14 @@ def measure(machine: bench.Machine, args: argparse.Namespace, folder: Path) -> d
                 for _ in range(args.sample):
                     embed(sam, tiles)
 
-        done["stock"] = {"peak_mib": machine.peak_mib(call), "tiles": args.sample * args.batch}
+        number = args.sample * args.batch
+        done["stock"] = {"peak_mib": machine.peak_mib(call), "tiles": number, "model_px": number * side**2}
 
     def whole(name: str, watched: bool, _: int) -> None:
         def call() -> None:
+            before = seen[0]
             done[name]["tiles"], done[name]["nuclei"] = predict(predictor, files[name], folder / "out")
+            done[name]["model_px"] = seen[0] - before
 
         done[name] = {**done.get(name, {})}
         with seconds_in(machine, net) if watched else nullcontext() as spent:
@@ -174,13 +179,13 @@ def measure(machine: bench.Machine, args: argparse.Namespace, folder: Path) -> d
         work = bench.flops(partial(net, tiles, (px, px))), bench.flops(partial(embed, sam, tiles))
     for name, row in rows.items():
         row |= done[name]
-        row["tflops_per_s"] = 1e-9 * work[name == "stock"] / args.batch * row["tiles"] / row["ms"]
+        row["tflops_per_s"] = 1e-9 * work[name == "stock"] / tiles[:, 0].numel() * row["model_px"] / row["ms"]
         if name != "stock":
             pixels = args.size**2 if name == "tiled" else args.images * SIDE**2
             row |= {"images_per_second": 1e3 * len(files[name]) / row["ms"], "mp_per_second": 1e-3 * pixels / row["ms"]}
-            spent, bare = row[machine.clock], rows["stock"][machine.clock] / rows["stock"]["tiles"]
-            row["times_stock"] = spent / (bare * row["tiles"])
-            row["times_stock_of_image"] = spent / (bare * pixels * args.scale**2 / side**2)
+            spent, bare = row[machine.clock], rows["stock"][machine.clock] / rows["stock"]["model_px"]
+            row["times_stock"] = spent / (bare * pixels * args.scale**2)
+            row["times_stock_of_tiles"] = spent / (bare * row["model_px"])
     return rows
 
 
@@ -195,7 +200,7 @@ def show(console: Console, document: dict[str, Any]) -> None:
             "tiles": str(r["tiles"]),
             "ms a tile": r["ms"] / r["tiles"],
             "times stock": r.get("times_stock", ""),
-            "of the image": r.get("times_stock_of_image", ""),
+            "of the tiles": r.get("times_stock_of_tiles", ""),
             "nuclei": str(r.get("nuclei", "")),
             "peak MiB": r["peak_mib"],
             "of matmul": f"{r['tflops_per_s'] / ceiling:.0%}",
