@@ -190,7 +190,7 @@ def plot(name: str, curves: Curves, exponents: Mapping[str, float], path: Path) 
         axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         axes.set(xlabel=SIZES[name], ylabel=unit)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)  # over no curve
     figure.savefig(path, dpi=90)
 
 
