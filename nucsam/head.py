@@ -35,14 +35,17 @@ class Norm(nn.BatchNorm2d):
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
         y, count = x.float(), dist.get_world_size() * x.numel() // x.shape[1]
-        mean = _Sum.apply(y.sum((0, 2, 3))) / count
-        centred = y - mean.view(-1, 1, 1)
-        variance = _Sum.apply(centred.square().sum((0, 2, 3))) / count
+        own = torch.stack(torch.var_mean(y, (0, 2, 3), correction=0))
+        before, after = dist.get_rank(), dist.get_world_size() - 1 - dist.get_rank()
+        parts = torch.cat([own.new_zeros(before, *own.shape), own[None], own.new_zeros(after, *own.shape)])
+        variances, means = _Sum.apply(parts).unbind(1)  # of all processes, of as many pixels each, in one exchange
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
+        return ((y - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
 
 
 class _Sum(torch.autograd.Function):
