@@ -144,7 +144,7 @@ def measure(machine: bench.Machine, args: argparse.Namespace, folder: Path) -> d
     seen = [0]  # model px
     net.register_forward_pre_hook(lambda _, inputs: seen.append(seen.pop() + inputs[0].numel() // 3))
     px = round(side / args.scale)
-    how = {"tile": px, "overlap": px // 8, "batch": args.batch, "instances": config.instances}
+    how = {"tile": px, "overlap": px // 16, "batch": args.batch, "instances": config.instances}
     autocast = None if args.dtype == "fp32" else machine.dtype
     predictor = Predictor(net, scale=args.scale, autocast=autocast, **how)
     sam, done = stock_sam(base, side).to(machine.device), {}

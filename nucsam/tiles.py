@@ -46,15 +46,16 @@ def side(size: int, scale: float) -> tuple[int, int]:
 
 
 def grid(size: int, tile: int, overlap: int, scale: float) -> tuple[list[int], int, int]:
-    """The fewest tiles up to `tile` that cover `size` and share at least `overlap`: their starts, and `side` of one.
+    """Tiles up to `tile` that cover `size` evenly and share at least `overlap`: their starts, and `side` of one.
 
-    They are evenly spread, and no larger than so many need to be.
+    The fewest that do, or one more where those, as small as so many can be, have fewer px in all.
     """
     largest, model = side(min(size, tile), scale)
     if size <= largest:
         return [0], largest, model
-    count = -(-(size - overlap) // (largest - overlap))
-    px, model = min((largest, model), side(-(-(size + (count - 1) * overlap) // count), scale))
+    fewest = -(-(size - overlap) // (largest - overlap))
+    sides = {n: min((largest, model), side(-(-(size + (n - 1) * overlap) // n), scale)) for n in (fewest, fewest + 1)}
+    count, (px, model) = min(sides.items(), key=lambda s: s[0] * s[1][0])
     return [round(i * (size - px) / (count - 1)) for i in range(count)], px, model
 
 

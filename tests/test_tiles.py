@@ -31,14 +31,17 @@ def test_tiles_cover_and_overlap(size, tile, part, scale):
     assert (steps > 0).all()
     largest = grid(tile, tile, 0, scale)[1]
     assert px <= largest < max(tile, 64 / scale) + 32 / scale + 1
-    assert (len(found) - 1) * (largest - overlap) + overlap < size  # one tile fewer would not do
-    assert model == 64 or (px - 32 / scale - 1 - overlap) * len(found) + overlap < size  # nor would smaller ones
+    fewest = next(n for n in range(2, size) if n * (largest - overlap) + overlap >= size)
+    assert len(found) in (fewest, fewest + 1)
+    assert len(found) * px <= fewest * largest
+    assert model == 64 or (px - 32 / scale - 1 - overlap) * len(found) + overlap < size  # smaller ones would not do
 
 
 def test_tiles_by_hand():
     assert grid(5000, 512, 64, 1.0) == ([round(4520 * k / 11) for k in range(12)], 480, 480)
     assert grid(500, 512, 64, 2.0) == ([0], 512, 1024)
     assert grid(513, 512, 0, 1.0) == ([0, 225], 288, 288)
+    assert grid(5000, 512, 32, 1.0) == ([round(4552 * k / 11) for k in range(12)], 448, 448)  # 11 need 512 px
 
 
 @settings(max_examples=100, deadline=None)
