@@ -10,10 +10,12 @@ for all: the same images, folds, epochs, batch and loop. `--models` takes names 
 model, seed and fold, a run directory of `nucsam train` under RUNS; jobs are shared, skipped where finished and resumed
 where killed as those of `nucsam folds` are. One metric is the mean over a fold's images, then over folds.
 
-`--pretrain` first makes a stand-in for MobileSAM's weights from other images (folders in NuInsSeg's layout): each
-U-Net, and for nucsam a model with everything trained for each head and scale, from CONFIG.toml, the overrides, then
-configs/standin.toml and `--pretrain-set`, on all of DATA but the inner split that chooses the epoch. Every model then
-starts from its own, and each U-Net has a row from scratch beside it.
+`--pretrain` first trains on other images (folders in NuInsSeg's layout), on all but the inner split that chooses the
+epoch, by the images, augmentation and epochs of configs/standin.toml, then `--pretrain-set`: each U-Net, and nucsam's
+LoRA and head on `model.weights`, once for each head and scale. Every model starts from its own; each U-Net has a row
+from scratch beside it. Models that are `straight` start from `model.weights` themselves: `lora-straight`, and beside
+it the report's recipe, the sam heads and the scales. Where `model.weights` is none, all of nucsam's weights are
+pretrained, as a stand-in for MobileSAM's, and no model is straight.
 
 Writes RUNS/accuracy.md, .json, .csv (a line a run) and .png; prints the table, then one JSON line.
 """
@@ -49,7 +51,7 @@ HERE = Path(__file__).resolve().parent
 METRICS = ("dice", "aji", "pq")
 TIMED = 16  # test images whose inference is timed, after one to warm up
 LINKED = "tissue images"  # what makes a folder of NuInsSeg's layout an organ
-GROUP = r"^(.*?)(_\d+)?$"  # stand-in images cut from one image differ in a last number
+GROUP = r"^(.*?)(_\d+)?$"  # images to pretrain on that are cut from one image differ in a last number
 UNET = {"data.scale": 1.0, "model.weights": "none", "train.lr_adapter": 1e-3, "train.lr_head": 1e-3}
 ATTENTION = r"image_encoder\..*\.attn\."
 # A model from a file of its own takes all of that file but these, which are the benchmark's.
@@ -68,6 +70,7 @@ class Model:
     net: str = ""  # of unets.NETS; "" = nucsam
     file: str = ""  # in configs/: its values in place of the common ones
     tta: str = ""  # the model whose runs are scored again, with test-time augmentation
+    straight: bool = False  # from MobileSAM's weights, also where others pretrain
 
 
 def _rank(rank: int) -> Model:
@@ -79,7 +82,7 @@ MODELS = {
         name: Model(UNET, net=name)
         for name in ("shallow", "deep", "attention", "residual-attention", "two-stage", "dual-decoder")
     },
-    "report": Model(file="report.toml"),
+    "report": Model(file="report.toml", straight=True),
     "lora": Model(),
     "head": Model({"model.train": "head"}),
     "full": Model({"model.train": "full", "train.lr_adapter": 2e-4}),  # what LoRA needs is too much for all weights
@@ -87,18 +90,20 @@ MODELS = {
     "lora-qkv": Model({"model.pattern": ATTENTION + "qkv"}),
     "lora-attention": Model({"model.pattern": ATTENTION + "(qkv|proj)"}),
     "lora-attention-mlp": Model({"model.pattern": r"image_encoder\..*\.(attn\.(qkv|proj)|mlp\.fc[12])"}),
-    "sam": Model({"model.head": "sam"}),
-    "sam-attention": Model({"model.head": "sam", "model.pattern": ATTENTION + "(qkv|proj)"}),
+    "lora-straight": Model(straight=True),
+    "sam": Model({"model.head": "sam"}, straight=True),
+    "sam-attention": Model({"model.head": "sam", "model.pattern": ATTENTION + "(qkv|proj)"}, straight=True),
     "sam-attention-decoder": Model(
-        {"model.head": "sam", "model.pattern": rf"{ATTENTION}(qkv|proj)|mask_decoder\..*attn.*\.([qkv]|out)_proj"}
+        {"model.head": "sam", "model.pattern": rf"{ATTENTION}(qkv|proj)|mask_decoder\..*attn.*\.([qkv]|out)_proj"},
+        straight=True,
     ),
     "no-cross-entropy": Model({"loss.cross_entropy": 0.0}),
     "no-tversky": Model({"loss.tversky": 0.0}),
     "no-distance": Model({"loss.distance": 0.0}),
     "distance-1": Model({"loss.distance": 1.0}),
     "boundary-1": Model({"loss.boundary": 1.0}),
-    "scale-1": Model({"data.scale": 1.0}),
-    "scale-2": Model({"data.scale": 2.0}),
+    "scale-1": Model({"data.scale": 1.0}, straight=True),
+    "scale-2": Model({"data.scale": 2.0}, straight=True),
     "tta": Model(tta="lora"),
     "no-ema": Model({"train.ema": 0.0}),
 }
@@ -109,7 +114,7 @@ BARS = (  # what is asked, row, the rows whose best it is compared with, metric,
     ("lora at least 4 AJI over the best U-Net", "lora", UNETS, "aji", 4.0),
     ("lora at least 4 PQ over the best U-Net", "lora", UNETS, "pq", 4.0),
     ("lora within 2 AJI of full", "lora", ("full",), "aji", -2.0),
-    ("instance head at least 5 AJI over the sam head", "lora", ("sam",), "aji", 5.0),
+    ("instance head at least 5 AJI over the sam head", "lora-straight", ("sam",), "aji", 5.0),
 )
 
 
@@ -139,10 +144,14 @@ class Plan:
             raise ValueError(f"--pretrain: found {self.common.data.root}, which is tested on; expected other images")
 
     def rows(self) -> list[tuple[str, bool]]:
-        """(model, whether it starts from its stand-in) in the order of the table."""
-        if not self.pretrain:
-            return [(name, False) for name in self.models]
-        return [(name, start) for name in self.models for start in ((True, False) if MODELS[name].net else (True,))]
+        """(model, whether it is pretrained) in the order of the table."""
+        found = [(name, self.pretrains(name)) for name in self.models]
+        return [(n, p) for n, first in found for p in ((True, False) if first and MODELS[n].net else (first,))]
+
+    def pretrains(self, name: str) -> bool:
+        """Whether a model has a pretrained row."""
+        straight = MODELS[name].straight and self.common.model.weights != "none"
+        return bool(self.pretrain) and not straight
 
     def settings(self, name: str) -> Config:
         """A model's configuration; fold and seed are the common ones."""
@@ -152,34 +161,37 @@ class Plan:
             tables = {t: {k: (v if k in SHARED.get(t, ()) else own[t][k]) for k, v in tables[t].items()} for t in own}
         return changed(tables, model.differences, f"model {name}")
 
-    def asks(self, name: str) -> tuple[str, str, Config]:
+    def asks(self, name: str) -> tuple[str, str, bool, Config]:
         """What tells a model's runs from another's."""
-        return MODELS[name].net, MODELS[name].tta, self.settings(name)
+        return MODELS[name].net, MODELS[name].tta, self.pretrains(name), self.settings(name)
 
-    def stand_in(self, name: str) -> tuple[str, Config]:
-        """Name and configuration of the stand-in that a model starts from."""
+    def base(self, name: str) -> tuple[str, Config]:
+        """Name and configuration of the pretraining that a model starts from."""
         model, own = MODELS[name], self.settings(name)
         recipe = tomllib.loads((HERE.parent / "configs" / "standin.toml").read_text(encoding="utf-8"))
         differences = {f"{table}.{key}": value for table, values in recipe.items() for key, value in values.items()}
         images = {"data.root": str(self.out / "pretrain" / "data"), "data.layout": "nuinsseg", "data.group": GROUP}
         differences |= images | {"data.select": "inner"}
+        if model.net or self.common.model.weights != "none":
+            whole = {n for n in differences if n.startswith("model.")} | {"train.lr_adapter"}
+            differences = {n: v for n, v in differences.items() if n not in whole}
         if model.net:
             key = model.net
-            differences = {n: v for n, v in differences.items() if not n.startswith("model.")} | dict(model.differences)
+            differences |= model.differences
         else:
             key = f"nucsam-{own.model.head}-scale-{own.data.scale:g}"
             differences |= {"model.head": own.model.head, "data.scale": own.data.scale}
-        made = changed(self.common.to_dict(), differences, f"stand-in {key}")
+        made = changed(self.common.to_dict(), differences, f"pretraining {key}")
         return key, configuration.override(made.to_dict(), self.pretrain_set, "--pretrain-set")
 
     def pretraining(self) -> list[folds.Job]:
-        """A job for each stand-in."""
+        """A job for each pretraining."""
         jobs = {}
-        for name in dict.fromkeys(MODELS[name].tta or name for name in self.models) if self.pretrain else ():
-            key, settings = self.stand_in(name)
+        for name in dict.fromkeys(MODELS[name].tta or name for name in self.models if self.pretrains(name)):
+            key, settings = self.base(name)
             run, lock = self.out / "pretrain" / key, self.out / ".locks" / f"pretrain,{key}"
             command = trainer("--net", MODELS[name].net)
-            jobs[key] = folds.Job(f"stand-in {key}", settings.data.fold, settings, run, lock, command)
+            jobs[key] = folds.Job(f"pretraining {key}", settings.data.fold, settings, run, lock, command)
         return [*jobs.values()]
 
     def training(self, again: bool) -> list[folds.Job]:
@@ -196,13 +208,13 @@ class Plan:
         run, place = self.out / label / f"seed{seed}" / f"fold{fold}", f"{label},seed{seed},fold{fold}"
         command = ["--net", model.net]
         if start:
-            stand_in = self.out / "pretrain" / self.stand_in(MODELS[name].tta or name)[0]
+            base = self.out / "pretrain" / self.base(MODELS[name].tta or name)[0]
             if model.net:
-                command += ["--start", str(stand_in / "adapter.safetensors")]
+                command += ["--start", str(base / "adapter.safetensors")]
             else:
-                weights = stand_in.with_name(f"{stand_in.name}.safetensors")
+                weights = base.with_name(f"{base.name}.safetensors")
                 settings = changed(settings.to_dict(), {"model.weights": str(weights)}, f"model {name}")
-                command += ["--export", str(stand_in)]
+                command += ["--export", str(base)]
         if model.tta:
             command = ["--tta-of", str(self.job(model.tta, start, seed, fold).run)]
         label = f"{label}, seed {seed}"
@@ -211,7 +223,7 @@ class Plan:
 
 def row_name(plan: Plan, name: str, start: bool) -> str:
     """A row's name, and its folder's: a model's, but of a U-Net from scratch where there is a pretrained one too."""
-    return f"{name}-scratch" if plan.pretrain and not start else name
+    return f"{name}-scratch" if plan.pretrains(name) and not start else name
 
 
 def changed(tables: dict[str, dict[str, Any]], differences: Mapping[str, Any], source: str) -> Config:
@@ -368,7 +380,7 @@ def row(plan: Plan, name: str, start: bool) -> dict[str, Any]:
     """A row of the table: means over seeds and folds, and spreads."""
     runs = {(s, f): results(plan.job(name, start, s, f)) for s in plan.seeds for f in plan.folds}
     if MODELS[name].net:  # MobileSAM's, which its run names, does not touch it
-        runs = {key: run and {**run, "base": "stand-in" if start else "none"} for key, run in runs.items()}
+        runs = {key: run and {**run, "base": "pretrained" if start else "none"} for key, run in runs.items()}
     done = [run for run in runs.values() if run]
     line = {
         "model": row_name(plan, name, start),

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
@@ -21,6 +22,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from nucsam.atomic import atomic
+from nucsam.predict import find_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "mobilesam-mirror")
@@ -30,19 +32,45 @@ def parser(doc: str, *, batch: int = 4, image_size: int = 512, repeat: int = 7) 
     """The options that all have; `doc` is the script's own."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--batch", type=int, default=batch)
-    made.add_argument("--image-size", type=int, default=image_size, help=f"px, default {image_size}")
+    made.add_argument("--batch", type=integer(), default=batch)
+    made.add_argument("--image-size", type=integer(64, of=32), default=image_size, help=f"px, default {image_size}")
     made.add_argument("--dtype", choices=DTYPES, default="fp32")
-    made.add_argument("--repeat", type=int, default=repeat, help="turns of each, after one to warm up")
-    made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch in the main process")
-    made.add_argument("--json", type=Path, help="also write the JSON document here")
+    made.add_argument("--repeat", type=integer(), default=repeat, help="turns of each, after one to warm up")
+    made.add_argument("--threads", type=integer(), default=torch.get_num_threads(), help="of torch in the main process")
+    made.add_argument("--json", type=new_file, help="also write the JSON document here")
     return made
+
+
+def integer(least: int = 1, *, of: int = 1) -> Callable[[str], int]:
+    """The type of an option: a multiple of `of`, at least `least`."""
+
+    def read(text: str) -> int:
+        found = int(text)
+        if found < least or found % of:
+            raise argparse.ArgumentTypeError(
+                f"found {found}, expected at least {least}" + f", a multiple of {of}" * (of > 1)
+            )
+        return found
+
+    read.__name__ = "integer"  # in argparse's own message on what is no number
+    return read
+
+
+def new_file(text: str) -> Path:
+    """The type of an option: a file to write at the end, whose folder is there at the start."""
+    if not (path := Path(text)).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"found no folder {path.parent}, expected the file in one that is there")
+    return path
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options given, looked over; torch gets its threads."""
     args = parser.parse_args(arguments)
-    if args.dtype == "fp16" and args.device == "cpu":
+    try:
+        device = find_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.dtype == "fp16" and device.type == "cpu":
         parser.error("--dtype fp16: a CPU would compute in fp32, expected fp32 or bf16 there")
     torch.set_num_threads(args.threads)
     return args
@@ -52,8 +80,10 @@ class Machine:
     """A device and a dtype: clocks, peak memory, ceilings."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.device, self.dtype = torch.device(args.device), DTYPES[args.dtype]
+        self.device, self.dtype = find_device(args.device), DTYPES[args.dtype]
         self.cuda = self.device.type == "cuda"
+        if self.cuda and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # whose clock and memory are looked at
         # Which of the milliseconds of `turns` to compare by: CPU time says all only with one thread of torch.
         self.clock = "ms" if self.cuda or args.threads > 1 else "cpu_ms"
 
@@ -122,7 +152,7 @@ class Machine:
     def about(self, packages: Sequence[str] = ()) -> dict[str, Any]:
         """Hardware, load, versions and date."""
         return {
-            "machine": torch.cuda.get_device_name() if self.cuda else platform.machine(),
+            "machine": _gpu() if self.cuda else _cpu(),
             "cores": os.cpu_count(),
             "load": os.getloadavg()[0],
             "date": date.today().isoformat(),
@@ -133,13 +163,24 @@ class Machine:
         }
 
 
+def _gpu() -> str:
+    memory = torch.cuda.get_device_properties().total_memory / 2**30
+    return f"{torch.cuda.get_device_name()}, {memory:.1f} GiB, CUDA {torch.version.cuda}"
+
+
+def _cpu() -> str:
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", path.read_text(), re.MULTILINE) if path.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
 def _children_seconds() -> float:
     return sum(sum(child.cpu_times()[:2]) for child in psutil.Process().children(recursive=True))
 
 
 def flops(call: Callable[[], Any]) -> int:
     """Floating-point operations of the matrix products, convolutions and attentions in a call."""
-    mapping = {torch.ops.aten.convolution_backward: _convolution_backward}
+    mapping = {torch.ops.aten.convolution_backward: _convolution_backward, torch.ops.aten.addmm_: _addmm_}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         call()
     return counter.get_total_flops()
@@ -148,6 +189,11 @@ def flops(call: Callable[[], Any]) -> int:
 def _convolution_backward(grad, x, weight, bias, stride, padding, dilation, transposed, _, groups, wanted, **__) -> int:
     """Each gradient takes what the forward pass takes: PyTorch's formula counts all groups of a weight's gradient."""
     return (wanted[0] + wanted[1]) * conv_flop_count(x, weight, grad, transposed)
+
+
+def _addmm_(_, a: Sequence[int], b: Sequence[int], **__) -> int:
+    """LoRA's, in place, which PyTorch has no formula for."""
+    return 2 * a[0] * a[1] * b[1]
 
 
 def table(title: str, rows: Mapping[str, Mapping[str, Any]], caption: str = "", first: str = "") -> Table:
@@ -176,9 +222,9 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def finish(document: dict[str, Any], path: Path | None) -> None:
-    """Write the document where wanted, and print it as the last line."""
+    """Print the document as the last line, and write it where wanted."""
     text = json.dumps(document)
+    print(text)
     if path:
         with atomic(path) as partial:
             partial.write_text(text + "\n", encoding="utf-8")
-    print(text)

@@ -78,10 +78,10 @@ def test_every_model_has_a_configuration():
     assert tuple(unets.NETS) == accuracy.UNETS
     assert (*unets.NETS, "report", "lora", "head", "full") == accuracy.MUSTS
     asked = plan("--models", "all", "model.rank=4", "model.alpha=4")
-    assert len(asked.models) == 29 and asked.models == tuple(accuracy.MODELS)
+    assert len(asked.models) == 30 and asked.models == tuple(accuracy.MODELS)
     changes = {name: config.differences(asked.common, asked.settings(name)) for name in asked.models}
     same = {name for name, lines in changes.items() if not lines}
-    assert same == {"lora", "rank-4", "lora-attention-mlp", "scale-1", "tta"}
+    assert same == {"lora", "lora-straight", "rank-4", "lora-attention-mlp", "scale-1", "tta"}
     assert changes["rank-16"] == ["model.rank: 4 -> 16", "model.alpha: 4.0 -> 16.0"]
     assert changes["no-ema"] == ["train.ema: 0.99 -> 0.0"]
     assert all(asked.settings(name).data.scale == 1.0 for name in unets.NETS)
@@ -129,14 +129,14 @@ def test_jobs_fold_after_fold_and_nothing_twice():
     assert asked.pretraining() == []
 
 
-def test_each_starts_from_its_own_stand_in():
+def test_each_starts_from_its_own_pretraining():
     options = ["--pretrain", "a", "--pretrain", "b", "--pretrain-set", "train.epochs=7"]
     asked = plan("--models", "deep,report,lora,head,sam,scale-2,tta", "--folds", "2", *options)
-    stand_ins = {job.run.name: job for job in asked.pretraining()}
+    bases = {job.run.name: job for job in asked.pretraining()}
     parts = ("sam-scale-2", "instance-scale-1", "sam-scale-1", "instance-scale-2")
     names = ("deep", *(f"nucsam-{part}" for part in parts))
-    assert tuple(stand_ins) == names
-    for name, job in stand_ins.items():
+    assert tuple(bases) == names
+    for name, job in bases.items():
         c = job.config
         assert (c.data.root, c.data.fold, c.data.select, c.train.epochs) == ("runs/pretrain/data", "all", "inner", 7)
         assert (c.model.train, c.model.norms) == (("lora", "pinned") if name == "deep" else ("full", "moving"))
@@ -157,6 +157,23 @@ def test_each_starts_from_its_own_stand_in():
         assert jobs[name].trainer[-2:] == ("--export", f"runs/pretrain/{base}")
 
 
+def test_with_mobilesams_weights_lora_is_pretrained_and_the_report_is_not():
+    asked = plan("--models", "deep,report,lora,full,lora-straight,tta", "--pretrain", "a", "model.weights=auto")
+    deep, base = asked.pretraining()
+    assert (deep.run.name, base.run.name) == ("deep", "nucsam-instance-scale-1")
+    assert (base.config.model, base.config.train.lr_adapter) == (asked.common.model, asked.common.train.lr_adapter)
+    assert (base.config.augment, base.config.train.epochs) == (deep.config.augment, deep.config.train.epochs)
+    jobs = {job.run.parts[1]: job for job in [*asked.training(again=False), *asked.training(again=True)]}
+    assert list(jobs) == ["deep", "deep-scratch", "report", "lora", "full", "lora-straight", "tta"]
+    for name in ("report", "lora-straight"):
+        assert jobs[name].config.model.weights == "auto" and "--export" not in jobs[name].trainer
+    for name in ("lora", "full"):
+        assert jobs[name].config.model.weights == "runs/pretrain/nucsam-instance-scale-1.safetensors"
+    assert jobs["tta"].trainer[-2:] == ("--tta-of", "runs/lora/seed0/fold4")
+    alone = plan("--models", "lora,lora-straight", "model.weights=auto", "--folds", "0")
+    assert [job.run.as_posix() for job in alone.training(again=False)] == ["runs/lora/seed0/fold0"]
+
+
 def test_mistakes_are_named():
     for arguments, message in (
         (["--models", "lora,unet"], "--models: found unet, expected unets, musts"),
@@ -170,7 +187,7 @@ def test_mistakes_are_named():
             plan(*arguments)
 
 
-def test_stand_in_data_are_links(tmp_path):
+def test_images_to_pretrain_on_are_links(tmp_path):
     from nucsam.data import find_records
 
     a, b = tmp_path / "a", tmp_path / "b"
@@ -189,7 +206,7 @@ def test_stand_in_data_are_links(tmp_path):
         accuracy.link([tmp_path / "both" / "nothing"], tmp_path / "new")
 
 
-def test_groups_of_stand_in_images():
+def test_groups_of_images_to_pretrain_on():
     matches = {
         name: re.search(accuracy.GROUP, name)[1] for name in ("image07_1", "image07_2", "00ae65c1c6631ae6", "a_b")
     }
@@ -258,7 +275,7 @@ def test_a_failed_run_is_missing_and_done_by_a_rerun(bench, tmp_path):
     assert "INCOMPLETE" not in output
 
 
-def test_stand_ins_come_first(bench, tmp_path):
+def test_pretraining_comes_first(bench, tmp_path):
     write_dataset(tmp_path / "other", images=2, size=64, seed=1)
     status, _, started = bench("--models", "deep,lora,tta", "--folds", "0", "--pretrain", "other")
     assert status == 0
@@ -267,7 +284,7 @@ def test_stand_ins_come_first(bench, tmp_path):
     assert runs == ["pretrain/deep", "pretrain/nucsam-instance-scale-1", *last]
     rows = json.loads((tmp_path / "runs" / "accuracy.json").read_text())["rows"]
     assert [(row["model"], row["runs"][0]["base"]) for row in rows] == [
-        ("deep", "stand-in"),
+        ("deep", "pretrained"),
         ("deep-scratch", "none"),
         *((name, "runs/pretrain/nucsam-instance-scale-1.safetensors") for name in ("lora", "tta")),
     ]

@@ -11,6 +11,7 @@ from scipy import ndimage
 from torch import nn
 
 from nucsam.encoder import Encoder
+from nucsam.lora import LoRALinear
 from nucsam.metrics import PROTOCOLS, score
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -115,10 +116,27 @@ def test_flops_of_a_convolution(groups):
     assert bench.flops(lambda: conv(x).sum().backward()) == 2 * forward
 
 
-def test_fp16_on_a_cpu_is_refused(capsys):
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("--dtype", "fp16", "--dtype fp16: a CPU would compute in fp32"),
+        ("--device", "tpu", "found 'tpu', expected auto, cpu, cuda or cuda:N"),
+        ("--device", "cuda:64", "so no cuda:64; expected cpu"),
+        ("--batch", "0", "--batch: found 0, expected at least 1"),
+        ("--threads", "two", "--threads: invalid integer value: 'two'"),
+        ("--image-size", "100", "--image-size: found 100, expected at least 64, a multiple of 32"),
+        ("--json", "none/such.json", "--json: found no folder none, expected the file in one that is there"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_timed(capsys, option, value, message):
     with pytest.raises(SystemExit):
-        bench.parse(bench.parser(""), ["--device", "cpu", "--dtype", "fp16"])
-    assert "--dtype fp16" in capsys.readouterr().err
+        bench.parse(bench.parser(""), ["--device", "cpu", option, value])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_flops_of_lora():
+    layer, x = LoRALinear(nn.Linear(16, 32), rank=4, alpha=4.0), torch.randn(2, 5, 16)
+    assert bench.flops(lambda: layer(x)) == 2 * 10 * (16 * 32 + 4 * (16 + 32))
 
 
 def test_the_stock_encoder_runs_at_any_size(base):
