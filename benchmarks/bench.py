@@ -10,6 +10,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,9 @@ import torch
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from nucsam import config as configuration
 from nucsam.atomic import atomic
+from nucsam.config import Config
 from nucsam.predict import find_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,6 +77,25 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
         parser.error("--dtype fp16: a CPU would compute in fp32, expected fp32 or bf16 there")
     torch.set_num_threads(args.threads)
     return args
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The option `--config`: args.config is a `Config`."""
+
+    def read(text: str) -> Config:
+        try:
+            return configuration.load(Path(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    parser.add_argument(
+        "--config", type=read, default=Config(), metavar="CONFIG.toml", help="nucsam's, not the defaults"
+    )
+
+
+def cropped(config: Config, side: int) -> Config:
+    """The configuration with crops of `side` model px."""
+    return replace(config, data=replace(config.data, crop=round(side / config.data.scale)))
 
 
 class Machine:
@@ -218,7 +240,10 @@ def spread(row: Mapping[str, float]) -> str:
 
 def asked(args: argparse.Namespace) -> dict[str, Any]:
     """The options for the document."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    found = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    if isinstance(found.get("config"), Config):
+        found["config"] = configuration.differences(Config(), args.config)
+    return found
 
 
 def finish(document: dict[str, Any], path: Path | None) -> None:

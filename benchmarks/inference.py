@@ -4,19 +4,23 @@
         [--size 5000] [--images 8] [--scale 2] [--sample 4] [--repeat 1] [--threads N] [--json FILE]
 
 tiled: one deflated TIFF of `--size` px a side. images: `--images` PNG files of 512 px. Both go through what `nucsam
-predict` runs: opened, cut into tiles of up to `--image-size` model px (image-size / scale image px, an eighth shared),
-encoder with LoRA merged, head, stitching, nuclei, a label TIFF written. Loading the model is not counted.
+predict` runs: opened, cut into tiles of up to `--image-size` model px (image-size / scale image px, a sixteenth
+shared), encoder with LoRA merged, head, stitching, nuclei, a label TIFF written. Loading the model is not counted.
 
 With random weights the maps would hold no nuclei. So the image is a picture of the maps: its channels are foreground
 and, twice, depth of synthetic nuclei, with noise. The network computes what it computes on any image, and
 its maps are then replaced by those that the image shows.
 
 Beside it runs the bare stock encoder, `mobile_sam`'s TinyViT as the package has it, on `--sample` batches of tiles of
-the same image, dtype and batch; its time is scaled to the pixels of the image ("times stock", the bar's), and to all
-pixels that the model sees, where tiles share some ("of the tiles"). These, and the parts, are of wall time; on a CPU
-with one thread of torch of CPU time, of all threads, to which others on the machine do not add. What runs in threads
-beside the encoder (nuclei, writing, reading ahead) may be hidden by it. "of matmul" is the part of a large matrix
-product's FLOP/s that encoder and head reach over the whole run. Prints tables, and one JSON line last.
+the same image and dtype: of `--image-size`, and of the sides that the tiles of tiled and images have. The side that is
+fastest for it counts: its time is scaled to the pixels of the image ("times stock", the bar's), and to all pixels that
+the model sees, where tiles share some ("of the tiles").
+
+Times and parts are of wall time; on a CPU with one thread of torch of CPU time, of all threads, to which others on the
+machine do not add. Nuclei, reading and writing run in threads beside the encoder, and are always CPU seconds of these.
+On a GPU the parts are from a run of their own that waits for the device after each, and another run that extracts no
+nuclei says what they add to the whole. "of matmul" is the part of a large matrix product's FLOP/s that encoder and
+head reach over the whole run. Prints tables, and one JSON line last.
 """
 
 import os
@@ -54,6 +58,7 @@ from nucsam import batch, model, outputs
 from nucsam.config import Config
 from nucsam.predict import Predictor
 from nucsam.synthetic import make_image
+from nucsam.tiles import grid
 
 SIDE, PERIOD = 512, 1024  # px of an image, and of the picture that a larger one repeats
 BAR = 1.3  # times the bare stock encoder, on a CPU
@@ -103,16 +108,18 @@ def predict(predictor: Predictor, files: Sequence[Path], out: Path) -> tuple[int
 
 @contextmanager
 def seconds_in(machine: bench.Machine, net: nn.Module) -> Iterator[Counter]:
-    """Seconds within each part while the context lasts, in whatever thread, once the device is idle."""
+    """Seconds within each part while the context lasts: of the device's parts once it is idle, of others in threads."""
     spent: Counter = Counter()
-    now = time.thread_time if machine.clock == "cpu_ms" else time.perf_counter
 
     def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        wall = part in ("encoder", "head") and machine.clock == "ms"
+        now, wait = (time.perf_counter, machine.synchronize) if wall else (time.thread_time, lambda: None)
+
         def run(*args: Any, **options: Any) -> Any:
-            machine.synchronize()
+            wait()
             start = now()
             result = call(*args, **options)
-            machine.synchronize()
+            wait()
             spent[part] += now() - start
             return result
 
@@ -133,59 +140,77 @@ def seconds_in(machine: bench.Machine, net: nn.Module) -> Iterator[Counter]:
 
 
 def measure(machine: bench.Machine, args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
-    """{"stock", "tiled", "images": numbers}."""
-    files, side, config = write(folder, args), args.image_size, Config()
-    tile = torch.from_numpy(np.ascontiguousarray(picture(PERIOD)[:side, :side])).permute(2, 0, 1)[None].float()
-    tile = F.interpolate(tile, size=(side, side), mode="bilinear")
-    base = random_base(tile)
-    tiles = tile.repeat(args.batch, 1, 1, 1).to(machine.device)
+    """{"stock SIDE", "tiled", "images": numbers}."""
+    files, config, picked = write(folder, args), Config(), torch.from_numpy(picture(PERIOD).transpose(2, 0, 1).copy())
+    base = random_base(picked[None, :, : args.image_size, : args.image_size].float())
     net = model.build(replace(config.model, train="head"), base, seed=0).eval().to(machine.device)
     net.register_forward_hook(shown)
     seen = [0]  # model px
     net.register_forward_pre_hook(lambda _, inputs: seen.append(seen.pop() + inputs[0].numel() // 3))
-    px = round(side / args.scale)
+    px = round(args.image_size / args.scale)
     how = {"tile": px, "overlap": px // 16, "batch": args.batch, "instances": config.instances}
     autocast = None if args.dtype == "fp32" else machine.dtype
-    predictor = Predictor(net, scale=args.scale, autocast=autocast, **how)
-    sam, done = stock_sam(base, side).to(machine.device), {}
+    predictor, done = Predictor(net, scale=args.scale, autocast=autocast, **how), {}
 
-    def stock(_: int) -> None:
+    def part(side: int) -> Tensor:
+        """A batch of tiles of the picture."""
+        tile = F.interpolate(picked[None, :, :side, :side].float(), size=(side, side), mode="bilinear")
+        return tile.repeat(args.batch, 1, 1, 1).to(machine.device)
+
+    def stock(name: str, side: int) -> Callable[[int], None]:
+        sam, tiles = stock_sam(base, side).to(machine.device), part(side)
+
         def call() -> None:
             with torch.no_grad(), machine.cast():
                 for _ in range(args.sample):
                     embed(sam, tiles)
 
-        number = args.sample * args.batch
-        done["stock"] = {"peak_mib": machine.peak_mib(call), "tiles": number, "model_px": number * side**2}
+        def turn(_: int) -> None:
+            number = args.sample * args.batch
+            done[name] = {"peak_mib": machine.peak_mib(call), "tiles": number, "model_px": number * side**2}
 
-    def whole(name: str, watched: bool, _: int) -> None:
+        return turn
+
+    def whole(name: str, watched: bool, _: int = 0) -> None:
         def call() -> None:
             before = seen[0]
             done[name]["tiles"], done[name]["nuclei"] = predict(predictor, files[name], folder / "out")
             done[name]["model_px"] = seen[0] - before
 
-        done[name] = {**done.get(name, {})}
+        done.setdefault(name, {})
         with seconds_in(machine, net) if watched else nullcontext() as spent:
             done[name]["peak_mib"] = machine.peak_mib(call)
         done[name] |= {"seconds_in": dict(spent)} if watched else {}
 
-    predict(predictor, next(reversed(files.values()))[:1], folder / "out")
-    stock(0)
-    calls = {"stock": stock} | {name: partial(whole, name, not machine.cuda) for name in files}
-    rows = machine.turns(calls, args.repeat, warm=0)
-    for name in files if machine.cuda else ():
-        whole(name, True, 0)
+    def without_nuclei(name: str, _: int) -> None:
+        nothing = lambda maps, _: np.zeros(maps.shape[-2:], np.int32)  # noqa: E731
+        with patch.object(net, "instances", nothing):
+            predict(predictor, files[name], folder / "out")
+
+    sizes = {"tiled": args.size, "images": SIDE}
+    sides = {args.image_size, *(grid(sizes[name], px, px // 16, args.scale)[2] for name in files)}
+    bare = {f"stock {side}": stock(f"stock {side}", side) for side in sorted(sides)}
+    for warm in (*bare.values(), lambda _: predict(predictor, next(reversed(files.values()))[:1], folder / "out")):
+        warm(0)
+    rows = machine.turns(bare | {name: partial(whole, name, not machine.cuda) for name in files}, args.repeat, warm=0)
+    if machine.cuda:
+        alone = machine.turns({name: partial(without_nuclei, name) for name in files}, args.repeat, warm=0)
+        watched = machine.turns({name: partial(whole, name, True) for name in files}, 1, warm=0)
+        for name in files:
+            done[name] |= {"without_nuclei_ms": alone[name]["ms"], "watched_ms": watched[name]["ms"]}
+    tiles = part(args.image_size)
+    sam = stock_sam(base, args.image_size).to(machine.device)
     with torch.no_grad(), machine.cast():
         work = bench.flops(partial(net, tiles, (px, px))), bench.flops(partial(embed, sam, tiles))
     for name, row in rows.items():
         row |= done[name]
-        row["tflops_per_s"] = 1e-9 * work[name == "stock"] / tiles[:, 0].numel() * row["model_px"] / row["ms"]
-        if name != "stock":
-            pixels = args.size**2 if name == "tiled" else args.images * SIDE**2
-            row |= {"images_per_second": 1e3 * len(files[name]) / row["ms"], "mp_per_second": 1e-3 * pixels / row["ms"]}
-            spent, bare = row[machine.clock], rows["stock"][machine.clock] / rows["stock"]["model_px"]
-            row["times_stock"] = spent / (bare * pixels * args.scale**2)
-            row["times_stock_of_tiles"] = spent / (bare * row["model_px"])
+        row["tflops_per_s"] = 1e-9 * work[name in bare] / tiles[:, 0].numel() * row["model_px"] / row["ms"]
+    fastest = min(rows[name][machine.clock] / rows[name]["model_px"] for name in bare)
+    for name in files:
+        row, pixels = rows[name], sizes[name] ** 2 * len(files[name])
+        row |= {"images_per_second": 1e3 * len(files[name]) / row["ms"], "mp_per_second": 1e-3 * pixels / row["ms"]}
+        row["times_stock"] = row[machine.clock] / (fastest * pixels * args.scale**2)
+        row["times_stock_of_tiles"] = row[machine.clock] / (fastest * row["model_px"])
     return rows
 
 
@@ -195,6 +220,7 @@ def show(console: Console, document: dict[str, Any]) -> None:
     for name, r in document["results"].items():
         rows[name] = {
             "s": 1e-3 * r["ms"],
+            "min - max, ms": bench.spread(r),
             "images/s": r.get("images_per_second", ""),
             "MP/s": r.get("mp_per_second", ""),
             "tiles": str(r["tiles"]),
@@ -206,9 +232,11 @@ def show(console: Console, document: dict[str, Any]) -> None:
             "of matmul": f"{r['tflops_per_s'] / ceiling:.0%}",
         }
         if "seconds_in" in r:
-            spent, total = r["seconds_in"], 1e-3 * r[document["clock"]]
+            spent, total = r["seconds_in"], 1e-3 * r.get("watched_ms", r[document["clock"]])
             cells = {part: f"{seconds:.3g} s, {seconds / total:.1%}" for part, seconds in spent.items()}
             parts[name] = cells | {"all": f"{total:.3g} s"}
+            if "without_nuclei_ms" in r:
+                parts[name]["nuclei add"] = f"{r['ms'] / r['without_nuclei_ms'] - 1:.1%}"
     console.print(bench.table(title, rows, f"a large matrix product: {ceiling:.3g} TFLOP/s"))
     console.print(
         bench.table(f"{'CPU' if document['clock'] == 'cpu_ms' else 'wall'} seconds in each part, their share", parts)
@@ -217,11 +245,13 @@ def show(console: Console, document: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = bench.parser(__doc__, batch=1, image_size=1024, repeat=1)
-    parser.add_argument("--size", type=int, default=5000, help="px, side of the TIFF; 0 = none")
-    parser.add_argument("--images", type=int, default=8, help="how many images of 512 px; 0 = none")
+    parser.add_argument("--size", type=bench.integer(0), default=5000, help="px, side of the TIFF; 0 = none")
+    parser.add_argument("--images", type=bench.integer(0), default=8, help="how many images of 512 px; 0 = none")
     parser.add_argument("--scale", type=float, default=2.0, help="model px per image px")
-    parser.add_argument("--sample", type=int, default=4, help="batches of tiles that the stock encoder runs on")
+    parser.add_argument("--sample", type=bench.integer(), default=4, help="batches of tiles for the stock encoder")
     args = bench.parse(parser, arguments)
+    if not args.scale > 0:
+        parser.error(f"--scale: found {args.scale:g}, expected more than 0")
     if not (args.size or args.images):
         parser.error("--size, --images: found 0 and 0, expected at least one of them")
     machine, console = bench.Machine(args), Console(width=120)
@@ -231,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     document |= {
         "clock": machine.clock,
         "results": results,
-        "ratios": {n: r["times_stock"] for n, r in results.items() if n != "stock"},
+        "ratios": {n: r["times_stock"] for n, r in results.items() if "times_stock" in r},
     }
     show(console, document)
     if not machine.cuda:

@@ -1,32 +1,31 @@
 """How long does scoring one pair of label maps take, beside every peer that installs from PyPI?
 
     pip install torchmetrics panoptica stardist cellpose cellseg-metrics medpy
-    python benchmarks/metrics.py [--repeat 30] [--sizes 512 1024 5000] [--peers stardist medpy] [--json FILE]
+    python benchmarks/metrics.py [--repeat 30] [--image-size SIDE] [--peers stardist medpy] [--json FILE]
 
-Prints a table, the bars, and one JSON line last. Single-threaded. Peers that are not installed, or that a size
-is too much for, are skipped with the reason.
+Maps of 512, 1024 and 5000 px, or of --image-size alone. Prints tables, the bars, and one JSON line last. On one CPU
+core. Peers that are not installed, or that a size is too much for, are skipped with the reason. --device, --batch,
+--dtype and --threads are taken and change nothing.
 """
 
 import os
 
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 
-import argparse
-import ctypes
-import gc
-import json
-import platform
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout that is not installed
+import bench
+
 from nucsam.metrics import PROTOCOLS, dice, score
 
 NUCLEI = {512: 300, 1024: 600, 5000: 30_000}
@@ -150,25 +149,10 @@ def ours() -> dict[str, tuple[str, Callable]]:
     }
 
 
-def peak_mb(call: Callable, *maps: np.ndarray) -> float:
-    """Peak resident memory of one call above that before it, MB; NaN outside Linux."""
-
-    def resident(field: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1e3
-
-    if not Path("/proc/self/clear_refs").exists():
-        return float("nan")
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # memory that an earlier call left in the heap would hide this one's
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    call(*maps)
-    return max(resident("VmHWM") - before, 0.0)
-
-
-def measure(calls: dict[str, Callable], maps: tuple[np.ndarray, np.ndarray], repeat: int) -> dict[str, dict]:
-    """Median and fastest ms, number of calls and peak MB of each.
+def measure(
+    machine: bench.Machine, calls: dict[str, Callable], maps: tuple[np.ndarray, np.ndarray], repeat: int
+) -> dict[str, dict]:
+    """What each call takes, their number, and peak memory above the maps.
 
     The calls take turns, five times `repeat` / 5 in a row, so that a busy spell of the machine meets all of them.
     """
@@ -189,9 +173,11 @@ def measure(calls: dict[str, Callable], maps: tuple[np.ndarray, np.ndarray], rep
     return {
         name: {
             "ms": 1e3 * statistics.median(taken),
-            "best_ms": 1e3 * min(taken),
+            "ms_min": 1e3 * min(taken),
+            "ms_max": 1e3 * max(taken),
+            "images_per_second": 1 / statistics.median(taken),
             "calls": len(taken),
-            "peak_mb": peak_mb(calls[name], *maps),
+            "peak_mb": machine.peak_mib(partial(calls[name], *maps)) * 2**20 / 1e6,
         }
         for name, taken in seconds.items()
     }
@@ -221,53 +207,52 @@ def bars(results: dict) -> list[dict]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=30, help="calls of each, after a warm-up")
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(NUCLEI), choices=list(NUCLEI))
-    parser.add_argument(
-        "--peers", nargs="*", default=None, metavar="NAME", help=f"default: all of {', '.join(peers())}"
-    )
-    parser.add_argument("--json", type=Path, help="also write the JSON document here")
-    args = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    known = peers()
+    parser = bench.parser(__doc__, image_size=0, repeat=30)
+    parser.add_argument("--peers", nargs="*", choices=list(known), default=list(known), metavar="NAME")
+    args = bench.parse(parser, arguments)
+    args.device, args.threads = "cpu", 1
+    machine, console = bench.Machine(args), Console(width=120)
     warnings.simplefilter("ignore")
 
-    known = peers()
-    wanted = [name for name in known if args.peers is None or name.split()[0] in args.peers or name in args.peers]
-    calls, versions = {}, {"python": platform.python_version(), "numpy": np.__version__, "scipy": version("scipy")}
-    for name, (_, load) in {**ours(), **{name: known[name] for name in wanted}}.items():
+    calls, about = {}, {**ours(), **{name: known[name] for name in args.peers}}
+    for name, (_, load) in about.items():
         try:
             calls[name] = load()
         except ImportError as error:
-            print(f"{name}: skipped, {error}")
-            continue
-        if name in known:
-            package = name.split()[0]
-            versions[package] = version(package)
+            console.print(f"{name}: skipped, {error}")
+    packages = {name.split()[0] for name in calls if name in known}
 
-    computes = {name: what for name, (what, _) in {**ours(), **known}.items()}
-    results: dict[str, dict] = {}
-    for size in args.sizes:
-        n = NUCLEI[size]
+    copy, results = machine.ceiling()["gb_per_s"], {}
+    for size in [args.image_size] if args.image_size else NUCLEI:
+        n = NUCLEI.get(size, size**2 // 850)
         maps = scene(size, n)
-        print(f"\n{size} x {size} px, {n} nuclei")
         runnable = {name: call for name, call in calls.items() if size < 5000 or name not in TOO_MUCH}
-        results[str(size)] = measure(runnable, maps, args.repeat if size < 5000 else min(args.repeat, 10))
-        print(f"  {'':16} {'median ms':>10} {'vs score':>9} {'peak MB':>8}  computes")
-        own = results[str(size)]["nucsam score"]["ms"]
-        for name, row in results[str(size)].items():
-            print(f"  {name:16} {row['ms']:10.3f} {row['ms'] / own:9.2f} {row['peak_mb']:8.1f}  {computes[name]}")
+        found = measure(machine, runnable, maps, args.repeat if size < 5000 else min(args.repeat, 10))
+        results[str(size)], own = found, found["nucsam score"]["ms"]
+        rows = {
+            name: {
+                "median ms": row["ms"],
+                "min - max": bench.spread(row),
+                "images/s": row["images_per_second"],
+                "of score": row["ms"] / own,
+                "peak MB": row["peak_mb"],
+                "of a copy": f"{1e-6 * sum(m.nbytes for m in maps) / row['ms'] / copy:.0%}",
+                "computes": about[name][0],
+            }
+            for name, row in found.items()
+        }
+        caption = f"of a copy: both maps read, beside a memory copy of {copy:.1f} GB/s"
+        console.print(bench.table(f"{size} x {size} px, {n} nuclei, one CPU core", rows, caption))
         for name in calls.keys() - runnable.keys():
-            print(f"  {name:16} not run: {TOO_MUCH[name]}")
+            console.print(f"{name}: not run, {TOO_MUCH[name]}")
 
-    print()
-    for bar in bars(results):
-        print(f"{'met   ' if bar['met'] else 'MISSED'} {bar['bar']}: {bar['measured']:.3g}")
-    machine = {"machine": platform.machine(), "threads": 1, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    document = {"benchmark": "metrics", "versions": versions, **machine, "results": results, "bars": bars(results)}
-    if args.json:
-        args.json.write_text(json.dumps(document) + "\n", encoding="utf-8")
-    print(json.dumps(document))
+    met = bars(results)
+    for bar in met:
+        console.print(f"{'met   ' if bar['met'] else 'MISSED'} {bar['bar']}: {bar['measured']:.3g}")
+    document = {"benchmark": "metrics", **bench.asked(args), **machine.about(sorted(packages)), "copy_gb_per_s": copy}
+    bench.finish(document | {"results": results, "bars": met}, args.json)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """How do time and memory grow with the size of an image, its nuclei, the data set, and the number of processes?
 
-    python benchmarks/scaling.py [--device cpu] [--batch 1] [--dtype fp32|bf16|fp16] [--repeat 3]
+    python benchmarks/scaling.py [--config CONFIG.toml] [--device cpu] [--batch 1] [--dtype fp32|bf16|fp16] [--repeat 3]
         [--only image-size nuclei data processes] [--sides 128 256 512 1024] [--nuclei 10 30 100 300 600]
-        [--counts 8 32 128 512] [--processes 1 2 4] [--epochs 6] [--image-size 128] [--threads N] [--json FILE]
+        [--counts 8 32 128 512] [--processes 1 2 4] [--epochs 3] [--image-size 128] [--threads N] [--json FILE]
         [--plot [FOLDER]]
 
 image-size: a training step and a forward pass at `--sides` model px.
 nuclei: targets, instances and scoring of one 512 px image.
 data: images of 512 px decoded into memory, and a whole epoch of the loader in the training process.
 processes: four folds by `nucsam.folds`, one after another in each of N processes, and one fold by `nucsam.train` with
-    DDP over N, `--epochs` of 24 images with crops of `--image-size` px at scale 1, on one thread a process. Folds count
-    all of a run, from starting Python to its report; DDP the images a second after the first epoch. Efficiency is the
-    rate of N over N times that of one.
+    DDP over N, `--epochs` of about 160 images in batches of `--batch` a process, with crops of `--image-size` px at
+    scale 1, on one thread a process. Folds count all of a run, from starting Python to its report; DDP the images a
+    second after the first epoch. Efficiency is the rate of N over N times that of one. On GPUs, as many as there are.
 
 Milliseconds are of wall time, on a CPU with one thread of torch of CPU time. Of each curve the exponent is fitted:
 time ~ size^exponent. `--plot` draws scaling-*.png, log-log, into this folder or another. Prints tables, and one JSON
@@ -30,8 +30,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +47,12 @@ import train_step
 
 from nucsam import targets
 from nucsam.augment import window
-from nucsam.config import Config
 from nucsam.data import Crops, EpochBatches, Samples, find_records
 from nucsam.metrics import PROTOCOLS, score
 from nucsam.synthetic import write_dataset
 
 HERE = Path(__file__).resolve().parent
-FOLDS, IMAGES = 4, 24  # of the processes' runs
+FOLDS, IMAGES = 4, 240  # of the processes' runs
 Curves = dict[str, dict[int, float]]  # name with its unit -> {size: value}
 
 
@@ -61,8 +60,7 @@ def image_size(args: argparse.Namespace, folder: Path) -> Curves:
     write_dataset(folder, images=args.batch, size=train_step.SIDE, seed=0)
     samples, found = Samples(find_records(folder), progress=False), {}
     for side in args.sides:
-        config = Config()
-        config = replace(config, data=replace(config.data, crop=round(side / config.data.scale)))
+        config = bench.cropped(args.config, side)
         run = train_step.Bench(argparse.Namespace(**vars(args), steps=1), config)
         images = torch.rand(args.batch, 3, side, side) * 255
         way = train_step.ours(train_step.random_base(images), samples, config, run.device)
@@ -84,6 +82,7 @@ def image_size(args: argparse.Namespace, folder: Path) -> Curves:
 
 def nuclei(args: argparse.Namespace, _: Path) -> Curves:
     machine, found = bench.Machine(args), {}
+    host = bench.Machine(argparse.Namespace(**vars(args) | {"device": "cpu"}))
     for n in args.nuclei:
         labels = instances.scene(train_step.SIDE, n)
         maps = instances.maps_of(labels)
@@ -97,15 +96,16 @@ def nuclei(args: argparse.Namespace, _: Path) -> Curves:
             "instances": partial(instances.ours, maps),
             "score": partial(score, labels, pred, protocol=PROTOCOLS["plain"]),
         }
-        rows = machine.turns({name: lambda _, call=call: call() for name, call in calls.items()}, args.repeat)
         for name, call in calls.items():
-            add(found, f"{name}, ms", n, rows[name][machine.clock])
-            add(found, f"{name}, MiB", n, machine.peak_mib(call))
+            where = machine if name == "targets" else host
+            row = where.turns({name: lambda _, call=call: call()}, args.repeat)[name]
+            add(found, f"{name}, ms", n, row[where.clock])
+            add(found, f"{name}, MiB", n, where.peak_mib(call))
     return found
 
 
 def data_set(args: argparse.Namespace, folder: Path) -> Curves:
-    config, found = Config(), {}
+    config, found = args.config, {}
     for count in args.counts:
         records = epochs.make_records(folder / str(count), count)
         start = time.perf_counter()
@@ -130,7 +130,7 @@ def processes(args: argparse.Namespace, folder: Path) -> Curves:
     write_dataset(folder / "data", images=IMAGES, size=max(args.image_size, 96), seed=0)
     precision = args.dtype
     settings = [f"data.root={folder / 'data'}", f"data.folds={FOLDS}", f"data.crop={args.image_size}", "data.scale=1"]
-    settings += ["data.inner=0.3", "model.weights=none", "train.batch=4", f"train.epochs={args.epochs}"]
+    settings += ["data.inner=0.1", "model.weights=none", f"train.batch={args.batch}", f"train.epochs={args.epochs}"]
     settings += [f"train.precision={precision}", f"train.validate_every={args.epochs}", "data.workers=0"]
     (folder / "empty.toml").touch()
     found: Curves = {}
@@ -181,8 +181,13 @@ def plot(name: str, curves: Curves, exponents: Mapping[str, float], path: Path) 
     for axes, unit in zip(np.atleast_1d(figure.subplots(1, len(units))), units):
         for label, curve in curves.items():
             if label.endswith(f", {unit}"):
-                what = f"{label.rpartition(', ')[0]}, slope {exponents[label]:.2f}"
-                axes.loglog(list(curve), list(curve.values()), "o-", label=what)
+                what = label.rpartition(", ")[0]
+                what += f", slope {exponents[label]:.2f}" if name != "processes" else ""
+                (line,) = axes.loglog(list(curve), list(curve.values()), "o-", label=what)
+                if name == "processes":  # dotted: N times the rate of one
+                    first, rate = next(iter(curve.items()))
+                    ideal = [rate * size / first for size in curve]
+                    axes.loglog(list(curve), ideal, ":", color=line.get_color())
         sizes = list(next(iter(curves.values())))
         axes.set_xticks(sizes, map(str, sizes))
         axes.xaxis.minorticks_off()
@@ -197,13 +202,22 @@ def plot(name: str, curves: Curves, exponents: Mapping[str, float], path: Path) 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = bench.parser(__doc__, batch=1, image_size=128, repeat=3)
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES))
-    parser.add_argument("--sides", type=int, nargs="+", default=[128, 256, 512, 1024])
-    parser.add_argument("--nuclei", type=int, nargs="+", default=[10, 30, 100, 300, 600])
-    parser.add_argument("--counts", type=int, nargs="+", default=[8, 32, 128, 512])
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--epochs", type=int, default=6, help="of the processes' runs")
+    bench.add_config(parser)
+    parser.add_argument("--sides", type=bench.integer(64, of=32), nargs="+", default=[128, 256, 512, 1024])
+    parser.add_argument("--nuclei", type=bench.integer(), nargs="+", default=[10, 30, 100, 300, 600])
+    parser.add_argument("--counts", type=bench.integer(), nargs="+", default=[8, 32, 128, 512])
+    parser.add_argument("--processes", type=bench.integer(), nargs="+", default=[1, 2, 4])
+    parser.add_argument("--epochs", type=bench.integer(2), default=3, help="of the processes' runs")
     parser.add_argument("--plot", type=Path, nargs="?", const=HERE, metavar="FOLDER", help="draw scaling-*.png")
     args = bench.parse(parser, arguments)
+    if args.plot and not args.plot.is_dir():
+        parser.error(f"--plot: found no folder {args.plot}, expected one that is there")
+    if args.plot and not find_spec("matplotlib"):
+        parser.error("--plot: matplotlib is not installed; pip install matplotlib")
+    gpus = torch.cuda.device_count()
+    if left := [n for n in args.processes if n > gpus and bench.Machine(args).cuda]:
+        print(f"processes: {', '.join(map(str, left))} left out, there are {gpus} GPUs")
+        args.processes = [n for n in args.processes if n not in left]
     console, results, exponents = Console(width=120), {}, {}
     for name in args.only:
         with tempfile.TemporaryDirectory() as folder:

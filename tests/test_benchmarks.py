@@ -19,6 +19,7 @@ import bench
 import data
 import inference
 import instances
+import metrics
 import scaling
 import stock
 import train_step
@@ -57,6 +58,21 @@ def run(capsys, tmp_path, monkeypatch):
         return document
 
     return call
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The CPU, taken for a GPU by what asks `Machine.cuda`."""
+    init = bench.Machine.__init__
+
+    def pretend(self, args):
+        init(self, args)
+        self.cuda, self.clock = True, "ms"
+
+    monkeypatch.setattr(bench.Machine, "__init__", pretend)
+    monkeypatch.setattr(bench.Machine, "synchronize", lambda _: None)
+    monkeypatch.setattr(bench.Machine, "peak_mib", lambda _, call: 0.0 * bool(call()))
+    monkeypatch.setattr(bench, "_gpu", lambda: "a GPU")
 
 
 # ---- what they share ----
@@ -250,6 +266,20 @@ def test_a_data_set_of_links(tmp_path, monkeypatch):
     assert len({record.image.read_bytes() for record in records}) == 2
 
 
+# ---- metrics.py ----
+
+
+def test_metrics(run):
+    document = run(metrics, "--image-size", "96", "--peers")
+    found = document["results"]["96"]
+    assert set(found) == {"floor", "nucsam score", "nucsam dice"}
+    assert all(row.keys() >= TIMES | {"calls", "peak_mb"} and row["calls"] >= 5 for row in found.values())
+    assert document["bars"] == []  # none is of this size
+    times = {"floor": 1, "nucsam score": 19, "stardist": 200}
+    bars = metrics.bars({"1024": {name: {"ms": ms} for name, ms in times.items()}})
+    assert [(bar["met"], round(bar["measured"], 2)) for bar in bars] == [(True, 10.53), (True, 19.0)]
+
+
 # ---- instances.py ----
 
 
@@ -295,7 +325,7 @@ def test_inference(run):
     document = run(
         inference, "--image-size", "64", "--scale", "0.25", "--size", "300", "--images", "1", "--sample", "1"
     )
-    assert set(document["results"]) == {"stock", "tiled", "images"}
+    assert set(document["results"]) == {"stock 64", "tiled", "images"}
     assert set(document["ratios"]) == {"tiled", "images"}
     for name in ("tiled", "images"):
         row = document["results"][name]
@@ -304,10 +334,28 @@ def test_inference(run):
         assert row["nuclei"] > 20  # the maps are those that the image shows, not those of random weights
     rows = document["results"]
     assert rows["tiled"]["tiles"] == 4  # 300 px by tiles of 256 px
-    bare, spent = rows["stock"]["cpu_ms"] / (rows["stock"]["tiles"] * 256**2), rows["tiled"]["cpu_ms"]
+    bare, spent = rows["stock 64"]["cpu_ms"] / (rows["stock 64"]["tiles"] * 256**2), rows["tiled"]["cpu_ms"]
     assert document["clock"] == "cpu_ms"
     assert rows["tiled"]["times_stock"] == pytest.approx(spent / (bare * 300**2))
     assert rows["tiled"]["times_stock_of_tiles"] == pytest.approx(spent / (bare * 4 * 256**2))
+
+
+def test_inference_beside_the_fastest_stock_encoder(run):
+    """Tiles of 64 px, images in one of 128 px: stock at both, and the faster counts for both."""
+    document = run(inference, "--image-size", "128", "--scale", "0.25", "--size", "528", "--images", "1")
+    rows = document["results"]
+    assert set(rows) == {"stock 96", "stock 128", "tiled", "images"}
+    bare = min(rows[name]["cpu_ms"] / rows[name]["model_px"] for name in ("stock 96", "stock 128"))
+    assert rows["images"]["times_stock"] == pytest.approx(rows["images"]["cpu_ms"] / (bare * 512**2 / 16))
+
+
+def test_inference_as_on_a_gpu(run, as_on_a_gpu):
+    document = run(inference, "--image-size", "64", "--scale", "0.25", "--size", "0", "--images", "2", "--sample", "1")
+    row, bare = (document["results"][name] for name in ("images", "stock 64"))
+    assert document["clock"] == "ms" and min(row["without_nuclei_ms"], row["watched_ms"]) > 0
+    times = (row["ms"] / row["model_px"]) / (bare["ms"] / bare["model_px"])
+    assert row["times_stock_of_tiles"] == pytest.approx(times)
+    assert sum(row["seconds_in"].values()) < 2e-3 * row["watched_ms"]
 
 
 def test_what_is_shown_is_what_the_picture_holds():
