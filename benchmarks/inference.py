@@ -4,17 +4,18 @@
         [--size 5000] [--images 8] [--scale 2] [--sample 4] [--repeat 1] [--threads N] [--json FILE]
 
 tiled: one deflated TIFF of `--size` px a side. images: `--images` PNG files of 512 px. Both go through what `nucsam
-predict` runs: opened, cut into tiles of up to `--image-size` model px (image-size / scale image px, a sixteenth
-shared), encoder with LoRA merged, head, stitching, nuclei, a label TIFF written. Loading the model is not counted.
+predict` runs: opened, cut into tiles of up to `--image-size` model px (image-size / scale image px, one 32nd of
+it shared), encoder with LoRA merged, head, stitching, nuclei, a label TIFF written. Loading the model is not counted.
 
 With random weights the maps would hold no nuclei. So the image is a picture of the maps: its channels are foreground
 and, twice, depth of synthetic nuclei, with noise. The network computes what it computes on any image, and
 its maps are then replaced by those that the image shows.
 
 Beside it runs the bare stock encoder, `mobile_sam`'s TinyViT as the package has it, on `--sample` batches of tiles of
-the same image and dtype: of `--image-size`, and of the sides that the tiles of tiled and images have. The side that is
-fastest for it counts: its time is scaled to the pixels of the image ("times stock", the bar's), and to all pixels that
-the model sees, where tiles share some ("of the tiles").
+the same image and dtype: of the side of an image, of `--image-size`, and of the most below it that its windows fit
+without padding, multiples of 224 px. An image counts beside stock at its own side, what is tiled beside the fastest:
+its time is scaled to the pixels of the image ("times stock", the bar's), and to all pixels that the model sees, where
+tiles share some ("of the tiles").
 
 Times and parts are of wall time; on a CPU with one thread of torch of CPU time, of all threads, to which others on the
 machine do not add. Nuclei, reading and writing run in threads beside the encoder, and are always CPU seconds of these.
@@ -61,6 +62,7 @@ from nucsam.synthetic import make_image
 from nucsam.tiles import grid
 
 SIDE, PERIOD = 512, 1024  # px of an image, and of the picture that a larger one repeats
+FITS = 224  # px; windows of 7 and 14 at strides 8 and 16 part any multiple of it
 BAR = 1.3  # times the bare stock encoder, on a CPU
 LOGIT = 6.0  # most that a map's logit is
 
@@ -143,12 +145,12 @@ def measure(machine: bench.Machine, args: argparse.Namespace, folder: Path) -> d
     """{"stock SIDE", "tiled", "images": numbers}."""
     files, config, picked = write(folder, args), Config(), torch.from_numpy(picture(PERIOD).transpose(2, 0, 1).copy())
     base = random_base(picked[None, :, : args.image_size, : args.image_size].float())
-    net = model.build(replace(config.model, train="head"), base, seed=0).eval().to(machine.device)
+    net = model.build(replace(config.model, train="head"), base, seed=0).eval().fold().to(machine.device)
     net.register_forward_hook(shown)
     seen = [0]  # model px
     net.register_forward_pre_hook(lambda _, inputs: seen.append(seen.pop() + inputs[0].numel() // 3))
     px = round(args.image_size / args.scale)
-    how = {"tile": px, "overlap": px // 16, "batch": args.batch, "instances": config.instances}
+    how = {"tile": px, "overlap": px // 32, "batch": args.batch, "instances": config.instances}
     autocast = None if args.dtype == "fp32" else machine.dtype
     predictor, done = Predictor(net, scale=args.scale, autocast=autocast, **how), {}
 
@@ -188,7 +190,8 @@ def measure(machine: bench.Machine, args: argparse.Namespace, folder: Path) -> d
             predict(predictor, files[name], folder / "out")
 
     sizes = {"tiled": args.size, "images": SIDE}
-    sides = {args.image_size, *(grid(sizes[name], px, px // 16, args.scale)[2] for name in files)}
+    image_side = grid(SIDE, px, px // 32, args.scale)[2]
+    sides = {args.image_size, args.image_size // FITS * FITS or args.image_size, image_side}
     bare = {f"stock {side}": stock(f"stock {side}", side) for side in sorted(sides)}
     for warm in (*bare.values(), lambda _: predict(predictor, next(reversed(files.values()))[:1], folder / "out")):
         warm(0)
@@ -205,12 +208,13 @@ def measure(machine: bench.Machine, args: argparse.Namespace, folder: Path) -> d
     for name, row in rows.items():
         row |= done[name]
         row["tflops_per_s"] = 1e-9 * work[name in bare] / tiles[:, 0].numel() * row["model_px"] / row["ms"]
-    fastest = min(rows[name][machine.clock] / rows[name]["model_px"] for name in bare)
+    rates = {name: rows[name][machine.clock] / rows[name]["model_px"] for name in bare}
+    beside = {"tiled": min(rates.values()), "images": rates[f"stock {image_side}"]}
     for name in files:
         row, pixels = rows[name], sizes[name] ** 2 * len(files[name])
         row |= {"images_per_second": 1e3 * len(files[name]) / row["ms"], "mp_per_second": 1e-3 * pixels / row["ms"]}
-        row["times_stock"] = row[machine.clock] / (fastest * pixels * args.scale**2)
-        row["times_stock_of_tiles"] = row[machine.clock] / (fastest * row["model_px"])
+        row["times_stock"] = row[machine.clock] / (beside[name] * pixels * args.scale**2)
+        row["times_stock_of_tiles"] = row[machine.clock] / (beside[name] * row["model_px"])
     return rows
 
 

@@ -155,7 +155,7 @@ def predict(
     scale: Annotated[float | None, typer.Option(help="Model px per image px; else by microns per px.")] = None,
     mpp: Annotated[float | None, typer.Option(help="Microns per px of the images; else their TIFF tags.")] = None,
     tile: Annotated[int | None, typer.Option(help="Side of a tile, px at the trained scale; else a crop.")] = None,
-    overlap: Annotated[int | None, typer.Option(help="Px that tiles share; else a sixteenth of a tile.")] = None,
+    overlap: Annotated[int | None, typer.Option(help="Px that tiles share; else one 32nd of a tile.")] = None,
     batch: Annotated[int | None, typer.Option(help="Tiles at a time; else 1 on a CPU, as trained on a GPU.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     tta: Annotated[bool, typer.Option("--tta", help="Mean over the eight flips and turns; 8 times slower.")] = False,

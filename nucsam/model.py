@@ -10,7 +10,7 @@ from nucsam import lora
 from nucsam.base import Base, build_sam, state_sha256
 from nucsam.config import Instances, Loss, Model
 from nucsam.encoder import Encoder
-from nucsam.head import InstanceHead, SamHead
+from nucsam.head import Block, InstanceHead, SamHead
 
 # Modules of the mask decoder that a foreground map without prompts never reaches: they get no gradient.
 _UNREACHED = (
@@ -50,6 +50,13 @@ class Nucsam(nn.Module):
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         """Maps (C, H, W) of one image -> label map int32 (H, W)."""
         return self.head.instances(maps, config)
+
+    def fold(self) -> "Nucsam":
+        """The model itself, in eval mode, for prediction alone: the norms of its head are in the convolutions."""
+        for part in self.modules():
+            if isinstance(part, Block):
+                part.fold()
+        return self
 
     def trainable(self) -> dict[str, Tensor]:
         """What training changes, by name: the parameters that train, and the statistics of BatchNorms that move."""

@@ -53,7 +53,7 @@ class Predictor:
         instances: Instances,
         mpp: float | None = None,
         tile: int = 512,
-        overlap: int = 32,
+        overlap: int = 16,
         batch: int = 4,
         autocast: torch.dtype | None = None,
         tta: bool = False,
@@ -203,8 +203,8 @@ def load(
     """The predictor of a run directory, or of a safetensors file of `nucsam export`.
 
     device: auto, cpu, cuda or cuda:N. scale: model px per image px whatever the magnification, instead of the trained
-    one. tile, overlap, batch, tta: as of `Predictor`; a tile is a training crop if not given, and a sixteenth of it
-    is shared. On a GPU the model runs in the precision that it was trained in, on a CPU in bf16 or fp32.
+    one. tile, overlap, batch, tta: as of `Predictor`; a tile is a training crop if not given, and one 32nd of it is
+    shared. On a GPU the model runs in the precision that it was trained in, on a CPU in bf16 or fp32.
     ValueError where a file is missing or damaged, an option is out of range, or there is no such device.
     """
     where = find_device(device)
@@ -213,13 +213,13 @@ def load(
     tile = tile if tile is not None else max(config.data.crop, 256)
     options = {
         "tile": tile,
-        "overlap": overlap if overlap is not None else tile // 16,
+        "overlap": overlap if overlap is not None else tile // 32,
         "batch": batch if batch is not None else config.train.batch if where.type == "cuda" else 1,
         "ratio": config.data.scale / scale if scale else None,
     }
     _check(options, scale)
     return Predictor(
-        net.to(where),
+        net.fold().to(where),
         scale=config.data.scale,
         mpp=metadata.get("mpp"),
         instances=config.instances,

@@ -340,13 +340,16 @@ def test_inference(run):
     assert rows["tiled"]["times_stock_of_tiles"] == pytest.approx(spent / (bare * 4 * 256**2))
 
 
-def test_inference_beside_the_fastest_stock_encoder(run):
-    """Tiles of 64 px, images in one of 128 px: stock at both, and the faster counts for both."""
-    document = run(inference, "--image-size", "128", "--scale", "0.25", "--size", "528", "--images", "1")
+def test_inference_beside_the_stock_encoder_at_its_best(run):
+    """Images of 512 px in one tile beside stock at 256 px; larger ones beside the faster of that and 224 px."""
+    document = run(
+        inference, "--image-size", "256", "--scale", "0.5", "--size", "600", "--images", "1", "--sample", "1"
+    )
     rows = document["results"]
-    assert set(rows) == {"stock 96", "stock 128", "tiled", "images"}
-    bare = min(rows[name]["cpu_ms"] / rows[name]["model_px"] for name in ("stock 96", "stock 128"))
-    assert rows["images"]["times_stock"] == pytest.approx(rows["images"]["cpu_ms"] / (bare * 512**2 / 16))
+    assert set(rows) == {"stock 224", "stock 256", "tiled", "images"}
+    bare = {side: rows[f"stock {side}"]["cpu_ms"] / side**2 for side in (224, 256)}
+    assert rows["images"]["times_stock"] == pytest.approx(rows["images"]["cpu_ms"] / (bare[256] * 256**2))
+    assert rows["tiled"]["times_stock"] == pytest.approx(rows["tiled"]["cpu_ms"] / (min(bare.values()) * 300**2))
 
 
 def test_inference_as_on_a_gpu(run, as_on_a_gpu):

@@ -61,6 +61,24 @@ def head_size(width: int) -> int:
     return lateral + down + sum(9 * a * b + 2 * b for a, b in blocks) + 4 * widths[-1] + 4
 
 
+# The norms of the head
+
+
+def test_folded_norms_make_the_same_maps(base):
+    net = build(Model(), base, seed=0)
+    x = torch.rand(2, 3, 96, 64, generator=torch.Generator().manual_seed(0)) * 255
+    with torch.no_grad():
+        net.train()(x, (96, 64))  # moves the statistics
+        for part in net.head.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                nn.init.uniform_(part.weight, 0.5, 1.5)
+                nn.init.uniform_(part.bias, -0.5, 0.5)
+        expected = net.eval()(x, (96, 64))
+        assert net.fold() is net
+        assert not any(isinstance(part, nn.BatchNorm2d) for part in net.head.modules())
+        assert torch.allclose(net(x, (96, 64)), expected, atol=1e-5)
+
+
 # The trainable set
 
 
