@@ -50,14 +50,15 @@ def _basins(height: np.ndarray, steps: tuple[int, int]) -> tuple[np.ndarray, np.
         np.maximum(best[here], height[there], out=best[here])
     for direction, (here, there) in enumerate(beside, 1):
         np.maximum(way[here], (height[there] == best[here]).view(np.int8) * np.int8(direction), out=way[here])
-    way[best == height] = 0
+    way *= best > height
     places = np.flatnonzero(height > -np.inf)
     own, numbers = np.arange(len(places)), np.zeros(len(height), np.intp)
     numbers[places] = own
     away = np.array([0, *(sign * step for step in steps for sign in (1, -1))])
-    up = numbers[places + away[way[places]]]
-    while not np.array_equal(up, further := up[up]):
-        up = further
+    up = numbers.take(places + away.take(way.take(places)))
+    further = np.empty_like(up)
+    while not np.array_equal(up, up.take(up, out=further, mode="clip")):  # none is out of range: no look at each
+        up, further = further, up
     top = up == own
     basins = np.zeros(len(height), np.int32)
     basins[places] = np.cumsum(top)[up]
