@@ -123,23 +123,34 @@ class Machine:
         """Wall and CPU milliseconds of a step in calls of `steps` steps, CPU time with that of child processes.
 
         They take turns, so that a busy spell meets all. Each gets the number of the turn; the first `warm` warm up.
+        A call counts whole, or from its own `start()`, and up to its own `stop()`.
         """
         spent: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
         for number in range(warm + repeat):
             for name, call in calls.items():
-                children, cpu = _children_seconds(), time.process_time()
-                self.synchronize()
-                wall = time.perf_counter()
+                self.start()
                 call(number)
-                self.synchronize()
-                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-                spent[name].append((wall, cpu + _children_seconds() - children))
+                self.stop()
+                spent[name].append(self.spent)
         rows = {}
         for name, turns in spent.items():
             wall, cpu = 1e3 * np.array(turns[warm:]).T / steps
             row = {"ms": np.median(wall), "ms_min": wall.min(), "ms_max": wall.max(), "cpu_ms": np.median(cpu)}
             rows[name] = {key: float(value) for key, value in row.items()}
         return rows
+
+    def start(self) -> None:
+        """Starts the clock of a turn, again in a call that is not to count what it has done so far."""
+        children = _children_seconds()
+        self.synchronize()
+        self.began, self.spent = (time.perf_counter(), time.process_time() + children), None
+
+    def stop(self) -> None:
+        """Stops it; what follows in a call does not count."""
+        if self.spent is None:
+            self.synchronize()
+            wall, cpu = time.perf_counter(), time.process_time()
+            self.spent = wall - self.began[0], cpu + _children_seconds() - self.began[1]
 
     def synchronize(self) -> None:
         if self.cuda:

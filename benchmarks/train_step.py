@@ -6,24 +6,31 @@
         [--compile] [--memory-cap 15] [--snapshot FILE] [--threads N] [--json FILE]
 
 encoder: forward and backward of the encoder with LoRA, to its multi-scale features.
-pipeline: loader, augmentation, targets, encoder, head, losses, backward, clipping, AdamW, on images of 512 px.
+step: encoder, head, losses, backward, clipping, AdamW and, in ours, the running average of the weights, on a batch that
+    is augmented already. The targets of ours are part of its loss.
+pipeline: the step with loader, augmentation and targets, on images of 512 px, or of a crop's window where that is more.
 `--image-size` is the side in model px, as the encoder sees it: a crop has image-size / data.scale image px.
 
 nucsam: as nucsam/train.py puts it together, with the library's defaults or those of `--config`.
 plain: stock `mobile_sam` with forward hooks, Hugging Face `peft` on the same layers, and augmentation and targets by
     numpy, scipy and scikit-image, nucleus by nucleus, in the loader's workers. It gets the same decoded images,
-    crops, head, losses, dtype and optimizer. Both compute the same features, gradients, targets and losses, or
-    nothing is timed.
+    crops, head, losses, dtype and optimizer, and channels-last memory. Both compute the same features, gradients,
+    targets and losses, or nothing is timed.
 report: the loop of the student report made honest: stock `mobile_sam`, `peft` of rank 4 on all 40 live linear layers
     of the encoder with the gradient through it, the frozen mask decoder without prompts, cross-entropy and Dice on one
     foreground map, no augmentation.
 full: nucsam with all of the encoder training.
 
 They take turns, after one to warm up. Times are wall times; CPU s/image adds up all threads and loader workers, which
-holds where a machine is shared. A turn of the pipeline drains its loader, so that nothing is loaded in another's time,
-and each way gets the number of `--workers` that is fastest for it. "of matmul" is the part of a large matrix product's
-FLOP/s, measured beside it, that the step's own matrix products, convolutions and attention reach; `saved` is what
-autograd keeps for the backward pass. Prints tables, and one JSON line last.
+holds where a machine is shared. A turn of the pipeline counts `--steps` steps of a loader under way: before them each
+worker has handed out a batch, after them all are as far ahead as before, and the rest is drained uncounted, so that
+nothing is loaded in another's time. By this rule each way also gets the number of `--workers` that is fastest for it.
+"of matmul" is the part of a large matrix product's FLOP/s, measured beside it, that the matrix products, convolutions
+and attention of a way reach, each with its own operations, the padding of stock windows included: it is the hardware's
+utilisation. `saved` is what autograd keeps for the backward pass, `peak` what one call, measured once, takes above what
+was there before, `reserved` all that the allocator took in the turns, on a GPU with a single way. With `--compile`,
+operations, `saved` and the profile are eager mode's. A way that runs out of device memory is left out.
+Prints tables, the bars that are for the device, size, dtype and batch, and one JSON line last.
 """
 
 import os
@@ -32,14 +39,15 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy runs in the loader's
 
 import argparse
 import copy
+import gc
 import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,12 +81,10 @@ try:
 except ImportError:
     peft = None
 
-SIDE = 512  # px of a synthetic image, as in NuInsSeg
+SIDE = 512  # px of a synthetic image, as in NuInsSeg, or more for a large window
+IMAGES = 16  # that are made, if a batch has no more
 LIVE = r"layers\..*\.(attn\.(qkv|proj)|mlp\.fc[12])"  # the 40 linear layers of the encoder that are used
-BARS = {
-    "encoder": "on a CPU speed >= 1.2, saved <= 0.75",
-    "pipeline": "speed >= 1.5 on a CPU at 512 px, >= 3 on a GPU at 1024 px in fp16",
-}
+STAGES = ("encoder", "step", "pipeline")
 WAYS = ("nucsam", "plain", "report", "full")
 Truth = dict[str, Any]  # what a way's loss takes beside the maps
 
@@ -94,13 +100,12 @@ class Way:
     prepare: Callable[[dict[str, Any]], tuple[Tensor, Truth]]  # what was moved -> images, truth
     loss: Callable[..., dict[str, Tensor]]  # dense maps, **truth -> terms of (B,)
     targets: Callable[[Tensor], tuple[Tensor, ...]]  # labels (B, H, W) -> what is learned from them
+    averaged: Sequence[Tensor] = ()  # what it keeps a running average of, detached
 
     def __post_init__(self) -> None:
+        self.average = [tensor.clone() for tensor in self.averaged]
         self.weights = [p for part in (self.encoder, self.head) for p in part.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4)
-
-    def compile(self) -> None:
-        self.encoder, self.head = torch.compile(self.encoder), torch.compile(self.head)
 
 
 def mover(device: torch.device, *names: str) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
@@ -111,7 +116,8 @@ def mover(device: torch.device, *names: str) -> Callable[[dict[str, Tensor]], di
 
 
 def ours(base: Base, samples: Samples, config: Config, device: torch.device) -> Way:
-    net, d = model.build(config.model, base, seed=0).to(device).train(), config.data
+    d, t = config.data, config.train
+    net = model.build(config.model, base, seed=0, checkpoint=t.checkpoint).to(device).train()
 
     def move(batch: dict[str, Tensor]) -> dict[str, Any]:
         maps = mover(device, "image", "label", "counted")(batch)
@@ -131,18 +137,19 @@ def ours(base: Base, samples: Samples, config: Config, device: torch.device) -> 
         return classes, targets.depth(labels, classes, int(labels.max()))
 
     data = Crops(samples, window=window(d.crop, config.augment), seed=0)
-    return Way(net.image_encoder, net.head, data, move, prepare, loss, own_targets)
+    averaged = [tensor.detach() for tensor in net.trainable().values()] if t.ema else ()
+    return Way(net.image_encoder, net.head, data, move, prepare, loss, own_targets, averaged)
 
 
 # ---- the plain way ----
 
 
-def plain(
-    base: Base, samples: Samples, config: Config, device: torch.device, head: nn.Module, adapted: list[str]
-) -> Way:
+def plain(base: Base, samples: Samples, config: Config, device: torch.device, own: Way) -> Way:
     side, m, w = round(config.data.crop * config.data.scale), config.model, config.loss
+    adapted = [name for name, part in own.encoder.named_modules() if isinstance(part, LoRALinear)]
     settings = peft.LoraConfig(r=m.rank, lora_alpha=m.alpha, target_modules=adapted)
-    encoder, move = PlainEncoder(base, side, settings), mover(device, "image", "counted", "classes", "depth")
+    encoder = PlainEncoder(base, side, settings).to(device, memory_format=torch.channels_last)
+    head = copy.deepcopy(own.head).to(memory_format=torch.channels_last)
 
     def loss(maps: Tensor, classes: Tensor, depth: Tensor, counted: Tensor) -> dict[str, Tensor]:
         classes, nucleus, logits = classes.long(), classes > 0, maps[:, :3]
@@ -159,8 +166,8 @@ def plain(
         classes, depths = zip(*map(plain_targets, labels.numpy()))
         return torch.from_numpy(np.stack(classes)), torch.from_numpy(np.stack(depths))
 
-    data = PlainCrops(samples, config)
-    return Way(encoder.to(device), copy.deepcopy(head), data, move, as_loaded, loss, loop_targets)
+    data, move = PlainCrops(samples, config), mover(device, "image", "counted", "classes", "depth")
+    return Way(encoder, head, data, move, as_loaded, loss, loop_targets)
 
 
 def as_loaded(batch: dict[str, Tensor]) -> tuple[Tensor, Truth]:
@@ -187,7 +194,7 @@ class PlainEncoder(nn.Module):
         self.maps.append(x if x.ndim == 4 else x.transpose(1, 2).unflatten(2, (side, side)))
 
     def forward(self, images: Tensor) -> Features:
-        images = (images - self.mean) / self.std
+        images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         x = self.vit.patch_embed(images)
         for layer in self.vit.layers:  # the neck, with its view(B, 64, 64, C), is for SAM's decoder, not for this head
             x = layer(x)
@@ -227,8 +234,8 @@ class PlainCrops(Crops):
             image = image + rng.normal(0, a.noise_sigma * rng.random(), image.shape)
         image = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).resize((side, side), Image.Resampling.BILINEAR)
         classes, depth = plain_targets(label)
-        arrays = {"image": np.asarray(image).transpose(2, 0, 1), "label": label, "counted": counted > 0}
-        arrays |= {"classes": classes, "depth": depth}
+        image = np.asarray(image).transpose(2, 0, 1)
+        arrays = {"image": image, "counted": counted > 0, "classes": classes, "depth": depth}
         return {name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}
 
 
@@ -299,7 +306,7 @@ class ReportCrops(Crops):
         image = Image.fromarray(np.ascontiguousarray(item["image"].permute(1, 2, 0)))
         image = np.array(image.resize((self.side, self.side), Image.Resampling.BILINEAR))
         mask = (item["label"] > 0).to(torch.uint8)
-        return {"image": torch.from_numpy(image).permute(2, 0, 1), "label": item["label"], "mask": mask}
+        return {"image": torch.from_numpy(image).permute(2, 0, 1), "mask": mask}
 
 
 def report(base: Base, samples: Samples, config: Config, device: torch.device) -> Way:
@@ -328,7 +335,8 @@ class Bench(bench.Machine):
     def __init__(self, args: argparse.Namespace, config: Config) -> None:
         super().__init__(args)
         self.crop, self.batch, self.steps, self.repeat = config.data.crop, args.batch, args.steps, args.repeat
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.dtype == "fp16")
+        # So small that no gradient overflows, which would skip an optimizer step.
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=256.0, enabled=args.dtype == "fp16")
 
     def encode(self, way: Way, images: Tensor) -> Any:
         way.optimizer.zero_grad()
@@ -349,23 +357,45 @@ class Bench(bench.Machine):
         self.scaler.step(way.optimizer)
         self.scaler.update()
         way.optimizer.zero_grad()
+        if way.average:
+            torch._foreach_lerp_(way.average, way.averaged, 0.01)
 
-    def step(self, way: Way, batch: dict[str, Tensor]) -> None:
-        self.scaler.scale(self.forward(way, *way.prepare(way.move(batch)))).backward()
+    def train(self, way: Way, images: Tensor, truth: Truth) -> None:
+        self.scaler.scale(self.forward(way, images, truth)).backward()
         self.update(way)
 
+    def step(self, way: Way, batch: dict[str, Tensor]) -> None:
+        self.train(way, *way.prepare(way.move(batch)))
+
+    def prepared_step(self, way: Way, batch: dict[str, Tensor]) -> None:
+        """A turn that counts what follows the augmentation."""
+        inputs = way.prepare(way.move(batch))
+        self.start()
+        self.train(way, *inputs)
+
     def epoch(self, way: Way, loader: DataLoader, number: int) -> None:
+        """A turn that counts `steps` steps of a loader that is under way, and drains it."""
         loader.batch_sampler.set_epoch(number)
-        for batch in loader:
+        stream = iter(loader)
+        for batch in islice(stream, loader.num_workers):
             self.step(way, batch)
+        self.start()
+        for batch in islice(stream, self.steps):
+            self.step(way, batch)
+        self.stop()
+        for _ in stream:
+            pass
 
     def loader(self, way: Way, workers: int) -> DataLoader:
-        batches, keep = EpochBatches(range(self.batch * self.steps), batch=self.batch), workers > 0
-        how = {"num_workers": workers, "persistent_workers": keep, "pin_memory": self.cuda}
+        count = self.batch * (self.steps + 3 * workers)  # a worker is up to two batches ahead
+        batches = EpochBatches([i % len(way.data) for i in range(count)], batch=self.batch)
+        how = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": self.cuda}
         return DataLoader(way.data, batch_sampler=batches, **how)
 
-    def loaded(self, way: Way) -> dict[str, Tensor]:
-        return default_collate([way.data[0, i] for i in range(self.batch)])
+    def loaded(self, way: Way, epoch: int = 0) -> dict[str, Tensor]:
+        """A batch, on a GPU pinned as the loader's are."""
+        batch = default_collate([way.data[epoch, i] for i in range(self.batch)])
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.cuda else batch
 
     def rows(self, calls: dict[str, Callable[[int], Any]], steps: int, repeat: int) -> dict[str, dict[str, float]]:
         """What a step takes in calls of `steps` steps, in turns."""
@@ -391,28 +421,32 @@ class Bench(bench.Machine):
         del kept
         return sum(found.values()) / 2**20
 
-    def profile(self, way: Way, number: int) -> dict[str, float]:
+    def profile(self, way: Way, labels: Tensor, number: int) -> dict[str, float]:
         """Milliseconds an image of each part of one step, without loader workers: CPU time, on a GPU wall time."""
-        names, moments = [], []
+        moments = {}
 
         def mark(name: str) -> None:
-            names.append(name)
-            moments.append(self.now())
+            moments[name] = self.now()
+
+        def at_first_trained(*_: Any) -> None:
+            hook.remove()
+            mark("encoder, frozen part")
 
         mark("start")
-        batch = default_collate([way.data[number, i] for i in range(self.batch)])
+        batch = self.loaded(way, number)
         mark("loader")
         moved = way.move(batch)
         mark("transfer")
         images, truth = way.prepare(moved)
         mark("augmentation")
-        way.targets(truth.get("labels", batch["label"]))
+        way.targets(truth.get("labels", labels))
         mark("targets")
-        with self.cast(), on_first_trained(way.encoder, lambda: mark("encoder, frozen part")):
+        # Stays so where nothing is frozen: nucsam reads the weights of its stem without calling the modules.
+        moments["encoder, frozen part"] = moments["targets"]
+        hook = first_trained(way.encoder).register_forward_pre_hook(at_first_trained)
+        with self.cast():
             features = way.encoder(images)
-        if names[-1] == "targets":  # it is all trained
-            names.append("encoder, frozen part")
-            moments.append(moments[-1])
+        hook.remove()
         mark("encoder, adapted part")
         leaves = type(features)(*(f.detach().requires_grad_(f.requires_grad) for f in features))
         with self.cast():
@@ -427,24 +461,12 @@ class Bench(bench.Machine):
         mark("encoder, backward")
         self.update(way)
         mark("optimizer")
-        return dict(zip(names[1:], (1e3 * np.diff(moments) / self.batch).tolist()))
+        return {name: 1e3 * (b - a) / self.batch for (_, a), (name, b) in pairwise(moments.items())}
 
 
-@contextmanager
-def on_first_trained(net: nn.Module, call: Callable[[], None]) -> Iterator[None]:
-    """Calls when the first module with a weight of its own that trains is reached in a forward pass."""
-    hooks = []
-
-    def reached(*_: Any) -> None:
-        for hook in hooks:
-            hook.remove()
-        call()
-
-    trained = [part for part in net.modules() if any(p.requires_grad for p in part.parameters(recurse=False))]
-    hooks += [part.register_forward_pre_hook(reached) for part in trained]
-    yield
-    for hook in hooks:
-        hook.remove()
+def first_trained(net: nn.Module) -> nn.Module:
+    """The first module, in the order of an encoder's forward pass, with a weight of its own that trains."""
+    return next(part for part in net.modules() if any(p.requires_grad for p in part.parameters(recurse=False)))
 
 
 def random_base(images: Tensor) -> Base:
@@ -457,7 +479,7 @@ def random_base(images: Tensor) -> Base:
     return model.calibrated(replace(base, state=state), images)
 
 
-def check(run: Bench, own: Way, peer: Way, images: Tensor) -> dict[str, float]:
+def check(run: Bench, own: Way, peer: Way, images: Tensor, labels: Tensor) -> dict[str, float]:
     """Largest differences between the two where there must be none, in fp32; one over its bound ends the program."""
     adapters = [[p for p in way.encoder.parameters() if p.requires_grad] for way in (own, peer)]
     with torch.no_grad():
@@ -467,11 +489,10 @@ def check(run: Bench, own: Way, peer: Way, images: Tensor) -> dict[str, float]:
     run.dtype, torch.backends.cudnn.allow_tf32 = torch.float32, False
     features = [run.encode(way, images) for way in (own, peer)]
     run.dtype, torch.backends.cudnn.allow_tf32 = dtype, tf32
-    batch = run.loaded(peer)
-    made, looped = (way.targets(batch["label"]) for way in (own, peer))
-    maps, labels = torch.randn(run.batch, own.head.channels, run.crop, run.crop), batch["label"]
-    maps, labels, truth = maps.to(run.device), labels.to(run.device).long(), peer.prepare(peer.move(batch))[1]
-    terms = own.loss(maps, labels, truth["counted"], int(labels.max())), peer.loss(maps, **truth)
+    made, looped = (way.targets(labels) for way in (own, peer))
+    maps, counted = torch.randn(len(labels), own.head.channels, run.crop, run.crop), torch.rand(labels.shape) < 0.9
+    maps, counted, labels, *truth = (t.to(run.device) for t in (maps, counted, labels.long(), *looped))
+    terms = own.loss(maps, labels, counted, int(labels.max())), peer.loss(maps, *truth, counted)
 
     def apart(a: Tensor, b: Tensor) -> float:
         return (a.detach().cpu().float() - b.detach().cpu().float()).abs().max().item()
@@ -483,45 +504,62 @@ def check(run: Bench, own: Way, peer: Way, images: Tensor) -> dict[str, float]:
         "depth": (apart(made[1], looped[1]), 1e-4),
         "loss": (max(apart(terms[0][name], terms[1][name]) for name in terms[0]), 1e-4),
     }
+    for way in (own, peer):
+        way.optimizer.zero_grad()
     if wrong := [f"{name} {d:.2g}, expected at most {most:g}" for name, (d, most) in found.items() if not d <= most]:
         raise SystemExit("the two do not compute the same, so nothing is timed: " + "; ".join(wrong))
     return {name: d for name, (d, _) in found.items()}
 
 
-def measure(run: Bench, ways: dict[str, Way], images: Tensor, args: argparse.Namespace) -> dict[str, dict[str, dict]]:
-    """{"encoder", "pipeline" or "profile_ms_per_image": {way: numbers}}."""
-    still, profiles, memory = {}, {}, {}
-    for name, way in ways.items():  # what does not change with the compiler is measured without it
-        inputs = way.prepare(way.move(run.loaded(way)))
-        still[name] = {
-            "encoder": {
-                "saved_mib": run.saved_mib(way, partial(way.encoder, images)),
-                "flops": bench.flops(partial(run.encode, way, images)),
-            },
-            "pipeline": {
-                "saved_mib": run.saved_mib(way, partial(run.forward, way, *inputs)),
-                "flops": bench.flops(partial(run.step, way, run.loaded(way))),
-            },
-        }
-        _, *parts = (run.profile(way, number) for number in range(run.repeat + 1))
-        profiles[name] = {part: statistics.median(p[part] for p in parts) for part in parts[0]}
-        memory[name] = split(way, still[name]["pipeline"]["saved_mib"])
-        del inputs
-        if args.compile:
-            way.compile()
-    results = {"encoder": run.rows({k: lambda _, w=w: run.encode(w, images) for k, w in ways.items()}, 1, run.repeat)}
-    results["pipeline"] = pipeline(run, ways, args.workers)
-    for name, way in ways.items():
-        peaks = {
-            "encoder": run.peak_mib(partial(run.encode, way, images)),
-            "pipeline": run.peak_mib(partial(run.step, way, run.loaded(way))),
-        }
-        for stage, peak in peaks.items():
-            row = results[stage][name]
-            row |= still[name][stage] | {"peak_mib": peak}
+def trial(run: Bench, way: Way, images: Tensor, labels: Tensor, compiled: bool) -> dict[str, dict[str, float]]:
+    """{stage, "profile" or "memory": numbers} of a way: all that takes no turns, and so all that it allocates."""
+    batch = run.loaded(way)
+    inputs = way.prepare(way.move(batch))
+    calls = {
+        "encoder": partial(run.encode, way, images),
+        "step": partial(run.train, way, *inputs),
+        "pipeline": partial(run.step, way, batch),
+    }
+    saved = {"encoder": run.saved_mib(way, partial(way.encoder, images))}
+    saved["step"] = saved["pipeline"] = run.saved_mib(way, partial(run.forward, way, *inputs))
+    found = {stage: {"saved_mib": saved[stage], "flops": bench.flops(call)} for stage, call in calls.items()}
+    _, *parts = (run.profile(way, labels, number) for number in range(run.repeat + 1))
+    found["profile"] = {part: statistics.median(p[part] for p in parts) for part in parts[0]}
+    if compiled:
+        way.encoder, way.head = torch.compile(way.encoder), torch.compile(way.head)
+    for stage, call in calls.items():
+        call()  # which compiles
+        found[stage]["peak_mib"] = run.peak_mib(call)
+    found["memory"] = split(way, saved["step"], found["pipeline"]["peak_mib"])
+    return found
+
+
+def those_that_fit(ways: dict[str, Way], trial: Callable[[Way], Any]) -> dict[str, Any]:
+    """What a trial of each way finds. One that runs out of device memory leaves `ways`, and frees what it holds."""
+    found = {}
+    for name in list(ways):
+        try:
+            found[name] = trial(ways[name])
+        except torch.OutOfMemoryError:
+            del ways[name]
+        if name not in ways:  # not above, where the error's traceback still holds the activations
+            gc.collect()
+            torch.cuda.empty_cache()
+    return found
+
+
+def measure(run: Bench, ways: dict[str, Way], alone: dict[str, Any], images: Tensor, workers: list[int]) -> dict:
+    """{stage: {way: numbers}}: what a step takes, in turns, with what is known of each alone."""
+    batches = {name: run.loaded(way) for name, way in ways.items()}
+    encode = {name: lambda _, w=way: run.encode(w, images) for name, way in ways.items()}
+    step = {name: lambda _, w=way, b=batches[name]: run.prepared_step(w, b) for name, way in ways.items()}
+    found = {"encoder": run.rows(encode, 1, run.repeat), "step": run.rows(step, 1, run.repeat)}
+    found["pipeline"] = pipeline(run, ways, workers)
+    for stage, rows in found.items():
+        for name, row in rows.items():
+            row |= alone[name][stage]
             row["tflops_per_s"] = 1e-9 * row["flops"] / row["ms"]
-        memory[name]["peak_of_a_step"] = peaks["pipeline"]
-    return results | {"profile_ms_per_image": profiles, "memory_mib": memory}
+    return found
 
 
 def pipeline(run: Bench, ways: dict[str, Way], workers: list[int]) -> dict[str, dict]:
@@ -538,138 +576,163 @@ def pipeline(run: Bench, ways: dict[str, Way], workers: list[int]) -> dict[str, 
     return {name: row | {"workers": chosen[name]} for name, row in rows.items()}
 
 
-def split(way: Way, activations: float) -> dict[str, float]:
-    """What a way's memory is for, MiB; gradients and optimizer state are those of the weights that train."""
-    parts = (way.encoder, way.head)
-    weights = {t.data_ptr(): t.nbytes for part in parts for t in (*part.parameters(), *part.buffers())}
-    state = [t.nbytes for of in way.optimizer.state.values() for t in of.values()]
-    found = {"weights": sum(weights.values()), "gradients": sum(p.nbytes for p in way.weights), "optimizer": sum(state)}
-    return {name: size / 2**20 for name, size in found.items()} | {"activations": activations}
+def split(way: Way, activations: float, peak: float) -> dict[str, float]:
+    """What a way's memory is for, MiB; what it holds at most is all but the gradients, and the peak, which has them."""
+    tensors = {
+        "weights": [t for part in (way.encoder, way.head) for t in (*part.parameters(), *part.buffers())],
+        "gradients": way.weights,  # of their size
+        "optimizer": [t for state in way.optimizer.state.values() for t in state.values()],
+        "average": way.average,
+    }
+    found = {name: sum(t.nbytes for t in of) / 2**20 for name, of in tensors.items()}
+    held = sum(found.values()) - found["gradients"] + peak
+    return found | {"activations": activations, "peak_of_a_step": peak, "held": held}
 
 
 def snapshot(path: Path, call: Callable[[], Any]) -> None:
-    """What each allocation of a call is for, to open at pytorch.org/memory_viz."""
-    torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+    """Each allocation of a call with the Python lines that made it, to open at pytorch.org/memory_viz."""
+    torch.cuda.memory._record_memory_history(stacks="python", max_entries=1_000_000)
     call()
     torch.cuda.memory._dump_snapshot(str(path))
     torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def those_that_fit(run: Bench, ways: dict[str, Way]) -> dict[str, Way]:
-    """The ways whose step fits in memory, and a step of each taken."""
-    fit = {}
-    for name, way in ways.items():
-        try:
-            run.step(way, run.loaded(way))
-        except torch.OutOfMemoryError:
-            way.optimizer.zero_grad()
-            torch.cuda.empty_cache()
-        else:
-            fit[name] = way
-    return fit
-
-
 def ratios(own: dict[str, float], peer: dict[str, float]) -> dict[str, float]:
     """How many times another way's speed, how much of its memory."""
     speed = {"speed": peer["ms"] / own["ms"], "speed by CPU time": peer["cpu_s_per_image"] / own["cpu_s_per_image"]}
-    return speed | {name: own[f"{name}_mib"] / peer[f"{name}_mib"] for name in ("saved", "peak")}
+    return speed | {name: own[f"{name}_mib"] / (peer[f"{name}_mib"] or math.nan) for name in ("saved", "peak")}
+
+
+def bars(d: dict[str, Any]) -> dict[str, bool]:
+    """Those that are for a document's device, size, dtype and batch, and whether they are met."""
+    encoder, whole = (d["ratios"][stage].get("plain") for stage in ("encoder", "pipeline"))
+    cpu, own, met = d["device"] == "cpu", d["memory_mib"].get("nucsam"), {}
+    large = not cpu and d["batch"] == 4 and d["image_size"] == 1024
+    least = 1.5 if cpu and d["image_size"] == 512 else 3.0 if large and d["dtype"] == "fp16" else None
+    if cpu and encoder and not d["compile"]:
+        met["encoder, speed >= 1.2, saved <= 0.75"] = encoder["speed"] >= 1.2 and encoder["saved"] <= 0.75
+    if least and whole:
+        met[f"pipeline, speed >= {least:g}"] = whole["speed"] >= least
+    if large and own:
+        met["nucsam within 6 GiB"] = own.get("reserved", own["held"]) <= 6 * 1024
+    return met
 
 
 def show(console: Console, document: dict[str, Any]) -> None:
     title = "{device}, {dtype}, batch {batch}, {image_size} model px (crops of {crop} image px)".format(**document)
-    title += ", torch.compile" if document["compile"] else ""
+    title, eager = (f"{title}, torch.compile", " (eager)") if document["compile"] else (title, "")
     if document["memory_cap"]:
-        title += f", allocator capped at {document['memory_cap']:g} GiB, standing in for a T4"
+        title += f", allocator capped at {document['memory_cap']} GiB"
+        title += ", standing in for a T4" if document["memory_cap"] == 15 else ""
     ceiling, rows = document["ceiling"]["tflops"], {}
-    for stage in BARS:
+    for stage in STAGES:
         for name, r in document[stage].items():
             rows[f"{stage} {name}"] = {
                 "images/s": r["images_per_second"],
                 "ms a step": r["ms"],
                 "min - max": bench.spread(r),
                 "CPU s/image": r["cpu_s_per_image"],
-                "saved MiB": r["saved_mib"],
+                f"saved MiB{eager}": r["saved_mib"],
                 "peak MiB": r["peak_mib"],
                 "of matmul": f"{r['tflops_per_s'] / ceiling:.0%}",
                 "workers": str(r.get("workers", "")),
             }
     checks = ", ".join(f"{name} {difference:.1e}" for name, difference in document["checks"].items())
     caption = f"a large matrix product: {ceiling:.3g} TFLOP/s"
-    console.print(
-        bench.table(title, rows, f"{caption}; nucsam and plain differ by at most: {checks}" if checks else "")
-    )
+    caption += f"; nucsam and plain differ by at most: {checks}" if checks else ""
+    console.print(bench.table(title, rows, caption))
     for name in document["out_of_memory"]:
         console.print(f"{name}: out of memory")
     for stage, found in document["ratios"].items():
         for name, of in found.items():
-            bar = f"  bar: {BARS[stage]}" if name == "plain" else ""
-            console.print(f"{stage}, against {name}: " + ", ".join(f"{k} {v:.2f}" for k, v in of.items()) + bar)
-    console.print(bench.table("memory of a training step, MiB", document["memory_mib"]))
+            said = ", ".join(f"{key}{eager if key == 'saved' else ''} {value:.2f}" for key, value in of.items())
+            console.print(f"{stage}, against {name}: {said}")
+    for bar, met in document["bars"].items():
+        console.print(f"bar: {bar}: {'met' if met else 'MISSED'}")
+    about = f"activations: what autograd saves{eager}; held: weights, optimizer, average and the peak, gradients in it"
+    console.print(bench.table("memory of a training step, MiB", document["memory_mib"], about))
     profile = document["profile_ms_per_image"]
     parts = {part: {name: of[part] for name, of in profile.items()} for part in next(iter(profile.values()))}
     clock = "wall" if document["device"] != "cpu" else "CPU"
-    about = f"{clock} ms an image, no loader workers; the peers' loader makes augmentation and targets"
+    about = f"{clock} ms an image{eager}, no loader workers; the peers' loader makes augmentation and targets"
     console.print(bench.table(f"where a step's time goes: {about}; targets are part of the loss too", parts))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = bench.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=4, help="batches in a turn of the pipeline")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader workers to choose from")
+    parser.add_argument("--steps", type=bench.integer(), default=4, help="that a turn of the pipeline counts")
+    parser.add_argument("--workers", type=bench.integer(0), nargs="+", default=[0, 2], help="of the loader, to try")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--config", type=Path, help="of nucsam, such as configs/nuinsseg.toml; none = the defaults")
     parser.add_argument("--compile", action="store_true", help="torch.compile encoder and head of every way")
-    parser.add_argument(
-        "--memory-cap", type=float, default=0.0, metavar="GIB", help="of the GPU's allocator; 15 = a T4"
-    )
-    parser.add_argument("--snapshot", type=Path, help="write the allocations of a step of the first way here")
+    parser.add_argument("--memory-cap", type=bench.integer(0), default=0, metavar="GIB", help="15 = a T4; 0 = none")
+    about = "write the allocations of a step of the first way here, with Python stacks, for pytorch.org/memory_viz"
+    parser.add_argument("--snapshot", type=bench.new_file, help=about)
     args = bench.parse(parser, arguments)
-    if args.device == "cpu" and (args.memory_cap or args.snapshot):
-        parser.error("--memory-cap, --snapshot: found --device cpu, but these are of a GPU's allocator; expected cuda")
-    config = configuration.load(args.config) if args.config else Config()
-    config = replace(config, data=replace(config.data, crop=round(args.image_size / config.data.scale)))
+    try:
+        config = configuration.load(args.config) if args.config else Config()
+        config = replace(config, data=replace(config.data, crop=round(args.image_size / config.data.scale)))
+    except ValueError as error:
+        parser.error(f"--config: {error}")
+    if (found := (config.model.train, config.model.head)) != (expected := ("lora", "instance")):
+        parser.error(f"--config: found model.train, model.head = {found}, expected {expected}")
     run, console = Bench(args, config), Console(width=120)
+    args.device = str(run.device)
+    if not run.cuda and (args.memory_cap or args.snapshot):
+        parser.error("--memory-cap, --snapshot: found --device cpu, but these are of a GPU's allocator; expected cuda")
     if args.memory_cap:
         part = args.memory_cap * 2**30 / torch.cuda.get_device_properties(run.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(part)
+        torch.cuda.set_per_process_memory_fraction(min(part, 1.0))
+        args.memory_cap *= part < 1  # a GPU that has no more, such as a T4, is as it is
     with tempfile.TemporaryDirectory() as folder:
-        write_dataset(Path(folder) / "data", images=args.batch * args.steps, size=SIDE, seed=0)
+        size = max(SIDE, window(run.crop, config.augment))
+        write_dataset(Path(folder) / "data", images=max(args.batch, IMAGES), size=size, seed=0)
         samples = Samples(find_records(Path(folder) / "data"), progress=False)
-    images = torch.stack([torch.from_numpy(samples[i].image) for i in range(args.batch)]).permute(0, 3, 1, 2)
-    images = nn.functional.interpolate(images.float(), (args.image_size, args.image_size), mode="bilinear")
+    crops = Crops(samples, window=run.crop, seed=0)
+    batch = default_collate([crops[0, i] for i in range(args.batch)])
+    images, labels = batch["image"].float(), batch["label"]
+    images = nn.functional.interpolate(images, (args.image_size, args.image_size), mode="bilinear")
     base = random_base(images)
     images = images.to(run.device).contiguous()  # NCHW, as loaders give it
 
     ways = build(base, samples, config, run.device, args.ways)
     if not peft and {"plain", "report"} & set(args.ways):
         console.print("plain, report: skipped, peft is not installed")
-    checks = check(run, ways["nucsam"], ways["plain"], images) if {"nucsam", "plain"} <= ways.keys() else {}
-    fit = those_that_fit(run, ways)
-    found = measure(run, fit, images, args)
+    built, both = list(ways), {"nucsam", "plain"} <= ways.keys()
+    checks = check(run, ways["nucsam"], ways["plain"], images[:1], labels[:1]) if both else {}
+    alone = those_that_fit(ways, lambda way: trial(run, way, images, labels, args.compile))
+    if not ways:
+        raise SystemExit(f"found none of {', '.join(args.ways)} that is installed and fits in the memory of the device")
+    if run.cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    found = measure(run, ways, alone, images, args.workers)
+    if run.cuda and len(built) == 1:
+        alone[built[0]]["memory"]["reserved"] = torch.cuda.max_memory_reserved() / 2**20
     if args.snapshot:
-        way = next(iter(fit.values()))
-        snapshot(args.snapshot, lambda: run.step(way, run.loaded(way)))
-    peers = [name for name in fit if name != "nucsam"] if "nucsam" in fit else []
+        way = next(iter(ways.values()))
+        snapshot(args.snapshot, partial(run.step, way, run.loaded(way)))
+    peers = [name for name in ways if name != "nucsam"] if "nucsam" in ways else []
     document = {"benchmark": "train_step", **bench.asked(args), "crop": run.crop}
     document |= {**run.about(["peft"] if peft else []), "ceiling": run.ceiling(), **found, "checks": checks}
     document |= {
-        "out_of_memory": [name for name in ways if name not in fit],
-        "trained": {name: sum(p.numel() for p in way.weights) for name, way in fit.items()},
-        "ratios": {s: {name: ratios(found[s]["nucsam"], found[s][name]) for name in peers} for s in BARS},
+        "profile_ms_per_image": {name: of["profile"] for name, of in alone.items()},
+        "memory_mib": {name: of["memory"] for name, of in alone.items()},
+        "out_of_memory": [name for name in built if name not in ways],
+        "trained": {name: sum(p.numel() for p in way.weights) for name, way in ways.items()},
+        "ratios": {s: {name: ratios(found[s]["nucsam"], found[s][name]) for name in peers} for s in STAGES},
     }
+    document["bars"] = bars(document)
     show(console, document)
     bench.finish(document, args.json)
 
 
-def build(
-    base: Base, samples: Samples, config: Config, device: torch.device, wanted: Sequence[str] = WAYS
-) -> dict[str, Way]:
+def build(base: Base, samples: Samples, config: Config, device: torch.device, wanted: Sequence[str]) -> dict[str, Way]:
     """The ways wanted that can be built; the plain one has a copy of nucsam's head."""
     own, full = ours(base, samples, config, device), replace(config, model=replace(config.model, train="full"))
-    adapted = [name for name, part in own.encoder.named_modules() if isinstance(part, LoRALinear)]
     makers: dict[str, Callable[[], Way]] = {"nucsam": lambda: own}
     if peft:
-        makers["plain"] = lambda: plain(base, samples, config, device, own.head, adapted)
+        makers["plain"] = lambda: plain(base, samples, config, device, own)
         makers["report"] = lambda: report(base, samples, config, device)
     makers["full"] = lambda: ours(base, samples, full, device)
     return {name: make() for name, make in makers.items() if name in wanted}

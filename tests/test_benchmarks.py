@@ -2,6 +2,9 @@
 
 import json
 import sys
+import weakref
+from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 from scipy import ndimage
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from nucsam.encoder import Encoder
 from nucsam.lora import LoRALinear
@@ -47,6 +51,7 @@ def run(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.Machine, "ceiling", lambda _: {"tflops": 0.1, "gb_per_s": 10.0})
     monkeypatch.setattr(data, "SIDE", 96)
     monkeypatch.setattr(train_step, "SIDE", 96)
+    monkeypatch.setattr(train_step, "IMAGES", 2)
     monkeypatch.setattr(inference, "PERIOD", 512)
 
     def call(script, *arguments):
@@ -110,6 +115,27 @@ def test_turns_are_taken_and_the_first_is_not_counted(machine, monkeypatch):
     assert rows["a"].keys() == {"ms", "ms_min", "ms_max", "cpu_ms"}
 
 
+def test_a_call_may_start_and_stop_its_clock(machine, monkeypatch):
+    seconds = [0.0, 0.0]  # wall, CPU
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: seconds[0])
+    monkeypatch.setattr(bench.time, "process_time", lambda: seconds[1])
+    monkeypatch.setattr(bench, "_children_seconds", lambda: 0.0)
+
+    def work(wall, cpu):
+        seconds[0] += wall
+        seconds[1] += cpu
+
+    def call(_):
+        work(100, 50)
+        machine.start()
+        work(4, 2)
+        machine.stop()
+        work(1000, 500)
+
+    found = machine.turns({"whole": lambda _: work(3, 1), "part": call}, 3)
+    assert [found[name][key] for name in ("whole", "part") for key in ("ms", "cpu_ms")] == [3000, 1000, 4000, 2000]
+
+
 def test_peak_is_that_of_the_call(machine):
     assert machine.peak_mib(lambda: np.ones(40 * 2**17)) == pytest.approx(40, abs=5)
     assert machine.peak_mib(lambda: None) < 5
@@ -170,20 +196,31 @@ def test_the_stock_encoder_runs_at_any_size(base):
 
 def test_train_step(run):
     ways = ["nucsam", "full", *(["plain", "report"] if train_step.peft else [])]
-    document = run(train_step, "--image-size", "64", "--steps", "1", "--workers", "0")
+    document = run(train_step, "--image-size", "64", "--steps", "1", "--workers", "0", "1")
     assert set(document["trained"]) == set(ways)
     assert document["trained"]["full"] > 5 * document["trained"]["nucsam"]
-    for stage in ("encoder", "pipeline"):
+    for stage in ("encoder", "step", "pipeline"):
         assert set(document[stage]) == set(ways)
         assert set(document["ratios"][stage]) == set(ways) - {"nucsam"}
         for row in document[stage].values():
             assert row.keys() >= TIMES | {"peak_mib", "saved_mib", "cpu_s_per_image", "flops", "tflops_per_s"}
             assert row["images_per_second"] == pytest.approx(1000 / row["ms"])
-        memory = document["memory_mib"]
-    assert memory["nucsam"].keys() >= {"weights", "gradients", "optimizer", "activations"}
+    memory, averaged = document["memory_mib"], ("nucsam", "full")
     for name, trained in document["trained"].items():
-        assert memory[name]["gradients"] == pytest.approx(4 * trained / 2**20)
-        assert memory[name]["optimizer"] == pytest.approx(8 * trained / 2**20, rel=0.01)  # two moments, and counters
+        of = memory[name]
+        assert of["gradients"] == pytest.approx(4 * trained / 2**20)
+        assert of["optimizer"] == pytest.approx(8 * trained / 2**20, rel=0.01)  # two moments, and counters
+        assert of["average"] == pytest.approx(
+            4 * trained / 2**20 if name in averaged else 0, rel=0.01
+        )  # and the norms'
+        assert of["held"] == pytest.approx(
+            sum(of[key] for key in ("weights", "optimizer", "average", "peak_of_a_step"))
+        )
+        assert of["activations"] == document["step"][name]["saved_mib"] == document["pipeline"][name]["saved_mib"]
+        assert (
+            document["encoder"][name]["flops"] < document["step"][name]["flops"] <= document["pipeline"][name]["flops"]
+        )
+    profile = document["profile_ms_per_image"]
     parts = {
         "encoder, frozen part",
         "encoder, adapted part",
@@ -193,7 +230,19 @@ def test_train_step(run):
         "optimizer",
         "transfer",
     }
-    assert set(document["profile_ms_per_image"]["nucsam"]) >= parts
+    assert profile["nucsam"].keys() >= parts
+    assert profile["nucsam"]["encoder, frozen part"] > 0
+    assert profile["full"]["encoder, frozen part"] == 0
+    assert set(document["bars"]) == ({"encoder, speed >= 1.2, saved <= 0.75"} if "plain" in ways else set())
+
+
+def test_train_step_compiled(run, monkeypatch):
+    """The graphs are those of the compiler, run as they are."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    document = run(train_step, "--image-size", "64", "--steps", "1", "--workers", "0", "--ways", "nucsam", "--compile")
+    assert counter.frame_count >= 2  # encoder and head
+    assert document["step"]["nucsam"]["saved_mib"] > 0
 
 
 def test_the_report_trains_lora_on_the_forty_live_layers(base):
@@ -211,29 +260,101 @@ def test_the_frozen_part_ends_where_the_first_weight_trains():
     net.requires_grad_(False)
     net[1][1].requires_grad_(True)
     net[2].requires_grad_(True)
-    seen = []
-    for number, part in enumerate((net[0], net[1][0], net[1][1], net[2])):
-        part.register_forward_hook(lambda *_, n=number: seen.append(n))
-    with train_step.on_first_trained(net, lambda: seen.append("here")):
-        net(torch.ones(1, 2))
-    net(torch.ones(1, 2))
-    assert seen == [0, 1, "here", 2, 3, 0, 1, 2, 3]
+    assert train_step.first_trained(net) is net[1][1]
 
 
-def test_what_does_not_fit_is_left_out(machine):
-    class Run:
-        def loaded(self, way):
-            return way
-
-        def step(self, way, batch):
-            if way.large:
-                raise torch.OutOfMemoryError
-
+def test_what_does_not_fit_is_left_out_and_freed(monkeypatch):
     class Way:
         def __init__(self, large):
-            self.large, self.optimizer = large, torch.optim.SGD([torch.zeros(1)])
+            self.large = large
 
-    assert list(train_step.those_that_fit(Run(), {"a": Way(True), "b": Way(False)})) == ["b"]
+        def trial(self):
+            activations.append(weakref.ref(kept := torch.zeros(1)))
+            if self.large:
+                raise torch.OutOfMemoryError
+            return len(kept)
+
+    activations, left, ways = [], [], {"a": Way(True), "b": Way(False), "c": Way(True)}
+    large = [weakref.ref(ways[name]) for name in "ac"]
+    # An emptied cache gives back what is free by then.
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.append((large[len(left)](), activations[-1]())))
+    assert train_step.those_that_fit(ways, Way.trial) == {"b": 1}
+    assert list(ways) == ["b"]
+    assert left == [(None, None)] * 2
+
+
+def test_none_that_fits_is_a_message(run, monkeypatch):
+    def trial(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train_step, "trial", trial)
+    with pytest.raises(SystemExit, match="found none of nucsam, full that is installed and fits"):
+        run(train_step, "--image-size", "64", "--ways", "nucsam", "full")
+
+
+def test_a_turn_of_the_pipeline_counts_a_loader_under_way(monkeypatch):
+    """Of two workers: a step for each before the clock starts, and two batches each that are only drained."""
+
+    class Loader:
+        num_workers, batch_sampler = 2, data.EpochBatches([0], batch=1)
+
+        def __iter__(self):
+            for number in range(9):
+                events.append(f"load {number}")
+                yield number
+
+    args = bench.parse(bench.parser(""), SMALL)
+    args.steps, events = 3, []
+    bench_of_three = train_step.Bench(args, train_step.Config())
+    for name in ("start", "stop"):
+        monkeypatch.setattr(bench_of_three, name, lambda name=name: events.append(name))
+    monkeypatch.setattr(bench_of_three, "step", lambda _, number: events.append(f"step {number}"))
+    bench_of_three.epoch(None, Loader(), 7)
+    assert Loader.batch_sampler.epoch == 7
+    first, counted = ([word for n in part for word in (f"load {n}", f"step {n}")] for part in (range(2), range(2, 5)))
+    assert events == [*first, "start", *counted, "stop", *(f"load {number}" for number in range(5, 9))]
+    way = Namespace(data=range(4))
+    assert [len(bench_of_three.loader(way, workers)) for workers in (0, 2)] == [3, 9]
+
+
+BARS = {
+    ("cpu", 256, "fp32", 1): {"encoder, speed >= 1.2, saved <= 0.75": False},
+    ("cpu", 512, "bf16", 4): {"encoder, speed >= 1.2, saved <= 0.75": False, "pipeline, speed >= 1.5": True},
+    ("cuda:0", 1024, "fp16", 4): {"pipeline, speed >= 3": False, "nucsam within 6 GiB": True},
+    ("cuda:0", 1024, "bf16", 4): {"nucsam within 6 GiB": True},
+    ("cuda:0", 1024, "fp16", 16): {},
+}
+
+
+@pytest.mark.parametrize("made", BARS)
+def test_bars_of_a_device_size_dtype_and_batch(made):
+    ratios = {"encoder": {"speed": 1.3, "saved": 0.8}, "step": {"speed": 2.0}, "pipeline": {"speed": 2.0}}
+    document = dict(zip(("device", "image_size", "dtype", "batch"), made))
+    document |= {"compile": False, "ratios": {stage: {"plain": of} for stage, of in ratios.items()}}
+    document |= {"memory_mib": {"nucsam": {"held": 6000}}}
+    assert train_step.bars(document) == BARS[made]
+    document["memory_mib"]["nucsam"]["reserved"] = 6145  # what the allocator took counts, where it is known
+    assert not train_step.bars(document).get("nucsam within 6 GiB", False)
+    document["ratios"] = {stage: {} for stage in ratios}
+    assert not [bar for bar in train_step.bars(document) if "speed" in bar]
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        (["--steps", "0"], "--steps: found 0, expected at least 1"),
+        (["--workers", "0", "-1"], "--workers: found -1, expected at least 0"),
+        (["--memory-cap", "-1"], "--memory-cap: found -1, expected at least 0"),
+        (["--config", "none.toml"], "--config: none.toml: no such configuration file"),
+        (["--config", "configs/report.toml"], "--config: found model.train, model.head = ('lora', 'sam')"),
+        (["--snapshot", "none/such.pickle"], "--snapshot: found no folder none"),
+    ],
+)
+def test_mistakes_of_a_training_step_are_named(option, message, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(SystemExit):
+        train_step.main(["--device", "cpu", *option])
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("option", [["--memory-cap", "15"], ["--snapshot", "x.pickle"]])
