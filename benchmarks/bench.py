@@ -252,7 +252,7 @@ def spread(row: Mapping[str, float]) -> str:
 def asked(args: argparse.Namespace) -> dict[str, Any]:
     """The options for the document."""
     found = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    if isinstance(found.get("config"), Config):
+    if "config" in found:
         found["config"] = configuration.differences(Config(), args.config)
     return found
 

@@ -65,7 +65,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout that is not ins
 import bench
 from stock import embed, stock_sam
 
-from nucsam import config as configuration
 from nucsam import losses, model, targets
 from nucsam.augment import augment, window
 from nucsam.base import Base, load_base
@@ -663,17 +662,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=bench.integer(), default=4, help="that a turn of the pipeline counts")
     parser.add_argument("--workers", type=bench.integer(0), nargs="+", default=[0, 2], help="of the loader, to try")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
-    parser.add_argument("--config", type=Path, help="of nucsam, such as configs/nuinsseg.toml; none = the defaults")
+    bench.add_config(parser)
     parser.add_argument("--compile", action="store_true", help="torch.compile encoder and head of every way")
     parser.add_argument("--memory-cap", type=bench.integer(0), default=0, metavar="GIB", help="15 = a T4; 0 = none")
     about = "write the allocations of a step of the first way here, with Python stacks, for pytorch.org/memory_viz"
     parser.add_argument("--snapshot", type=bench.new_file, help=about)
     args = bench.parse(parser, arguments)
-    try:
-        config = configuration.load(args.config) if args.config else Config()
-        config = replace(config, data=replace(config.data, crop=round(args.image_size / config.data.scale)))
-    except ValueError as error:
-        parser.error(f"--config: {error}")
+    config = bench.cropped(args.config, args.image_size)
     if (found := (config.model.train, config.model.head)) != (expected := ("lora", "instance")):
         parser.error(f"--config: found model.train, model.head = {found}, expected {expected}")
     run, console = Bench(args, config), Console(width=120)
