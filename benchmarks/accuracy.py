@@ -11,11 +11,10 @@ model, seed and fold, a run directory of `nucsam train` under RUNS; jobs are sha
 where killed as those of `nucsam folds` are. One metric is the mean over a fold's images, then over folds.
 
 `--pretrain` first trains on other images (folders in NuInsSeg's layout), on all but the inner split that chooses the
-epoch, by the images, augmentation and epochs of configs/standin.toml, then `--pretrain-set`: each U-Net, and nucsam's
-LoRA and head on `model.weights`, once for each head and scale. Every model starts from its own; each U-Net has a row
-from scratch beside it. Models that are `straight` start from `model.weights` themselves: `lora-straight`, and beside
-it the report's recipe, the sam heads and the scales. Where `model.weights` is none, all of nucsam's weights are
-pretrained, as a stand-in for MobileSAM's, and no model is straight.
+epoch, by the images, augmentation and epochs of configs/standin.toml, then `--pretrain-set`: each U-Net, which has a
+row from scratch beside it, and of nucsam `lora-pretrained`, the LoRA and head of a base that `lora` then starts from.
+All others of nucsam start from `model.weights` themselves. Where these are none, all of nucsam's weights are
+pretrained, once for each head and scale, as a stand-in for MobileSAM's that each starts from.
 
 Writes RUNS/accuracy.md, .json, .csv (a line a run) and .png; prints the table, then one JSON line.
 """
@@ -70,7 +69,7 @@ class Model:
     net: str = ""  # of unets.NETS; "" = nucsam
     file: str = ""  # in configs/: its values in place of the common ones
     tta: str = ""  # the model whose runs are scored again, with test-time augmentation
-    straight: bool = False  # from MobileSAM's weights, also where others pretrain
+    pretrains: bool = False  # on other images, also from MobileSAM's weights; U-Nets do
 
 
 def _rank(rank: int) -> Model:
@@ -82,7 +81,7 @@ MODELS = {
         name: Model(UNET, net=name)
         for name in ("shallow", "deep", "attention", "residual-attention", "two-stage", "dual-decoder")
     },
-    "report": Model(file="report.toml", straight=True),
+    "report": Model(file="report.toml"),
     "lora": Model(),
     "head": Model({"model.train": "head"}),
     "full": Model({"model.train": "full", "train.lr_adapter": 2e-4}),  # what LoRA needs is too much for all weights
@@ -90,20 +89,19 @@ MODELS = {
     "lora-qkv": Model({"model.pattern": ATTENTION + "qkv"}),
     "lora-attention": Model({"model.pattern": ATTENTION + "(qkv|proj)"}),
     "lora-attention-mlp": Model({"model.pattern": r"image_encoder\..*\.(attn\.(qkv|proj)|mlp\.fc[12])"}),
-    "lora-straight": Model(straight=True),
-    "sam": Model({"model.head": "sam"}, straight=True),
-    "sam-attention": Model({"model.head": "sam", "model.pattern": ATTENTION + "(qkv|proj)"}, straight=True),
+    "lora-pretrained": Model(pretrains=True),
+    "sam": Model({"model.head": "sam"}),
+    "sam-attention": Model({"model.head": "sam", "model.pattern": ATTENTION + "(qkv|proj)"}),
     "sam-attention-decoder": Model(
-        {"model.head": "sam", "model.pattern": rf"{ATTENTION}(qkv|proj)|mask_decoder\..*attn.*\.([qkv]|out)_proj"},
-        straight=True,
+        {"model.head": "sam", "model.pattern": rf"{ATTENTION}(qkv|proj)|mask_decoder\..*attn.*\.([qkv]|out)_proj"}
     ),
     "no-cross-entropy": Model({"loss.cross_entropy": 0.0}),
     "no-tversky": Model({"loss.tversky": 0.0}),
     "no-distance": Model({"loss.distance": 0.0}),
     "distance-1": Model({"loss.distance": 1.0}),
     "boundary-1": Model({"loss.boundary": 1.0}),
-    "scale-1": Model({"data.scale": 1.0}, straight=True),
-    "scale-2": Model({"data.scale": 2.0}, straight=True),
+    "scale-1": Model({"data.scale": 1.0}),
+    "scale-2": Model({"data.scale": 2.0}),
     "tta": Model(tta="lora"),
     "no-ema": Model({"train.ema": 0.0}),
 }
@@ -114,7 +112,7 @@ BARS = (  # what is asked, row, the rows whose best it is compared with, metric,
     ("lora at least 4 AJI over the best U-Net", "lora", UNETS, "aji", 4.0),
     ("lora at least 4 PQ over the best U-Net", "lora", UNETS, "pq", 4.0),
     ("lora within 2 AJI of full", "lora", ("full",), "aji", -2.0),
-    ("instance head at least 5 AJI over the sam head", "lora-straight", ("sam",), "aji", 5.0),
+    ("instance head at least 5 AJI over the sam head", "lora", ("sam",), "aji", 5.0),
 )
 
 
@@ -150,8 +148,8 @@ class Plan:
 
     def pretrains(self, name: str) -> bool:
         """Whether a model has a pretrained row."""
-        straight = MODELS[name].straight and self.common.model.weights != "none"
-        return bool(self.pretrain) and not straight
+        model = MODELS[name]
+        return bool(self.pretrain) and bool(model.net or model.pretrains or self.common.model.weights == "none")
 
     def settings(self, name: str) -> Config:
         """A model's configuration; fold and seed are the common ones."""

@@ -81,7 +81,7 @@ def test_every_model_has_a_configuration():
     assert len(asked.models) == 30 and asked.models == tuple(accuracy.MODELS)
     changes = {name: config.differences(asked.common, asked.settings(name)) for name in asked.models}
     same = {name for name, lines in changes.items() if not lines}
-    assert same == {"lora", "lora-straight", "rank-4", "lora-attention-mlp", "scale-1", "tta"}
+    assert same == {"lora", "lora-pretrained", "rank-4", "lora-attention-mlp", "scale-1", "tta"}
     assert changes["rank-16"] == ["model.rank: 4 -> 16", "model.alpha: 4.0 -> 16.0"]
     assert changes["no-ema"] == ["train.ema: 0.99 -> 0.0"]
     assert all(asked.settings(name).data.scale == 1.0 for name in unets.NETS)
@@ -157,20 +157,20 @@ def test_each_starts_from_its_own_pretraining():
         assert jobs[name].trainer[-2:] == ("--export", f"runs/pretrain/{base}")
 
 
-def test_with_mobilesams_weights_lora_is_pretrained_and_the_report_is_not():
-    asked = plan("--models", "deep,report,lora,full,lora-straight,tta", "--pretrain", "a", "model.weights=auto")
+def test_from_mobilesams_weights_only_one_row_of_nucsam_is_pretrained():
+    models = "deep,report,lora,lora-pretrained,tta"
+    asked = plan("--models", models, "--pretrain", "a", "model.weights=auto")
     deep, base = asked.pretraining()
     assert (deep.run.name, base.run.name) == ("deep", "nucsam-instance-scale-1")
     assert (base.config.model, base.config.train.lr_adapter) == (asked.common.model, asked.common.train.lr_adapter)
     assert (base.config.augment, base.config.train.epochs) == (deep.config.augment, deep.config.train.epochs)
     jobs = {job.run.parts[1]: job for job in [*asked.training(again=False), *asked.training(again=True)]}
-    assert list(jobs) == ["deep", "deep-scratch", "report", "lora", "full", "lora-straight", "tta"]
-    for name in ("report", "lora-straight"):
+    assert list(jobs) == ["deep", "deep-scratch", "report", "lora", "lora-pretrained", "tta"]
+    for name in ("report", "lora"):
         assert jobs[name].config.model.weights == "auto" and "--export" not in jobs[name].trainer
-    for name in ("lora", "full"):
-        assert jobs[name].config.model.weights == "runs/pretrain/nucsam-instance-scale-1.safetensors"
+    assert jobs["lora-pretrained"].config.model.weights == "runs/pretrain/nucsam-instance-scale-1.safetensors"
     assert jobs["tta"].trainer[-2:] == ("--tta-of", "runs/lora/seed0/fold4")
-    alone = plan("--models", "lora,lora-straight", "model.weights=auto", "--folds", "0")
+    alone = plan("--models", "lora,lora-pretrained", "model.weights=auto", "--folds", "0")
     assert [job.run.as_posix() for job in alone.training(again=False)] == ["runs/lora/seed0/fold0"]
 
 
