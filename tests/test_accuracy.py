@@ -48,7 +48,7 @@ base = {"source": tables["model"]["weights"]}
 scores = {"epoch": 2, "epoch_chosen_by": chosen, "base": base, "headline": headline}
 (out / "scores.json").write_text(json.dumps(scores))
 """
-SHORT = ["train.epochs=2", "train.validate_every=1", "model.weights=none", "data.crop=64"]
+SHORT = ["train.epochs=2", "train.validate_every=1", "model.weights=none", "data.crop=64", "data.scale=1"]
 
 
 @pytest.fixture

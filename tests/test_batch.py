@@ -52,7 +52,7 @@ def test_an_export_predicts_as_its_run(trained):
     assert np.abs(next(one.maps([some_image()])) - same).max() > 1e-3
     config = checkpoint.open_run(run)[1]
     for p in (one, other):
-        assert (p.scale, p.instances, p.tile, p.overlap, p.batch) == (1.0, config.instances, 256, 32, 1)
+        assert (p.scale, p.instances, p.tile, p.overlap, p.batch) == (1.0, config.instances, 256, 8, 1)
         assert not p.model.training and p.autocast is None
 
 
