@@ -70,10 +70,10 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     """The options given, looked over; torch gets its threads."""
     args = parser.parse_args(arguments)
     try:
-        device = find_device(args.device)
+        args.device = str(find_device(args.device))  # cpu or cuda:N, and no other way to say so
     except ValueError as error:
         parser.error(str(error))
-    if args.dtype == "fp16" and device.type == "cpu":
+    if args.dtype == "fp16" and args.device == "cpu":
         parser.error("--dtype fp16: a CPU would compute in fp32, expected fp32 or bf16 there")
     torch.set_num_threads(args.threads)
     return args
@@ -88,9 +88,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    parser.add_argument(
-        "--config", type=read, default=Config(), metavar="CONFIG.toml", help="nucsam's, not the defaults"
-    )
+    parser.add_argument("--config", type=read, default=Config(), metavar="CONFIG.toml", help="else nucsam's defaults")
 
 
 def cropped(config: Config, side: int) -> Config:
@@ -102,9 +100,9 @@ class Machine:
     """A device and a dtype: clocks, peak memory, ceilings."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.device, self.dtype = find_device(args.device), DTYPES[args.dtype]
+        self.device, self.dtype = torch.device(args.device), DTYPES[args.dtype]
         self.cuda = self.device.type == "cuda"
-        if self.cuda and self.device.index is not None:
+        if self.cuda:
             torch.cuda.set_device(self.device)  # whose clock and memory are looked at
         # Which of the milliseconds of `turns` to compare by: CPU time says all only with one thread of torch.
         self.clock = "ms" if self.cuda or args.threads > 1 else "cpu_ms"
@@ -194,6 +192,11 @@ class Machine:
                 **{name: version(name) for name in (*PACKAGES, *packages)},
             },
         }
+
+
+def host(args: argparse.Namespace) -> Machine:
+    """The CPU, for what runs there beside any device."""
+    return Machine(argparse.Namespace(**vars(args) | {"device": "cpu"}))
 
 
 def _gpu() -> str:

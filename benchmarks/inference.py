@@ -57,7 +57,7 @@ from train_step import random_base
 
 from nucsam import batch, model, outputs
 from nucsam.config import Config
-from nucsam.predict import Predictor
+from nucsam.predict import SHARE, Predictor
 from nucsam.synthetic import make_image
 from nucsam.tiles import grid
 
@@ -150,7 +150,7 @@ def measure(machine: bench.Machine, args: argparse.Namespace, folder: Path) -> d
     seen = [0]  # model px
     net.register_forward_pre_hook(lambda _, inputs: seen.append(seen.pop() + inputs[0].numel() // 3))
     px = round(args.image_size / args.scale)
-    how = {"tile": px, "overlap": px // 32, "batch": args.batch, "instances": config.instances}
+    how = {"tile": px, "overlap": px // SHARE, "batch": args.batch, "instances": config.instances}
     autocast = None if args.dtype == "fp32" else machine.dtype
     predictor, done = Predictor(net, scale=args.scale, autocast=autocast, **how), {}
 
@@ -173,7 +173,7 @@ def measure(machine: bench.Machine, args: argparse.Namespace, folder: Path) -> d
 
         return turn
 
-    def whole(name: str, watched: bool, _: int = 0) -> None:
+    def whole(name: str, watched: bool, _: int) -> None:
         def call() -> None:
             before = seen[0]
             done[name]["tiles"], done[name]["nuclei"] = predict(predictor, files[name], folder / "out")
@@ -185,12 +185,11 @@ def measure(machine: bench.Machine, args: argparse.Namespace, folder: Path) -> d
         done[name] |= {"seconds_in": dict(spent)} if watched else {}
 
     def without_nuclei(name: str, _: int) -> None:
-        nothing = lambda maps, _: np.zeros(maps.shape[-2:], np.int32)  # noqa: E731
-        with patch.object(net, "instances", nothing):
+        with patch.object(net, "instances", lambda maps, _: np.zeros(maps.shape[-2:], np.int32)):
             predict(predictor, files[name], folder / "out")
 
     sizes = {"tiled": args.size, "images": SIDE}
-    image_side = grid(SIDE, px, px // 32, args.scale)[2]
+    image_side = grid(SIDE, px, px // SHARE, args.scale)[2]
     sides = {args.image_size, args.image_size // FITS * FITS or args.image_size, image_side}
     bare = {f"stock {side}": stock(f"stock {side}", side) for side in sorted(sides)}
     for warm in (*bare.values(), lambda _: predict(predictor, next(reversed(files.values()))[:1], folder / "out")):

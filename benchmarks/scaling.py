@@ -24,6 +24,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -81,8 +82,7 @@ def image_size(args: argparse.Namespace, folder: Path) -> Curves:
 
 
 def nuclei(args: argparse.Namespace, _: Path) -> Curves:
-    machine, found = bench.Machine(args), {}
-    host = bench.Machine(argparse.Namespace(**vars(args) | {"device": "cpu"}))
+    machine, host, found = bench.Machine(args), bench.host(args), {}
     for n in args.nuclei:
         labels = instances.scene(train_step.SIDE, n)
         maps = instances.maps_of(labels)
@@ -214,10 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--plot: found no folder {args.plot}, expected one that is there")
     if args.plot and not find_spec("matplotlib"):
         parser.error("--plot: matplotlib is not installed; pip install matplotlib")
-    gpus = torch.cuda.device_count()
-    if left := [n for n in args.processes if n > gpus and bench.Machine(args).cuda]:
+    gpus = math.inf if args.device == "cpu" else torch.cuda.device_count()
+    if left := [n for n in args.processes if n > gpus]:
         print(f"processes: {', '.join(map(str, left))} left out, there are {gpus} GPUs")
-        args.processes = [n for n in args.processes if n not in left]
+        args.processes = [n for n in args.processes if n <= gpus]
     console, results, exponents = Console(width=120), {}, {}
     for name in args.only:
         with tempfile.TemporaryDirectory() as folder:

@@ -677,7 +677,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if (found := (config.model.train, config.model.head)) != (expected := ("lora", "instance")):
         parser.error(f"--config: found model.train, model.head = {found}, expected {expected}")
     run, console = Bench(args, config), Console(width=120)
-    args.device = str(run.device)
     if not run.cuda and (args.memory_cap or args.snapshot):
         parser.error("--memory-cap, --snapshot: found --device cpu, but these are of a GPU's allocator; expected cuda")
     if args.memory_cap:

@@ -26,6 +26,7 @@ from nucsam.model import Nucsam, build
 from nucsam.tiles import Key, Tiles, Window, own, windows
 
 CORE, MARGIN = 1024, 128  # of a window, px at the trained magnification; a nucleus is up to MARGIN from its centroid
+SHARE = 32  # part of a tile's side that neighbours share, if not given
 RATIO = 8.0  # most that an image may be magnified or shrunk against those trained on
 
 
@@ -213,7 +214,7 @@ def load(
     tile = tile if tile is not None else max(config.data.crop, 256)
     options = {
         "tile": tile,
-        "overlap": overlap if overlap is not None else tile // 32,
+        "overlap": overlap if overlap is not None else tile // SHARE,
         "batch": batch if batch is not None else config.train.batch if where.type == "cuda" else 1,
         "ratio": config.data.scale / scale if scale else None,
     }
