@@ -2,11 +2,13 @@
 
     python benchmarks/accuracy.py [CONFIG.toml] [table.key=value ...] --out RUNS [--models musts] [--folds 0,1]
         [--seeds 0] [--pretrain DATA ...] [--pretrain-set table.key=value ...]
+        [--unets-set table.key=value ...]
     accelerate launch --multi_gpu --num_processes 4 benchmarks/accuracy.py ...              one job on each GPU
     ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 benchmarks/accuracy.py ...   two on the CPU
 
 Every model of `MODELS` is a table of differences from CONFIG.toml (configs/nuinsseg.toml) and the overrides, which hold
-for all: the same images, folds, epochs, batch and loop. `--models` takes names and the names of `SETS`. A job is one
+for all: the same images, folds, epochs, batch and loop (`--unets-set` holds for the U-Nets alone: more epochs, where
+the budget is time). `--models` takes names and the names of `SETS`. A job is one
 model, seed and fold, a run directory of `nucsam train` under RUNS; jobs are shared, skipped where finished and resumed
 where killed as those of `nucsam folds` are. One metric is the mean over a fold's images, then over folds.
 
@@ -130,6 +132,7 @@ class Plan:
     seeds: tuple[int, ...]
     pretrain: tuple[Path, ...] = ()
     pretrain_set: tuple[str, ...] = ()
+    unets_set: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.models if name not in MODELS]:
@@ -157,7 +160,8 @@ class Plan:
         if model.file:
             own = configuration.load(HERE.parent / "configs" / model.file).to_dict()
             tables = {t: {k: (v if k in SHARED.get(t, ()) else own[t][k]) for k, v in tables[t].items()} for t in own}
-        return changed(tables, model.differences, f"model {name}")
+        own = changed(tables, model.differences, f"model {name}")
+        return configuration.override(own.to_dict(), self.unets_set, "--unets-set") if model.net else own
 
     def asks(self, name: str) -> tuple[str, str, bool, Config]:
         """What tells a model's runs from another's."""
@@ -440,13 +444,11 @@ def markdown(plan: Plan, rows: Sequence[dict[str, Any]], met: Sequence[dict[str,
             _number(line["peak_gib"], 2),
         ]
         lines.append(["; ".join([f"`{line['model']}`", *marks]), *(_cell(line[metric]) for metric in METRICS), *facts])
-    counts = sorted({round(line["presentations"]) for line in rows if line["runs"]})
     notes = [
         f"Folds {_listed(plan.folds)} of {plan.common.data.folds}, seeds {_listed(plan.seeds)}. "
         "Percent: mean over a fold's images, then over folds; ± standard deviation over folds; in brackets over seeds.",
-        f"Budget of every model: {plan.common.train.epochs} epochs, {' to '.join(map(str, counts)) or 'no'} image "
-        f"presentations a run, batch {plan.common.train.batch * plan.common.train.accumulate}. Where the epoch is "
-        "chosen on the test images, the inner split is trained on too.",
+        f"Budget: {'; '.join(budgets(plan, rows)) or 'no run yet'}. Where the epoch is chosen on the test images, the "
+        "inner split is trained on too.",
         "Training: mean over runs, without validation. Inference: median of one image at a time, instances included. "
         "Peak: of the training process, validation included (resident on a CPU, allocated on a GPU).",
     ]
@@ -455,6 +457,17 @@ def markdown(plan: Plan, rows: Sequence[dict[str, Any]], met: Sequence[dict[str,
         cells = [[b["bar"], f"`{b['beside']}`", f"{b['difference']:+.2f}", _verdict(b)] for b in met]
         parts += ["## Bars", "", *_table(["bar", "best beside", "difference", ""], cells), ""]
     return "\n".join([*parts, "## Settings", "", *(f"- {text}" for text in settings_lines(plan)), ""])
+
+
+def budgets(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """For each budget, what a run of it had and which rows do."""
+    found: dict[str, list[str]] = {}
+    for line in rows:
+        if line["runs"]:
+            train = plan.settings(line["kind"]).train
+            text = f"{train.epochs} epochs of batch {train.batch * train.accumulate}"
+            found.setdefault(f"{text}, {line['presentations']:,.0f} image presentations", []).append(line["model"])
+    return [f"{text} ({'all' if len(found) == 1 else ', '.join(names)})" for text, names in found.items()]
 
 
 def settings_lines(plan: Plan) -> list[str]:
@@ -564,9 +577,8 @@ def parse(arguments: Sequence[str]) -> Plan:
     parser.add_argument("--folds", type=numbers, help="all if not given")
     parser.add_argument("--seeds", type=numbers, default=(0,))
     parser.add_argument("--pretrain", type=Path, action="append", default=[], metavar="DATA", help="may be repeated")
-    parser.add_argument(
-        "--pretrain-set", action="append", default=[], metavar="table.key=value", help="may be repeated"
-    )
+    for option in ("--pretrain-set", "--unets-set"):
+        parser.add_argument(option, action="append", default=[], metavar="table.key=value", help="may be repeated")
     args = parser.parse_intermixed_args(arguments)
     files = [text for text in args.settings if text.endswith(".toml")]
     if len(files) > 1:
@@ -574,7 +586,8 @@ def parse(arguments: Sequence[str]) -> Plan:
     path = Path(files[0]) if files else default_configuration()
     common = configuration.load(path, [text for text in args.settings if not text.endswith(".toml")])
     chosen = args.folds if args.folds is not None else tuple(range(common.data.folds))
-    return Plan(common, args.out, args.models, chosen, args.seeds, tuple(args.pretrain), tuple(args.pretrain_set))
+    overrides = {"pretrain_set": tuple(args.pretrain_set), "unets_set": tuple(args.unets_set)}
+    return Plan(common, args.out, args.models, chosen, args.seeds, tuple(args.pretrain), **overrides)
 
 
 def main(arguments: Sequence[str]) -> int:

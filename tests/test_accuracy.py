@@ -174,6 +174,24 @@ def test_from_mobilesams_weights_only_one_row_of_nucsam_is_pretrained():
     assert [job.run.as_posix() for job in alone.training(again=False)] == ["runs/lora/seed0/fold0"]
 
 
+def test_the_unets_budget_is_theirs_alone():
+    options = ["--pretrain", "a", "--pretrain-set", "train.epochs=7", "--unets-set", "train.epochs=8"]
+    asked = plan("--models", "deep,report,lora,head", *options)
+    epochs = {job.run.parts[1]: job.config.train.epochs for job in asked.training(again=False)}
+    assert epochs == {"deep": 8, "deep-scratch": 8, "report": 2, "lora": 2, "head": 2}
+    assert [job.config.train.epochs for job in asked.pretraining() if job.run.name == "deep"] == [7]
+    rows = [
+        {"model": n, "kind": n, "presentations": 2.0, "runs": n != "head"} for n in ("deep", "report", "lora", "head")
+    ]
+    assert accuracy.budgets(asked, rows) == [
+        "8 epochs of batch 4, 2 image presentations (deep)",
+        "2 epochs of batch 4, 2 image presentations (report, lora)",
+    ]
+    assert accuracy.budgets(asked, rows[1:]) == ["2 epochs of batch 4, 2 image presentations (all)"]
+    with pytest.raises(ValueError, match=r"did you mean train\.epochs"):
+        plan("--unets-set", "train.epoch=3").training(again=False)
+
+
 def test_mistakes_are_named():
     for arguments, message in (
         (["--models", "lora,unet"], "--models: found unet, expected unets, musts"),
