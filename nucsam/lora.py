@@ -94,6 +94,14 @@ def merged_state_dict(module: nn.Module) -> dict[str, Tensor]:
     return state | {f"{name}.weight": child.merged_weight() for name, child in _adapted(module)}
 
 
+def merge(module: nn.Module) -> None:
+    """Puts, in place, plain linear layers with the merged weights where `module` is adapted: it computes the same."""
+    for name, child in _adapted(module):
+        linear = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(child.merged_weight(), requires_grad=False), child.bias
+        module.set_submodule(name, linear.train(child.training))
+
+
 def _adapted(module: nn.Module) -> list[tuple[str, LoRALinear]]:
     return [(name, child) for name, child in module.named_modules() if isinstance(child, LoRALinear)]
 

@@ -52,7 +52,8 @@ class Nucsam(nn.Module):
         return self.head.instances(maps, config)
 
     def fold(self) -> "Nucsam":
-        """The model itself, in eval mode, for prediction alone: the norms of its head are in the convolutions."""
+        """The model itself, in eval mode, to predict alone: LoRA is merged, and the norms of its head are folded."""
+        lora.merge(self)
         for part in self.modules():
             if isinstance(part, Block):
                 part.fold()

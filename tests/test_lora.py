@@ -201,6 +201,13 @@ def test_merged_equals_unmerged_and_differs_from_base(sam):
         assert again.keys() == state.keys()
         assert all(torch.equal(again[name], state[name]) for name in state)
 
+    lora.merge(encoder)
+    assert not any(isinstance(module, lora.LoRALinear) for module in encoder.modules())
+    again = encoder.state_dict()
+    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+    assert all(torch.equal(a, b) for a, b in zip(encoder(images), merged(images), strict=True))
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
 
 def test_an_adapter_moves_to_another_model(sam):
     images = torch.rand(1, 3, 64, 64) * 255

@@ -61,10 +61,10 @@ def head_size(width: int) -> int:
     return lateral + down + sum(9 * a * b + 2 * b for a, b in blocks) + 4 * widths[-1] + 4
 
 
-# The norms of the head
+# Folding
 
 
-def test_folded_norms_make_the_same_maps(base):
+def test_a_folded_model_makes_the_same_maps(base):
     net = build(Model(), base, seed=0)
     x = torch.rand(2, 3, 96, 64, generator=torch.Generator().manual_seed(0)) * 255
     with torch.no_grad():
@@ -73,8 +73,12 @@ def test_folded_norms_make_the_same_maps(base):
             if isinstance(part, nn.BatchNorm2d):
                 nn.init.uniform_(part.weight, 0.5, 1.5)
                 nn.init.uniform_(part.bias, -0.5, 0.5)
+        for name, parameter in net.named_parameters():
+            if name.endswith("lora_B"):
+                nn.init.uniform_(parameter, -0.05, 0.05)
         expected = net.eval()(x, (96, 64))
         assert net.fold() is net
+        assert not any("lora_" in name for name in net.state_dict())
         assert not any(isinstance(part, nn.BatchNorm2d) for part in net.head.modules())
         assert torch.allclose(net(x, (96, 64)), expected, atol=1e-5)
 
