@@ -2,13 +2,11 @@
 
     python benchmarks/accuracy.py [CONFIG.toml] [table.key=value ...] --out RUNS [--models musts] [--folds 0,1]
         [--seeds 0] [--pretrain DATA ...] [--pretrain-set table.key=value ...]
-        [--unets-set table.key=value ...]
     accelerate launch --multi_gpu --num_processes 4 benchmarks/accuracy.py ...              one job on each GPU
     ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 benchmarks/accuracy.py ...   two on the CPU
 
 Every model of `MODELS` is a table of differences from CONFIG.toml (configs/nuinsseg.toml) and the overrides, which hold
-for all: the same images, folds, epochs, batch and loop (`--unets-set` holds for the U-Nets alone: more epochs, where
-the budget is time). `--models` takes names and the names of `SETS`. A job is one
+for all: the same images, folds, epochs, batch and loop. `--models` takes names and the names of `SETS`. A job is one
 model, seed and fold, a run directory of `nucsam train` under RUNS; jobs are shared, skipped where finished and resumed
 where killed as those of `nucsam folds` are. One metric is the mean over a fold's images, then over folds.
 
@@ -29,14 +27,16 @@ import math
 import os
 import resource
 import shutil
+import socket
 import statistics
 import sys
 import time
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout that is not installed
 from nucsam import config as configuration
-from nucsam import folds
+from nucsam import evaluate, folds
+from nucsam.atomic import write_text
 from nucsam.cli import default_configuration
 from nucsam.config import Config
 
@@ -53,7 +54,7 @@ METRICS = ("dice", "aji", "pq")
 TIMED = 16  # test images whose inference is timed, after one to warm up
 LINKED = "tissue images"  # what makes a folder of NuInsSeg's layout an organ
 GROUP = r"^(.*?)(_\d+)?$"  # images to pretrain on that are cut from one image differ in a last number
-UNET = {"data.scale": 1.0, "model.weights": "none", "train.lr_adapter": 1e-3, "train.lr_head": 1e-3}
+UNET = {"data.scale": 1.0, "model.weights": "none", "train.lr_adapter": 1e-3}
 ATTENTION = r"image_encoder\..*\.attn\."
 # A model from a file of its own takes all of that file but these, which are the benchmark's.
 SHARED = {
@@ -108,8 +109,14 @@ MODELS = {
     "no-ema": Model({"train.ema": 0.0}),
 }
 UNETS = tuple(name for name, model in MODELS.items() if model.net)
-MUSTS = (*UNETS, "report", "lora", "head", "full")
-SETS = {"unets": UNETS, "musts": MUSTS, "ablations": tuple(name for name in MODELS if name not in MUSTS), "all": MODELS}
+MUSTS = (*UNETS, "report", "sam", "lora", "head", "full")
+SETS = {
+    "unets": UNETS,
+    "musts": MUSTS,
+    "ablations": ("lora", *(name for name, model in MODELS.items() if name not in MUSTS and not model.pretrains)),
+    "all": tuple(MODELS),
+}
+LARGEST = 2.1  # millions of parameters that `lora` may train
 BARS = (  # what is asked, row, the rows whose best it is compared with, metric, least difference in points
     ("lora at least 4 AJI over the best U-Net", "lora", UNETS, "aji", 4.0),
     ("lora at least 4 PQ over the best U-Net", "lora", UNETS, "pq", 4.0),
@@ -132,7 +139,6 @@ class Plan:
     seeds: tuple[int, ...]
     pretrain: tuple[Path, ...] = ()
     pretrain_set: tuple[str, ...] = ()
-    unets_set: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.models if name not in MODELS]:
@@ -141,8 +147,18 @@ class Plan:
             raise ValueError(f"--folds: found {wrong}, expected 0 to {self.common.data.folds - 1}")
         if missing := {MODELS[name].tta for name in self.models} - {"", *self.models}:
             raise ValueError(f"--models: found one that scores the runs of {', '.join(missing)}, expected these too")
-        if any(path.resolve() == Path(self.common.data.root).resolve() for path in self.pretrain):
-            raise ValueError(f"--pretrain: found {self.common.data.root}, which is tested on; expected other images")
+        if alone := [name for name in self.models if MODELS[name].pretrains and not self.pretrain]:
+            raise ValueError(f"--models: found {', '.join(alone)}, expected --pretrain DATA with it")
+        for key, value, option in (
+            ("data.fold", self.common.data.fold, "--folds"),
+            ("train.seed", self.common.train.seed, "--seeds"),
+        ):
+            if value:
+                raise ValueError(f"{key}: found {value!r}, expected none beside {option}")
+        root, tested = Path(self.common.data.root), _organs(Path(self.common.data.root))
+        for path in self.pretrain:
+            if path.resolve() == root.resolve() or not tested.isdisjoint(_organs(path)):
+                raise ValueError(f"--pretrain: found {path}, with images that are tested on; expected others")
 
     def rows(self) -> list[tuple[str, bool]]:
         """(model, whether it is pretrained) in the order of the table."""
@@ -159,13 +175,14 @@ class Plan:
         model, tables = MODELS[MODELS[name].tta or name], self.common.to_dict()
         if model.file:
             own = configuration.load(HERE.parent / "configs" / model.file).to_dict()
+            longer = self.common.train.epochs / own["train"]["epochs"]
             tables = {t: {k: (v if k in SHARED.get(t, ()) else own[t][k]) for k, v in tables[t].items()} for t in own}
-        own = changed(tables, model.differences, f"model {name}")
-        return configuration.override(own.to_dict(), self.unets_set, "--unets-set") if model.net else own
+            tables["train"]["step_epochs"] = max(1, round(own["train"]["step_epochs"] * longer))  # its rate's shape
+        return changed(tables, model.differences, f"model {name}")
 
-    def asks(self, name: str) -> tuple[str, str, bool, Config]:
-        """What tells a model's runs from another's."""
-        return MODELS[name].net, MODELS[name].tta, self.pretrains(name), self.settings(name)
+    def asks(self, name: str) -> tuple[bool, Config]:
+        """What tells a model's runs from another's of its net."""
+        return self.pretrains(name), self.settings(name)
 
     def base(self, name: str) -> tuple[str, Config]:
         """Name and configuration of the pretraining that a model starts from."""
@@ -173,6 +190,7 @@ class Plan:
         recipe = tomllib.loads((HERE.parent / "configs" / "standin.toml").read_text(encoding="utf-8"))
         differences = {f"{table}.{key}": value for table, values in recipe.items() for key, value in values.items()}
         images = {"data.root": str(self.out / "pretrain" / "data"), "data.layout": "nuinsseg", "data.group": GROUP}
+        images["train.validate_every"] = min(self.common.train.validate_every, recipe["train"]["epochs"])
         differences |= images | {"data.select": "inner"}
         if model.net or self.common.model.weights != "none":
             whole = {n for n in differences if n.startswith("model.")} | {"train.lr_adapter"}
@@ -193,7 +211,8 @@ class Plan:
             key, settings = self.base(name)
             run, lock = self.out / "pretrain" / key, self.out / ".locks" / f"pretrain,{key}"
             command = trainer("--net", MODELS[name].net)
-            jobs[key] = folds.Job(f"pretraining {key}", settings.data.fold, settings, run, lock, command)
+            label = f"pretraining {key}"
+            jobs[key] = folds.Job(label, settings.data.fold, settings, run, lock, command, "benchmark.json")
         return [*jobs.values()]
 
     def training(self, again: bool) -> list[folds.Job]:
@@ -204,8 +223,9 @@ class Plan:
 
     def job(self, name: str, start: bool, seed: int, fold: int) -> folds.Job:
         """A row's run; a row that asks for what an earlier model of `MODELS` does has that model's."""
-        name = next(n for n in MODELS if self.asks(n) == self.asks(name))
-        model, settings, label = MODELS[name], self.settings(name), row_name(self, name, start)
+        kind = [n for n in MODELS if (MODELS[n].net, MODELS[n].tta) == (MODELS[name].net, MODELS[name].tta)]
+        name = next(n for n in kind if self.asks(n) == self.asks(name))
+        model, settings, label = MODELS[name], self.settings(name), row_name(name, start)
         settings = changed(settings.to_dict(), {"data.fold": fold, "train.seed": seed}, f"model {name}")
         run, place = self.out / label / f"seed{seed}" / f"fold{fold}", f"{label},seed{seed},fold{fold}"
         command = ["--net", model.net]
@@ -214,18 +234,23 @@ class Plan:
             if model.net:
                 command += ["--start", str(base / "adapter.safetensors")]
             else:
-                weights = base.with_name(f"{base.name}.safetensors")
+                weights = base / "merged.safetensors"
                 settings = changed(settings.to_dict(), {"model.weights": str(weights)}, f"model {name}")
                 command += ["--export", str(base)]
         if model.tta:
             command = ["--tta-of", str(self.job(model.tta, start, seed, fold).run)]
         label = f"{label}, seed {seed}"
-        return folds.Job(label, fold, settings, run, self.out / ".locks" / place, trainer(*command))
+        return folds.Job(label, fold, settings, run, self.out / ".locks" / place, trainer(*command), "benchmark.json")
 
 
-def row_name(plan: Plan, name: str, start: bool) -> str:
-    """A row's name, and its folder's: a model's, but of a U-Net from scratch where there is a pretrained one too."""
-    return f"{name}-scratch" if plan.pretrains(name) and not start else name
+def _organs(root: Path) -> set[Path]:
+    """The organs of a folder in NuInsSeg's layout, wherever they lie."""
+    return {path.parent.resolve() for path in root.glob(f"*/{LINKED}")}
+
+
+def row_name(name: str, start: bool) -> str:
+    """A row's name, and its folder's: a model's, and what tells a U-Net from scratch."""
+    return f"{name}-scratch" if MODELS[name].net and not start else name
 
 
 def changed(tables: dict[str, dict[str, Any]], differences: Mapping[str, Any], source: str) -> Config:
@@ -243,24 +268,46 @@ def trainer(*arguments: str) -> tuple[str, ...]:
 
 
 def link(roots: Iterable[Path], folder: Path) -> None:
-    """One data set of several in NuInsSeg's layout: `folder` gets a link for each organ of each.
+    """One data set of several in NuInsSeg's layout: `folder` holds a link for each organ of each.
 
-    ValueError where a root has none, or `folder` has links to others.
+    ValueError where a root has none, two have one name, or `folder` holds other links.
     """
-    wanted = {}
+    wanted: dict[str, Path] = {}
     for root in roots:
-        organs = [path.parent.resolve() for path in sorted(root.glob(f"*/{LINKED}"))]
-        if not organs:
+        links = {f"{root.resolve().name}, {organ.name}": organ for organ in _organs(root)}
+        if not links:
             raise ValueError(f"--pretrain: {root} holds no ORGAN/{LINKED}, expected a folder in NuInsSeg's layout")
-        wanted |= {f"{root.resolve().name}, {organ.name}": organ for organ in organs}
-    folder.mkdir(parents=True, exist_ok=True)
-    if others := sorted({path.name for path in folder.iterdir()} - wanted.keys()):
+        if twice := wanted.keys() & links.keys():
+            raise ValueError(f"--pretrain: found {root} beside another folder of that name, with {min(twice)} twice")
+        wanted |= links
+    if not folder.exists():
+        made = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
+        made.mkdir(parents=True)
+        for name, organ in wanted.items():
+            (made / name).symlink_to(organ, target_is_directory=True)
+        try:
+            made.rename(folder)  # whole, for a process beside
+        except OSError:  # that was faster
+            shutil.rmtree(made)
+    found = {path.name: path.resolve() for path in folder.iterdir()}
+    if other := sorted({name for name, _ in found.items() ^ wanted.items()}):
         raise ValueError(
-            f"--pretrain: {folder} has links to other data ({others[0]}), expected the same or another --out"
+            f"--pretrain: {folder} links to other data ({other[0]}), expected the same folders or another --out"
         )
-    for name, organ in wanted.items():
-        with suppress(FileExistsError):  # of a run before, or of a process beside
-            (folder / name).symlink_to(organ, target_is_directory=True)
+
+
+def check_images(plan: Plan) -> None:
+    """ValueError where a run that is there was of other images than `data.root` holds."""
+    paths = [job.run / "adapter.safetensors" for job in plan.training(again=False)]
+    if not (paths := [path for path in paths if path.is_file()]):
+        return
+    from nucsam import checkpoint, data, scoring
+
+    wanted = data.identity(scoring.find_images(plan.common.data)[0])
+    if other := [path for path in paths if checkpoint.read_metadata(path)["images"] != wanted]:
+        raise ValueError(
+            f"{other[0].parent}: a run of other images than {plan.common.data.root}, expected another --out"
+        )
 
 
 # ---- the child: one run ----
@@ -285,6 +332,8 @@ def child(arguments: Sequence[str]) -> None:
     from nucsam.export import export
     from nucsam.train import train
 
+    if args.start and not args.start.with_name("scores.json").is_file():
+        raise ValueError(f"{args.start.parent}: found no scores.json, expected a finished pretraining")
     if args.tta_of:
         score_again(args.tta_of, args.out, settings)
         return
@@ -292,8 +341,14 @@ def child(arguments: Sequence[str]) -> None:
         export(args.export, Path(settings.model.weights), force=True)  # atomic, and another child's has the same bytes
     build = partial(unets.build, args.net, start=args.start) if args.net else model.build
     train(settings, args.out, resume=args.resume, build=build)
-    found = {"peak_gib": peak_gib(), "inference_seconds": inference_seconds(args.out, settings, build)}
-    (args.out / "benchmark.json").write_text(json.dumps(found) + "\n")
+    before = [line["memory_gib"] for line in history(args.out) if "memory_gib" in line]  # of a process that was killed
+    found = {"peak_gib": max(peak_gib(), *before), "inference_seconds": inference_seconds(args.out, settings, build)}
+    write_text(args.out / "benchmark.json", json.dumps(found) + "\n")
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    """The epochs of a run's log."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def peak_gib() -> float:
@@ -341,17 +396,17 @@ def inference_seconds(run: Path, settings: Config, build: Any, **how: Any) -> fl
 
 def score_again(run: Path, out: Path, settings: Config) -> None:
     """The test images of a finished nucsam run with test-time augmentation, as a run directory `out`."""
-    from nucsam import evaluate, model, scoring
+    from nucsam import model, scoring
 
     net, samples, accelerator, metadata = finished(run, settings, model.build)
     found = scoring.score_images(net, settings, samples, range(len(samples)), accelerator, tta=True)
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("config.toml", "environment.json", "metrics.jsonl", "benchmark.json"):
+    for name in ("config.toml", "environment.json", "metrics.jsonl"):
         shutil.copyfile(run / name, out / name)
-    measured = json.loads((out / "benchmark.json").read_text())
-    measured["inference_seconds"] = inference_seconds(run, settings, model.build, tta=True)
-    (out / "benchmark.json").write_text(json.dumps(measured) + "\n")
     evaluate.write_json(out / "scores.json", scoring.describe(found, metadata, of="test", untrained=False))
+    measured = json.loads((run / "benchmark.json").read_text())
+    measured["inference_seconds"] = inference_seconds(run, settings, model.build, tta=True)
+    write_text(out / "benchmark.json", json.dumps(measured) + "\n")
 
 
 # ---- the table ----
@@ -362,19 +417,18 @@ def results(job: folds.Job) -> dict[str, Any] | None:
     if (scores := job.scores()) is None:
         return None
     environment = json.loads((job.run / "environment.json").read_text())
-    lines = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
-    path = job.run / "benchmark.json"
-    measured = json.loads(path.read_text()) if path.is_file() else {"peak_gib": math.nan, "inference_seconds": math.nan}
+    train, images = job.config.train, environment["images"]["train"]
     return {
         **scores["headline"],
         "epoch": scores["epoch"],
         "on_test": scores["epoch_chosen_by"].endswith("test split"),
         "base": scores["base"]["source"],
+        **{key: environment.get(key) for key in ("device", "threads")},
         "trainable": environment["parameters_trainable"],
         "parameters": environment["parameters"],
-        "presentations": environment["images"]["train"] * job.config.train.epochs,
-        "train_seconds": sum(line.get("seconds", 0.0) for line in lines),
-        **measured,
+        "presentations": math.ceil(images / train.batch) * train.batch * train.epochs,  # a last batch is filled up
+        "train_seconds": sum(line.get("seconds", 0.0) for line in history(job.run)),
+        **json.loads((job.run / "benchmark.json").read_text()),
     }
 
 
@@ -385,7 +439,7 @@ def row(plan: Plan, name: str, start: bool) -> dict[str, Any]:
         runs = {key: run and {**run, "base": "pretrained" if start else "none"} for key, run in runs.items()}
     done = [run for run in runs.values() if run]
     line = {
-        "model": row_name(plan, name, start),
+        "model": row_name(name, start),
         "kind": name,
         "pretrained": start,
         "missing": [f"seed {s}, fold {f}" for (s, f), run in runs.items() if run is None],
@@ -415,17 +469,22 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 
 def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How far over or under each bar of `BARS`; only those whose rows are there, on the same folds."""
+    """How far over or under each bar: `met` is None where a side has no run, `complete` false where one lacks some."""
     found = []
+    done = [line for line in rows if line["runs"]]
     for text, own, peers, metric, least in BARS:
-        mine = [line for line in rows if line["kind"] == own and line["runs"]]
-        others = [line for line in rows if line["kind"] in peers and line["runs"]]
-        if not mine or not others:
-            continue
-        best = max(others, key=lambda line: line[metric]["mean"])
-        difference = mine[0][metric]["mean"] - best[metric]["mean"]
-        found.append({"bar": text, "beside": best["model"], "difference": difference, "met": difference >= least})
-        found[-1]["complete"] = not any(line["missing"] for line in (*mine, *others))
+        mine, others = ([line for line in done if line["kind"] in kinds] for kinds in ((own,), peers))
+        bar = {"bar": text, "beside": "", "difference": math.nan, "met": None}
+        if mine and others:
+            best = max(others, key=lambda line: line[metric]["mean"])
+            difference = mine[0][metric]["mean"] - best[metric]["mean"]
+            bar |= {"beside": best["model"], "difference": difference, "met": difference >= least}
+        found.append(bar | {"complete": not any(line["missing"] for line in (*mine, *others))})
+    for line in done:
+        if line["kind"] == "lora":
+            over = line["trainable"] / 1e6 - LARGEST
+            bar = {"bar": f"lora trains at most {LARGEST} M parameters", "beside": "", "difference": over}
+            found.append(bar | {"met": over <= 0, "complete": True})
     return found
 
 
@@ -436,7 +495,7 @@ def markdown(plan: Plan, rows: Sequence[dict[str, Any]], met: Sequence[dict[str,
     for line in rows:
         marks = ["EPOCH CHOSEN ON THE TEST IMAGES"] if line["on_test"] else []
         marks += [f"INCOMPLETE: {'; '.join(line['missing'])} missing"] if line["missing"] else []
-        marks += ["base weights: random"] if not line["pretrained"] and _random(plan, line["kind"]) else []
+        marks += _start(plan, line)
         facts = [f"{line[k]:,.0f}" if line["runs"] else "-" for k in ("trainable", "parameters")]
         facts += [
             _number(line["train_seconds"] / 60),
@@ -444,30 +503,20 @@ def markdown(plan: Plan, rows: Sequence[dict[str, Any]], met: Sequence[dict[str,
             _number(line["peak_gib"], 2),
         ]
         lines.append(["; ".join([f"`{line['model']}`", *marks]), *(_cell(line[metric]) for metric in METRICS), *facts])
+    counts = [f"{count:,.0f}" for count in sorted({line["presentations"] for line in rows if line["runs"]})]
     notes = [
         f"Folds {_listed(plan.folds)} of {plan.common.data.folds}, seeds {_listed(plan.seeds)}. "
         "Percent: mean over a fold's images, then over folds; ± standard deviation over folds; in brackets over seeds.",
-        f"Budget: {'; '.join(budgets(plan, rows)) or 'no run yet'}. Where the epoch is chosen on the test images, the "
-        "inner split is trained on too.",
+        f"Budget of every model: {plan.common.train.epochs} epochs, {' to '.join(counts) or 'no'} image "
+        f"presentations a run, batch {plan.common.train.batch * plan.common.train.accumulate}. Where the epoch is "
+        "chosen on the test images, the inner split is trained on too.",
         "Training: mean over runs, without validation. Inference: median of one image at a time, instances included. "
         "Peak: of the training process, validation included (resident on a CPU, allocated on a GPU).",
     ]
     parts = ["## Accuracy", "", *_table(head, lines), "", *(f"- {note}" for note in notes), ""]
-    if met:
-        cells = [[b["bar"], f"`{b['beside']}`", f"{b['difference']:+.2f}", _verdict(b)] for b in met]
-        parts += ["## Bars", "", *_table(["bar", "best beside", "difference", ""], cells), ""]
+    cells = [[b["bar"], b["beside"] and f"`{b['beside']}`", _signed(b["difference"]), _verdict(b)] for b in met]
+    parts += ["## Bars", "", *_table(["bar", "best beside", "difference", ""], cells), ""]
     return "\n".join([*parts, "## Settings", "", *(f"- {text}" for text in settings_lines(plan)), ""])
-
-
-def budgets(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """For each budget, what a run of it had and which rows do."""
-    found: dict[str, list[str]] = {}
-    for line in rows:
-        if line["runs"]:
-            train = plan.settings(line["kind"]).train
-            text = f"{train.epochs} epochs of batch {train.batch * train.accumulate}"
-            found.setdefault(f"{text}, {line['presentations']:,.0f} image presentations", []).append(line["model"])
-    return [f"{text} ({'all' if len(found) == 1 else ', '.join(names)})" for text, names in found.items()]
 
 
 def settings_lines(plan: Plan) -> list[str]:
@@ -490,12 +539,22 @@ def _differences(a: Config, b: Config) -> str:
     return ", ".join(f"`{line.replace(': ', ' ', 1)}`" for line in lines) or "nothing"
 
 
-def _random(plan: Plan, name: str) -> bool:
-    return plan.settings(name).model.weights == "none"
+def _start(plan: Plan, line: dict[str, Any]) -> list[str]:
+    """How a row says what it began with, where that is not MobileSAM's weights."""
+    if line["pretrained"]:
+        return ["pretrained"]
+    if MODELS[line["kind"]].net:
+        return ["from scratch"]
+    return ["base weights: random"] if plan.settings(line["kind"]).model.weights == "none" else []
 
 
 def _verdict(bar: dict[str, Any]) -> str:
-    return ("met" if bar["met"] else "missed") + ("" if bar["complete"] else ", INCOMPLETE")
+    verdict = {None: "not measured", True: "met", False: "missed"}[bar["met"]]
+    return verdict + ("" if bar["complete"] or bar["met"] is None else ", INCOMPLETE")
+
+
+def _signed(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:+.2f}"
 
 
 def _cell(value: dict[str, float]) -> str:
@@ -539,7 +598,7 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = [line for line in rows if line["runs"]][::-1]
-    colours = ["#c8643c" if MODELS[line["kind"]].net else "#7a7a7a" if line["on_test"] else "#2b6ca3" for line in rows]
+    colours = ["#c8643c" if MODELS[line["kind"]].net else "#2b6ca3" for line in rows]
     plot, axes = plt.subplots(1, 3, figsize=(12, 1.2 + 0.32 * len(rows)), sharey=True, constrained_layout=True)
     for axis, metric, title in zip(axes, METRICS, ("Dice", "AJI", "PQ")):
         means = [line[metric]["mean"] for line in rows]
@@ -551,8 +610,12 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axis.text(110, k, f"{means[k]:.1f}", va="center", ha="right", fontsize=9)
         axis.set(title=f"{title}, %", xlim=(0, 110), xticks=range(0, 101, 20))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(rows)), [f"{line['model']}, {line['trainable'] / 1e6:.2f} M trained" for line in rows])
-    plot.suptitle("bars: means; dots: runs; hatched: epoch chosen on the test images", fontsize=9)
+    names = [f"{line['model']}{', incomplete' if line['missing'] else ''}" for line in rows]
+    axes[0].set_yticks(
+        range(len(rows)), [f"{n}, {line['trainable'] / 1e6:.2f} M trained" for n, line in zip(names, rows)]
+    )
+    legend = "blue: nucsam; red: U-Nets; bars: means; dots: runs; hatched: epoch chosen on the test images"
+    plot.suptitle(legend, fontsize=9)
     plot.savefig(path, dpi=130)
     plt.close(plot)
 
@@ -577,8 +640,9 @@ def parse(arguments: Sequence[str]) -> Plan:
     parser.add_argument("--folds", type=numbers, help="all if not given")
     parser.add_argument("--seeds", type=numbers, default=(0,))
     parser.add_argument("--pretrain", type=Path, action="append", default=[], metavar="DATA", help="may be repeated")
-    for option in ("--pretrain-set", "--unets-set"):
-        parser.add_argument(option, action="append", default=[], metavar="table.key=value", help="may be repeated")
+    parser.add_argument(
+        "--pretrain-set", action="append", default=[], metavar="table.key=value", help="may be repeated"
+    )
     args = parser.parse_intermixed_args(arguments)
     files = [text for text in args.settings if text.endswith(".toml")]
     if len(files) > 1:
@@ -586,15 +650,17 @@ def parse(arguments: Sequence[str]) -> Plan:
     path = Path(files[0]) if files else default_configuration()
     common = configuration.load(path, [text for text in args.settings if not text.endswith(".toml")])
     chosen = args.folds if args.folds is not None else tuple(range(common.data.folds))
-    overrides = {"pretrain_set": tuple(args.pretrain_set), "unets_set": tuple(args.unets_set)}
-    return Plan(common, args.out, args.models, chosen, args.seeds, tuple(args.pretrain), **overrides)
+    return Plan(common, args.out, args.models, chosen, args.seeds, tuple(args.pretrain), tuple(args.pretrain_set))
 
 
 def main(arguments: Sequence[str]) -> int:
     """Do what is missing, then write the table. Returns 1 on the first process if a run is missing."""
     plan = parse(arguments)
+    if not find_spec("matplotlib"):  # known before days of training, not after
+        raise ValueError("matplotlib: not installed, expected it for the figure; pip install matplotlib")
     if plan.pretrain:
         link(plan.pretrain, plan.out / "pretrain" / "data")
+    check_images(plan)
     common = replace(plan.common, data=replace(plan.common.data, fold=0))
     for jobs in (plan.pretraining(), plan.training(again=False), plan.training(again=True)):
         if jobs:
@@ -606,8 +672,8 @@ def main(arguments: Sequence[str]) -> int:
     text, out = markdown(plan, rows, met), plan.out
     asked = {key: value for key, value in asdict(plan).items() if key not in ("common", "out", "pretrain")}
     document = {"benchmark": "accuracy", **asked, "pretrain": [path.name for path in plan.pretrain]}
-    document |= {"cores": os.cpu_count(), "config": plan.common.to_dict(), "rows": rows, "bars": met}
-    line = json.dumps(document).replace("NaN", "null")
+    document |= {"date": date.today().isoformat(), "cores": os.cpu_count(), "config": plan.common.to_dict()}
+    line = json.dumps(json.loads(evaluate.to_json(document | {"rows": rows, "bars": met})))  # NaN is null
     for name, content in {"accuracy.md": text, "accuracy.json": line + "\n", "accuracy.csv": csv_text(rows)}.items():
         (out / name).write_text(content, encoding="utf-8")
     figure(rows, out / "accuracy.png")

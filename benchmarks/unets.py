@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from nucsam import checkpoint, instances, losses, targets
 from nucsam.base import Base
 from nucsam.config import Instances, Loss, Model
+from nucsam.head import Block, Norm
 
 MEAN, STD = (178.0, 135.0, 175.0), 50.0  # grey levels of H&E, roughly: BatchNorm does the rest
 # Px of smoothing, and px within which a maximum of a predicted depth is the largest: best on true maps of training and
@@ -58,25 +59,12 @@ NETS = {
 }
 
 
-class Norm(nn.BatchNorm2d):
-    """BatchNorm without its count of batches, which only a cumulative average would need."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.num_batches_tracked = None
-
-
-def conv(inputs: int, outputs: int) -> nn.Sequential:
-    """3 x 3 convolution, BatchNorm, ReLU."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), Norm(outputs), nn.ReLU(inplace=True))
-
-
-class Block(nn.Module):
+class Pair(nn.Module):
     """Two convolutions; with a shortcut it is a residual block (He 2016)."""
 
     def __init__(self, inputs: int, width: int, outputs: int, residual: bool) -> None:
         super().__init__()
-        self.body = nn.Sequential(conv(inputs, width), conv(width, outputs)[:2])
+        self.body = nn.Sequential(Block(inputs, width), nn.Sequential(*[*Block(width, outputs)][:2]))
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if residual else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,10 +90,10 @@ class Up(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, plan: Plan) -> None:
         super().__init__()
-        interpolated = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), conv(inputs, outputs))
+        interpolated = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), Block(inputs, outputs))
         self.up = interpolated if plan.attention else nn.ConvTranspose2d(inputs, outputs, 2, stride=2)
         self.gate = Gate(outputs) if plan.attention else None
-        self.block = Block(2 * outputs, outputs, outputs, plan.residual)
+        self.block = Pair(2 * outputs, outputs, outputs, plan.residual)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = self.up(x)
@@ -119,7 +107,7 @@ class Encoder(nn.Module):
         super().__init__()
         wide = [*plan.widths[:-1], plan.bottom or plan.widths[-1]]
         into = [inputs, *plan.widths[:-1]]
-        self.blocks = nn.ModuleList(Block(i, w, o, plan.residual) for i, w, o in zip(into, plan.widths, wide))
+        self.blocks = nn.ModuleList(Pair(i, w, o, plan.residual) for i, w, o in zip(into, plan.widths, wide))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = [self.blocks[0](x)]
@@ -189,9 +177,10 @@ class Unet(nn.Module):
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         """Maps (C, H, W) of one image -> label map int32 (H, W), 0 = background."""
         foreground = expit(maps[0])
+        kept = {"confidence": config.confidence, "area": config.area}
         if self.depth is None:
-            return instances.from_foreground(foreground, threshold=config.foreground, area=config.area)
-        return from_depth(foreground > config.foreground, maps[1], area=config.area)
+            return instances.from_foreground(foreground, threshold=config.foreground, **kept)
+        return from_depth(foreground, maps[1], threshold=config.foreground, **kept)
 
     def trainable(self) -> dict[str, Tensor]:
         """All that training changes, by name: the parameters, and the statistics of the BatchNorms.
@@ -202,12 +191,13 @@ class Unet(nn.Module):
         return dict(self.named_parameters()) | {name: b for name, b in self.named_buffers() if name != "mean"}
 
 
-def from_depth(nucleus_HW: np.ndarray, depth_HW: np.ndarray, *, area: int) -> np.ndarray:
+def from_depth(foreground_HW: np.ndarray, depth_HW: np.ndarray, *, threshold: float, **kept: float) -> np.ndarray:
     """`instances.from_foreground` on a predicted depth: its maxima, after smoothing, seed the watershed."""
+    nucleus = foreground_HW > threshold
     depth = ndimage.gaussian_filter(depth_HW, SIGMA)
-    peaks = (depth == ndimage.maximum_filter(depth, 2 * REACH + 1)) & nucleus_HW
+    peaks = (depth == ndimage.maximum_filter(depth, 2 * REACH + 1)) & nucleus
     seeds, _ = ndimage.label(peaks, _EIGHT)
-    return instances.whole(watershed(-depth, seeds, mask=nucleus_HW), area)
+    return instances.whole(watershed(-depth, seeds, mask=nucleus), foreground_HW, **kept)
 
 
 def build(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from nucsam import lora
@@ -31,11 +31,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
     """Write tensors and a JSON document to `path`, or leave what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic(path) as partial:
-        try:
-            save_file(tensors, partial, metadata={"format": "pt", "nucsam": json.dumps(metadata)})
-        except SafetensorError as error:  # its own name for a full disk
-            raise OSError(f"cannot write ({error})") from error
+    with atomic(path) as partial:  # save_file has a temporary file of its own, which a kill would leave
+        partial.write_bytes(save(tensors, metadata={"format": "pt", "nucsam": json.dumps(metadata)}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

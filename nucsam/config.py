@@ -77,7 +77,7 @@ class Loss:
 class Instances:
     foreground: float = 0.5  # probability from which a pixel is nucleus
     seed_rise: float = 0.15  # a seed is so much deeper than the pass to a deeper one, 0..1 (instance head)
-    confidence: float = 0.7  # nuclei of a lower mean foreground probability are dropped (instance head)
+    confidence: float = 0.7  # nuclei of a lower mean foreground probability are dropped
     area: int = 30  # and smaller ones, image px
 
 

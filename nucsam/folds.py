@@ -86,6 +86,7 @@ class Job:
     run: Path
     lock: Path
     trainer: tuple[str, ...] = ()  # the child's command before its arguments; none = TRAINER
+    last: str = "scores.json"  # the last file that the child writes
 
     @property
     def name(self) -> str:
@@ -96,7 +97,9 @@ class Job:
         return self.run.with_name(f"{self.run.name}.log")
 
     def scores(self) -> dict[str, Any] | None:
-        """The run's scores.json; None while it has none that is whole."""
+        """The run's scores.json; None while the child has not written all, or it is not whole."""
+        if not (self.run / self.last).is_file():
+            return None
         try:
             return json.loads((self.run / "scores.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):

@@ -180,4 +180,6 @@ class SamHead:
 
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         """Maps (1, H, W) of one image -> label map int32 (H, W), 0 = background."""
-        return instances.from_foreground(expit(maps[0]), threshold=config.foreground, area=config.area)
+        return instances.from_foreground(
+            expit(maps[0]), threshold=config.foreground, confidence=config.confidence, area=config.area
+        )

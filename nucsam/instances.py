@@ -112,7 +112,13 @@ def _named(ids_P: np.ndarray, foreground_P: np.ndarray, *, area: int, confidence
 
 
 def from_foreground(
-    foreground_HW: np.ndarray, *, threshold: float = 0.5, sigma: float = 2.0, reach: int = 5, area: int = 30
+    foreground_HW: np.ndarray,
+    *,
+    threshold: float = 0.5,
+    sigma: float = 2.0,
+    reach: int = 5,
+    confidence: float = 0.0,
+    area: int = 30,
 ) -> np.ndarray:
     """Watershed of a foreground map's own distance transform: what can be had without any map of instances.
 
@@ -122,11 +128,12 @@ def from_foreground(
     depth = ndimage.gaussian_filter(ndimage.distance_transform_edt(nucleus), sigma)
     peaks = (depth == ndimage.maximum_filter(depth, 2 * reach + 1)) & nucleus
     seeds, _ = ndimage.label(peaks, _EIGHT)
-    return whole(watershed(-depth, seeds, mask=nucleus), area)
+    return whole(watershed(-depth, seeds, mask=nucleus), foreground_HW, area=area, confidence=confidence)
 
 
-def whole(labels_HW: np.ndarray, area: int) -> np.ndarray:
-    """Each nucleus's largest 4-connected piece if it has `area` px, ids 1.. in raster order, int32."""
+def whole(labels_HW: np.ndarray, foreground_HW: np.ndarray, *, area: int, confidence: float) -> np.ndarray:
+    """Each nucleus's largest 4-connected piece, if it has `area` px and a mean foreground of `confidence`: label map
+    int32 (H, W), ids 1.. in raster order."""
     pieces, n = label_pieces(labels_HW, connectivity=1, return_num=True)
     size = np.bincount(pieces.ravel(), minlength=n + 1)
     owner = np.zeros(n + 1, np.int64)
@@ -134,5 +141,6 @@ def whole(labels_HW: np.ndarray, area: int) -> np.ndarray:
     largest = np.zeros(owner.max() + 1, np.int64)
     order = np.argsort(size, kind="stable")
     largest[owner[order]] = order  # of pieces of one nucleus the last, largest, stays
-    kept = (largest[owner] == np.arange(n + 1)) & (owner > 0) & (size >= area)
+    total = np.bincount(pieces.ravel(), foreground_HW.ravel(), minlength=n + 1)
+    kept = (largest[owner] == np.arange(n + 1)) & (owner > 0) & (size >= area) & (total >= confidence * size)
     return (np.cumsum(kept) * kept).astype(np.int32)[pieces]

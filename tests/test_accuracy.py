@@ -7,13 +7,15 @@ import csv
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from nucsam import config, folds
+from nucsam import config, folds, scoring
 from nucsam.base import build_sam
 from nucsam.synthetic import write_dataset
 
@@ -32,7 +34,7 @@ with open("started", "a") as file:
     file.write(json.dumps([str(out), options]) + "\\n")
 out.mkdir(exist_ok=True)
 (out / "config.toml").write_text(text)
-name, fold = out.parts[-3], tables["data"]["fold"]
+name, fold = out.parts[-3].removesuffix("-scratch"), tables["data"]["fold"]
 if name == "head" and fold == 1 and Path("fails").exists():
     sys.exit(3)
 aji = {"deep": 0.5, "lora": 0.6, "head": 0.55, "report": 0.3}.get(name, 0.4)
@@ -41,12 +43,13 @@ headline = {"dice": 0.8, "aji": aji, "pq": 0.5}
 chosen = tables["train"]["best"] + " on the " + tables["data"]["select"] + " split"
 lines = [{"epoch": e, "seconds": 30.0, "images_per_second": 1.0, **headline} for e in (1, 2)]
 (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
-facts = {"parameters_trainable": 1000, "parameters": 5000000, "images": {"train": 32}}
+facts = {"parameters_trainable": 1000, "parameters": 5000000, "images": {"train": 30}}  # 8 batches of 4
 (out / "environment.json").write_text(json.dumps(facts))
-(out / "benchmark.json").write_text(json.dumps({"peak_gib": 1.5, "inference_seconds": 0.25}))
 base = {"source": tables["model"]["weights"]}
 scores = {"epoch": 2, "epoch_chosen_by": chosen, "base": base, "headline": headline}
 (out / "scores.json").write_text(json.dumps(scores))
+if not Path("killed").exists():
+    (out / "benchmark.json").write_text(json.dumps({"peak_gib": 1.5, "inference_seconds": 0.25}))
 """
 SHORT = ["train.epochs=2", "train.validate_every=1", "model.weights=none", "data.crop=64", "data.scale=1"]
 
@@ -76,8 +79,10 @@ def plan(*arguments):
 
 def test_every_model_has_a_configuration():
     assert tuple(unets.NETS) == accuracy.UNETS
-    assert (*unets.NETS, "report", "lora", "head", "full") == accuracy.MUSTS
-    asked = plan("--models", "all", "model.rank=4", "model.alpha=4")
+    assert (*unets.NETS, "report", "sam", "lora", "head", "full") == accuracy.MUSTS
+    assert {n for _, own, peers, *_ in accuracy.BARS for n in (own, *peers)} <= {*accuracy.MUSTS}
+    assert {*accuracy.MUSTS, *accuracy.SETS["ablations"]} == {*accuracy.MODELS} - {"lora-pretrained"}
+    asked = plan("--models", "all", "--pretrain", "a", "model.rank=4", "model.alpha=4")
     assert len(asked.models) == 30 and asked.models == tuple(accuracy.MODELS)
     changes = {name: config.differences(asked.common, asked.settings(name)) for name in asked.models}
     same = {name for name, lines in changes.items() if not lines}
@@ -103,6 +108,8 @@ def test_the_report_keeps_its_recipe_but_not_its_budget():
         own.model.pattern,
     )
     assert (found.train.lr_adapter, found.train.schedule, found.train.best) == (1e-4, "step", "dice")
+    drops = {epochs: plan(f"train.epochs={epochs}").settings("report").train.step_epochs for epochs in (2, 30, 45)}
+    assert drops == {2: 1, 30: 10, 45: 15} and own.train.step_epochs == 10
 
 
 @pytest.mark.parametrize(
@@ -111,7 +118,8 @@ def test_the_report_keeps_its_recipe_but_not_its_budget():
 )
 def test_patterns_match_the_layers_they_are_named_after(name, of_encoder, of_decoder):
     pattern = re.compile(plan().settings(name).model.pattern)
-    layers = {module for module, _ in build_sam().named_modules() if pattern.fullmatch(module)}
+    linears = {name for name, module in build_sam().named_modules() if isinstance(module, torch.nn.Linear)}
+    layers = {name for name in linears if pattern.search(name)}  # as `lora.inject` looks
     of = [sum(layer.startswith(part) for layer in layers) for part in ("image_encoder.", "mask_decoder.")]
     assert of == [of_encoder, of_decoder] and sum(of) == len(layers)
 
@@ -119,7 +127,7 @@ def test_patterns_match_the_layers_they_are_named_after(name, of_encoder, of_dec
 def test_jobs_fold_after_fold_and_nothing_twice():
     asked = plan("--models", "shallow,lora,rank-8,tta", "--folds", "1,0", "--seeds", "0,3")
     found = [(job.run.relative_to("runs").as_posix(), job.config.data.fold) for job in asked.training(again=False)]
-    expected = [(s, f, name) for s in (0, 3) for f in (1, 0) for name in ("shallow", "lora")]
+    expected = [(s, f, name) for s in (0, 3) for f in (1, 0) for name in ("shallow-scratch", "lora")]
     assert found == [(f"{name}/seed{s}/fold{f}", f) for s, f, name in expected]
     assert [job.config.train.seed for job in asked.training(again=False)] == [0] * 4 + [3] * 4
     again = asked.training(again=True)
@@ -153,7 +161,7 @@ def test_each_starts_from_its_own_pretraining():
         "sam": names[3],
         "scale-2": names[4],
     }.items():
-        assert jobs[name].config.model.weights == f"runs/pretrain/{base}.safetensors"
+        assert jobs[name].config.model.weights == f"runs/pretrain/{base}/merged.safetensors"
         assert jobs[name].trainer[-2:] == ("--export", f"runs/pretrain/{base}")
 
 
@@ -168,28 +176,8 @@ def test_from_mobilesams_weights_only_one_row_of_nucsam_is_pretrained():
     assert list(jobs) == ["deep", "deep-scratch", "report", "lora", "lora-pretrained", "tta"]
     for name in ("report", "lora"):
         assert jobs[name].config.model.weights == "auto" and "--export" not in jobs[name].trainer
-    assert jobs["lora-pretrained"].config.model.weights == "runs/pretrain/nucsam-instance-scale-1.safetensors"
+    assert jobs["lora-pretrained"].config.model.weights == "runs/pretrain/nucsam-instance-scale-1/merged.safetensors"
     assert jobs["tta"].trainer[-2:] == ("--tta-of", "runs/lora/seed0/fold4")
-    alone = plan("--models", "lora,lora-pretrained", "model.weights=auto", "--folds", "0")
-    assert [job.run.as_posix() for job in alone.training(again=False)] == ["runs/lora/seed0/fold0"]
-
-
-def test_the_unets_budget_is_theirs_alone():
-    options = ["--pretrain", "a", "--pretrain-set", "train.epochs=7", "--unets-set", "train.epochs=8"]
-    asked = plan("--models", "deep,report,lora,head", *options)
-    epochs = {job.run.parts[1]: job.config.train.epochs for job in asked.training(again=False)}
-    assert epochs == {"deep": 8, "deep-scratch": 8, "report": 2, "lora": 2, "head": 2}
-    assert [job.config.train.epochs for job in asked.pretraining() if job.run.name == "deep"] == [7]
-    rows = [
-        {"model": n, "kind": n, "presentations": 2.0, "runs": n != "head"} for n in ("deep", "report", "lora", "head")
-    ]
-    assert accuracy.budgets(asked, rows) == [
-        "8 epochs of batch 4, 2 image presentations (deep)",
-        "2 epochs of batch 4, 2 image presentations (report, lora)",
-    ]
-    assert accuracy.budgets(asked, rows[1:]) == ["2 epochs of batch 4, 2 image presentations (all)"]
-    with pytest.raises(ValueError, match=r"did you mean train\.epochs"):
-        plan("--unets-set", "train.epoch=3").training(again=False)
 
 
 def test_mistakes_are_named():
@@ -197,7 +185,10 @@ def test_mistakes_are_named():
         (["--models", "lora,unet"], "--models: found unet, expected unets, musts"),
         (["--models", "tta"], "--models: found one that scores the runs of lora"),
         (["--folds", "0,5"], r"--folds: found \[5\], expected 0 to 4"),
-        (["data.root=a", "--pretrain", "./a"], "--pretrain: found a, which is tested on"),
+        (["data.root=a", "--pretrain", "./a"], "--pretrain: found a, with images that are tested on"),
+        (["--models", "lora,lora-pretrained"], "--models: found lora-pretrained, expected --pretrain"),
+        (["train.seed=3"], r"train\.seed: found 3, expected none beside --seeds"),
+        (["data.fold=2"], r"data\.fold: found 2, expected none beside --folds"),
         (["a.toml", "b.toml"], r"found 2 configurations \(a.toml, b.toml\)"),
         (["train.epoch=3"], "did you mean train.epochs"),
     ):
@@ -218,8 +209,23 @@ def test_images_to_pretrain_on_are_links(tmp_path):
     assert {path.name for path in (tmp_path / "both").iterdir()} == wanted
     records = find_records(tmp_path / "both", group=accuracy.GROUP)
     assert len(records) == 6 and {record.organ for record in records} == wanted
-    with pytest.raises(ValueError, match="has links to other data"):
-        accuracy.link([a], tmp_path / "both")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    for others in ([a], [a, b, tmp_path / "c"]):
+        if len(others) == 3:
+            write_dataset(others[-1], images=2, size=64, seed=3)
+        with pytest.raises(ValueError, match="links to other data"):
+            accuracy.link(others, tmp_path / "both")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(tmp_path / "c", tmp_path / "elsewhere" / "a")
+    with pytest.raises(ValueError, match="elsewhere/a beside another folder of that name"):
+        accuracy.link([a, tmp_path / "elsewhere" / "a"], tmp_path / "new")
+    with pytest.raises(ValueError, match="links to other data"):
+        accuracy.link([tmp_path / "elsewhere" / "a", b], tmp_path / "both")
+    organ = next(path for path in a.iterdir() if path.is_dir())
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "renamed").symlink_to(organ, target_is_directory=True)
+    with pytest.raises(ValueError, match="d, with images that are tested on"):
+        plan(f"data.root={a}", "--pretrain", str(tmp_path / "d"))
     with pytest.raises(ValueError, match="holds no ORGAN/tissue images"):
         accuracy.link([tmp_path / "both" / "nothing"], tmp_path / "new")
 
@@ -256,17 +262,21 @@ def test_table_of_a_finished_benchmark(bench, tmp_path):
     document = json.loads(output.splitlines()[-1])
     assert document == json.loads((tmp_path / "runs" / "accuracy.json").read_text())
     rows = {row["model"]: row for row in document["rows"]}
-    assert list(rows) == ["deep", "report", "lora", "rank-8", "head"]
+    assert list(rows) == ["deep-scratch", "report", "lora", "rank-8", "head"]
     # AJI 60 + 2 fold + seed: mean 61.5; fold means 60.5 and 62.5, seed means 61 and 62
     assert rows["lora"]["aji"] == pytest.approx({"mean": 61.5, "folds": math.sqrt(2), "seeds": math.sqrt(0.5)})
     assert rows["rank-8"]["aji"] == rows["lora"]["aji"]
-    assert (rows["deep"]["presentations"], rows["deep"]["train_seconds"], rows["deep"]["peak_gib"]) == (64, 60, 1.5)
-    assert [(b["beside"], round(b["difference"], 6), b["met"]) for b in document["bars"]] == [
-        ("deep", 10.0, True),  # AJI
-        ("deep", 0.0, False),  # PQ
+    facts = [rows["deep-scratch"][name] for name in ("presentations", "train_seconds", "peak_gib")]
+    assert facts == [64, 60, 1.5]
+    assert [(b["beside"], b["difference"] and round(b["difference"], 6), b["met"]) for b in document["bars"]] == [
+        ("deep-scratch", 10.0, True),  # AJI
+        ("deep-scratch", 0.0, False),  # PQ
+        ("", None, None),  # full is not there
+        ("", None, None),  # nor is sam
+        ("", -2.099, True),  # 1000 parameters
     ]
     text = (tmp_path / "runs" / "accuracy.md").read_text()
-    assert text in output
+    assert text in output and text.count("not measured") == 2 and "`deep-scratch`; from scratch" in text
     assert "| `head`; base weights: random | 80.00 ± 0.00 (0.00) | 56.50 ± 1.41 (0.71) |" in text
     assert text.count("EPOCH CHOSEN ON THE TEST IMAGES") == 1 and "INCOMPLETE" not in text
     assert "`report`; EPOCH CHOSEN ON THE TEST IMAGES" in text and "`train.epochs 100 -> 2`" in text
@@ -293,6 +303,22 @@ def test_a_failed_run_is_missing_and_done_by_a_rerun(bench, tmp_path):
     assert "INCOMPLETE" not in output
 
 
+def test_a_run_that_is_not_measured_is_not_done(bench, tmp_path):
+    (tmp_path / "killed").touch()
+    assert bench("--models", "lora", "--folds", "0")[0] == 1
+    (tmp_path / "killed").unlink()
+    status, _, started = bench("--models", "lora", "--folds", "0")
+    assert status == 0 and len(started) == 1
+
+
+def test_with_pretraining_a_net_from_scratch_stays_one(bench, tmp_path):
+    write_dataset(tmp_path / "other", images=2, size=64, seed=1)
+    assert bench("--models", "deep", "--folds", "0")[2] == [["runs/deep-scratch/seed0/fold0", ["--net", "deep"]]]
+    _, output, started = bench("--models", "deep", "--folds", "0", "--pretrain", "other")
+    assert [run for run, _ in started] == ["runs/pretrain/deep", "runs/deep/seed0/fold0"]
+    assert "| `deep`; pretrained |" in output and "| `deep-scratch`; from scratch |" in output
+
+
 def test_pretraining_comes_first(bench, tmp_path):
     write_dataset(tmp_path / "other", images=2, size=64, seed=1)
     status, _, started = bench("--models", "deep,lora,tta", "--folds", "0", "--pretrain", "other")
@@ -304,7 +330,7 @@ def test_pretraining_comes_first(bench, tmp_path):
     assert [(row["model"], row["runs"][0]["base"]) for row in rows] == [
         ("deep", "pretrained"),
         ("deep-scratch", "none"),
-        *((name, "runs/pretrain/nucsam-instance-scale-1.safetensors") for name in ("lora", "tta")),
+        *((name, "runs/pretrain/nucsam-instance-scale-1/merged.safetensors") for name in ("lora", "tta")),
     ]
 
 
@@ -316,9 +342,35 @@ def test_a_child_trains_scores_and_measures(tiny, tmp_path):
     accuracy.child(["--net", "shallow", str(settings), "--out", str(first), "--resume"])
     start = ["--start", str(first / "adapter.safetensors")]
     accuracy.child(["--net", "shallow", *start, str(settings), "--out", str(second), "--resume"])
+    with pytest.raises(ValueError, match=r"unfinished: found no scores\.json, expected a finished pretraining"):
+        start = ["--start", str(tmp_path / "unfinished" / "adapter.safetensors")]
+        accuracy.child(["--net", "shallow", *start, str(settings), "--out", str(tmp_path / "third")])
     losses = [json.loads((run / "metrics.jsonl").read_text())["loss"] for run in (first, second)]
     assert losses[1] < losses[0]
     for run in (first, second):
         measured = json.loads((run / "benchmark.json").read_text())
         assert 0.1 < measured["peak_gib"] < 64 and 0 < measured["inference_seconds"] < 60
         assert set(json.loads((run / "scores.json").read_text())["headline"]) == {"dice", "aji", "pq"}
+
+
+def test_a_child_starts_from_an_export_and_scores_again(tiny, tmp_path, monkeypatch):
+    """The real one: a stand-in, LoRA on its merged weights, and the same run with test-time augmentation."""
+    base, run, again = (tmp_path / name for name in ("base", "run", "again"))
+    merged = base / "merged.safetensors"
+    made = tiny("train.epochs=1", "model.train=full", "model.width=32", "instances.confidence=0")
+    for name, text in (
+        ("base", config.to_toml(made)),
+        ("run", config.to_toml(config.override(made.to_dict(), ["model.train=lora", f"model.weights={merged}"]))),
+    ):
+        (tmp_path / f"{name}.toml").write_text(text)
+    accuracy.child([str(tmp_path / "base.toml"), "--out", str(base), "--resume"])
+    accuracy.child(["--export", str(base), str(tmp_path / "run.toml"), "--out", str(run), "--resume"])
+    asked, score = [], scoring.score_images
+    monkeypatch.setattr(scoring, "score_images", lambda *a, **how: asked.append(how) or score(*a, **how))
+    accuracy.child(["--tta-of", str(run), str(tmp_path / "run.toml"), "--out", str(again)])
+    assert asked == [{"tta": True}]
+    scores = [json.loads((out / "scores.json").read_text()) for out in (run, again)]
+    assert [s["base"]["source"] for s in scores] == [str(merged)] * 2
+    assert scores[0]["headline"].keys() == scores[1]["headline"].keys()
+    once, eight = (json.loads((out / "benchmark.json").read_text()) for out in (run, again))
+    assert eight["peak_gib"] == once["peak_gib"] and eight["inference_seconds"] > 0

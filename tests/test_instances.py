@@ -87,9 +87,12 @@ def test_unsure_nuclei_are_dropped_by_their_mean():
     foreground = np.choose(label, [0.1, 0.8, 0.6])
     foreground[45, 45] = 1.0  # one sure pixel makes no sure nucleus
     for confidence, left in ((0.0, [1, 2]), (0.6, [1, 2]), (0.7, [1]), (0.9, [])):
-        found = from_depth(foreground, depth, confidence=confidence)
-        assert same_up_to_ids(found, np.where(np.isin(label, left), label, 0))
-        assert found.max() == len(left)
+        for found in (
+            from_depth(foreground, depth, confidence=confidence),
+            from_foreground(foreground, confidence=confidence),
+        ):
+            assert same_up_to_ids(found, np.where(np.isin(label, left), label, 0))
+            assert found.max() == len(left)
 
 
 def test_nothing_from_nothing():
@@ -110,7 +113,7 @@ def test_a_foregrounds_own_depth_splits_a_waist():
         assert same_up_to_ids(from_foreground(np.where(shape, 0.8, 0.2)), shape.astype(int))
 
 
-def slow_whole(labels: np.ndarray, area: int) -> np.ndarray:
+def slow_whole(labels: np.ndarray, foreground: np.ndarray, area: int, confidence: float) -> np.ndarray:
     """A loop over nuclei and pieces: of each id its largest piece, of equal ones the last in raster order."""
     kept = np.zeros(labels.shape, np.int32)
     found = []
@@ -118,7 +121,7 @@ def slow_whole(labels: np.ndarray, area: int) -> np.ndarray:
         pieces, n = ndimage.label(labels == value)
         sizes = [(pieces == k).sum() for k in range(1, n + 1)]
         best = max(range(n), key=lambda k: (sizes[k], k)) + 1
-        if sizes[best - 1] >= area:
+        if sizes[best - 1] >= area and foreground[pieces == best].sum() >= confidence * sizes[best - 1]:
             found.append(pieces == best)
     for number, mask in enumerate(sorted(found, key=lambda mask: int(mask.ravel().argmax())), 1):
         kept[mask] = number
@@ -129,15 +132,22 @@ def slow_whole(labels: np.ndarray, area: int) -> np.ndarray:
 @given(
     labels=arrays(np.int32, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(0, 4)),
     area=st.integers(0, 6),
+    confidence=st.sampled_from([0.0, 0.5, 0.75]),
+    seed=st.integers(0, 99),
 )
-def test_whole_equals_a_loop(labels, area):
-    assert np.array_equal(whole(labels, area), slow_whole(labels, area))
+def test_whole_equals_a_loop(labels, area, confidence, seed):
+    foreground = np.random.default_rng(seed).integers(0, 5, labels.shape) / 4  # sums without rounding
+    found = whole(labels, foreground, area=area, confidence=confidence)
+    assert np.array_equal(found, slow_whole(labels, foreground, area, confidence))
 
 
 def test_whole_by_hand():
     labels = np.array([[7, 7, 0, 3], [0, 0, 7, 3], [7, 0, 0, 3], [2, 2, 0, 0]])
-    assert whole(labels, 2).tolist() == [[1, 1, 0, 2], [0, 0, 0, 2], [0, 0, 0, 2], [3, 3, 0, 0]]
-    assert whole(labels, 3).tolist() == [[0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
+    sure, of = np.ones(labels.shape), {"confidence": 0.0}
+    assert whole(labels, sure, area=2, **of).tolist() == [[1, 1, 0, 2], [0, 0, 0, 2], [0, 0, 0, 2], [3, 3, 0, 0]]
+    assert whole(labels, sure, area=3, **of).tolist() == [[0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
+    sure[1, 3] = 0.0  # the long one's mean is two thirds
+    assert whole(labels, sure, area=3, confidence=0.7).max() == 0
 
 
 def plain_from_depth(foreground, depth, rise):

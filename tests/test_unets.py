@@ -126,7 +126,7 @@ def test_statistics_of_batch_norm_are_kept_with_the_weights(tmp_path):
 def run(tmp_path_factory, tiny):
     """A finished run of the shallow U-Net in nucsam's loop."""
     out = tmp_path_factory.mktemp("runs") / "shallow"
-    config = tiny("train.epochs=2", "train.lr_adapter=1e-3", "model.width=32")
+    config = tiny("train.epochs=2", "train.lr_adapter=1e-3", "model.width=32", "instances.confidence=0")
     return out, config, train(config, out, build=partial(unets.build, "shallow"))
 
 
