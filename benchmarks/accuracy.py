@@ -47,7 +47,7 @@ from nucsam import config as configuration
 from nucsam import evaluate, folds
 from nucsam.atomic import write_text
 from nucsam.cli import default_configuration
-from nucsam.config import Config
+from nucsam.config import Config, changed
 
 HERE = Path(__file__).resolve().parent
 METRICS = ("dice", "aji", "pq")
@@ -253,15 +253,6 @@ def row_name(name: str, start: bool) -> str:
     return f"{name}-scratch" if MODELS[name].net and not start else name
 
 
-def changed(tables: dict[str, dict[str, Any]], differences: Mapping[str, Any], source: str) -> Config:
-    """The configuration of `tables` with {"table.key": value} on top."""
-    tables = {table: dict(values) for table, values in tables.items()}
-    for name, value in differences.items():
-        table, key = name.split(".")
-        tables[table][key] = value
-    return Config.from_dict(tables, source)
-
-
 def trainer(*arguments: str) -> tuple[str, ...]:
     """The command of a job's child, before its configuration."""
     return (sys.executable, str(HERE / "accuracy.py"), "--child", *arguments)
@@ -364,14 +355,12 @@ def peak_gib() -> float:
 
 def finished(run: Path, settings: Config, build: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
     """Of a finished run: net with its best weights, samples of its test images, accelerator, the adapter's metadata."""
-    from accelerate import Accelerator
-
     from nucsam import checkpoint, data, scoring
 
     base = checkpoint.run_base(run, settings)
     net = build(settings.model, base, seed=settings.train.seed)
     metadata = checkpoint.load_adapter(run / "adapter.safetensors", net, base)
-    accelerator = Accelerator(cpu=not scoring.uses_gpu(), mixed_precision=metadata["precision"])
+    accelerator = scoring.scorer(metadata)
     net = accelerator.prepare_model(net.eval(), evaluation_mode=True)  # as training scores it
     records, split = scoring.find_images(settings.data)
     samples = data.Samples(

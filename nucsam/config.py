@@ -10,6 +10,7 @@ import math
 import re
 import sys
 import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -156,6 +157,10 @@ class Config:
         """Nested plain values, as written to config.toml."""
         return asdict(self)
 
+    def flat(self) -> dict[str, Any]:
+        """`table.key` -> value of every field."""
+        return {f"{table}.{key}": value for table, keys in asdict(self).items() for key, value in keys.items()}
+
     @classmethod
     def from_dict(cls, tables: dict[str, Any], source: str = "configuration") -> "Config":
         """Defaults with the values of nested `tables`; `source` is named in errors."""
@@ -175,6 +180,7 @@ class Config:
         return cls(**built)
 
 
+MAY_CHANGE = ("data.root:", "data.workers:", "data.memory:", "train.save_minutes:", "train.log_with:")  # on --resume
 _RULES = {  # what is expected: its test, and the fields it holds for
     "at least 1": (
         lambda v: v >= 1,
@@ -216,7 +222,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 def override(tables: dict[str, Any], overrides: list[str] | tuple[str, ...], source: str = "configuration") -> Config:
     """The configuration of nested `tables` with `table.key=value` strings on top."""
     Config.from_dict(tables, source)  # an error in the file is the file's, not the command line's
-    tables = {table: dict(values) for table, values in tables.items()}
+    values = {}
     for text in overrides:
         name, equals, value = text.partition("=")
         table, dot, key = name.strip().partition(".")
@@ -224,8 +230,17 @@ def override(tables: dict[str, Any], overrides: list[str] | tuple[str, ...], sou
             raise ValueError(
                 f"override: found {text!r}, expected table.key=value, such as data.root=my_folder or train.epochs=10"
             )
-        tables.setdefault(table, {})[key] = _parse(value)
-    return Config.from_dict(tables, "command line" if overrides else source)
+        values[f"{table}.{key}"] = _parse(value)
+    return changed(tables, values, "command line" if overrides else source)
+
+
+def changed(tables: dict[str, Any], values: Mapping[str, Any], source: str) -> Config:
+    """The configuration of nested `tables` with {"table.key": value} on top."""
+    tables = {table: dict(own) for table, own in tables.items()}
+    for name, value in values.items():
+        table, key = name.split(".", 1)
+        tables.setdefault(table, {})[key] = value
+    return Config.from_dict(tables, source)
 
 
 def to_toml(config: Config) -> str:
@@ -238,13 +253,8 @@ def to_toml(config: Config) -> str:
 
 def differences(a: Config, b: Config) -> list[str]:
     """`table.key: a's value -> b's value` for every field that differs."""
-    old, new = a.to_dict(), b.to_dict()
-    return [
-        f"{table}.{key}: {value!r} -> {new[table][key]!r}"
-        for table, values in old.items()
-        for key, value in values.items()
-        if value != new[table][key]
-    ]
+    new = b.flat()
+    return [f"{name}: {value!r} -> {new[name]!r}" for name, value in a.flat().items() if value != new[name]]
 
 
 def _parse(text: str) -> Any:

@@ -108,22 +108,6 @@ class Encoder(nn.Module):
                 del module.ab
         return self
 
-    @torch.no_grad()
-    def calibrate(self, images: Tensor) -> None:
-        """Sets the running statistics of every BatchNorm to those of one batch of images, as for `forward`.
-
-        For a random base, whose means of 0 and variances of 1 are not those of its activations.
-        """
-        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.train()
-            norm.momentum = 1.0
-        self(images)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.eval()
-            norm.momentum = momentum
-
 
 def _conv_bn(module: nn.Module, x_BHWC: Tensor) -> Tensor:
     """A stock `Conv2d_BN`, as one convolution with the BatchNorm's scale and shift in its weight and bias."""

@@ -124,12 +124,9 @@ def variants(base: Config, grid: Sequence[str]) -> dict[str, Config]:
         raise ValueError(f"--grid: found {', '.join(names)}, expected each key once, and not data.fold")
     result: dict[str, Config] = {}
     for values in itertools.product(*(values for _, values in axes)):
-        tables, keys = base.to_dict(), [name.split(".", 1) for name in names]
-        for (table, key), value in zip(keys, values):
-            tables.setdefault(table, {})[key] = value
-        made = Config.from_dict(tables, "--grid")
-        tables = made.to_dict()  # values as they are held: 8 and 8.0 are one alpha
-        label = ", ".join(f"{table}.{key}={tables[table][key]}" for table, key in keys)
+        made = config.changed(base.to_dict(), dict(zip(names, values)), "--grid")
+        held = made.flat()  # 8 and 8.0 are one alpha
+        label = ", ".join(f"{name}={held[name]}" for name in names)
         if label in result:
             raise ValueError(f"--grid: found {label} twice")
         result[label] = made
@@ -412,12 +409,8 @@ def _check(out: Path, base: Config, jobs: Sequence[Job]) -> None:
         written = {out / "folds.toml": base} | {job.run / "config.toml": job.config for job in jobs}
         changed = []
         for path, wanted in written.items():
-            lines = config.differences(config.load(path), wanted) if path.is_file() else []
-            if lines:
-                from nucsam.run import MAY_CHANGE  # imports torch
-
-                lines = [line for line in lines if not line.startswith((*MAY_CHANGE, "data.fold:"))]
-            if lines:
+            found = config.differences(config.load(path), wanted) if path.is_file() else []
+            if lines := [line for line in found if not line.startswith((*config.MAY_CHANGE, "data.fold:"))]:
                 changed.append(f"{path}: {'; '.join(lines)}")
         if changed:
             raise ValueError(

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from nucsam import lora
 from nucsam.base import Base, build_sam, state_sha256
@@ -100,8 +101,8 @@ def calibrated(base: Base, images: Tensor) -> Base:
     """
     sam = build_sam()
     sam.load_state_dict(base.state)
-    encoder = Encoder(sam.image_encoder)
-    encoder.calibrate(images)
+    encoder = Encoder(sam.image_encoder, moving=True)
+    update_bn([images], encoder)
     state = base.state | {f"image_encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     return replace(base, state=state, sha256=state_sha256(state))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nucsam.config import Config, load
+from nucsam.config import MAY_CHANGE, Config, load
 
 SHOWN = {"dice": "Dice", "aji": "AJI", "pq": "PQ"}
 NO_ORGAN = "all images"
@@ -49,15 +49,9 @@ def read(folder: Path) -> list[Trained]:
             "of nucsam folds"
         )
     runs = [_read(path) for path in found]
-    values = [
-        {f"{table}.{key}": value for table, keys in run.config.to_dict().items() for key, value in keys.items()}
-        for run in runs
-    ]
-    vary = [key for key in values[0] if key != "data.fold" and len({repr(own[key]) for own in values}) > 1]
-    if vary:
-        from nucsam.run import MAY_CHANGE
-
-        vary = [key for key in vary if not f"{key}:".startswith(MAY_CHANGE)]
+    values = [run.config.flat() for run in runs]
+    free = ("data.fold:", *MAY_CHANGE)
+    vary = [k for k in values[0] if f"{k}:" not in free and len({repr(own[k]) for own in values}) > 1]
     keyed = [tuple(own[key] for key in vary) for own in values]
     order = sorted(range(len(runs)), key=lambda k: (keyed[k], f"{runs[k].config.data.fold:>9}"))
     named = [", ".join(f"{key}={value}" for key, value in zip(vary, own)) for own in keyed]

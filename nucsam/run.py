@@ -17,16 +17,9 @@ from torch import Tensor
 from nucsam import __version__, checkpoint
 from nucsam.atomic import write_text
 from nucsam.base import Base
-from nucsam.config import Config, differences, load, to_toml
+from nucsam.config import MAY_CHANGE, Config, differences, load, to_toml
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "safetensors", "numpy", "scipy", "scikit-image")
-MAY_CHANGE = (
-    "data.root:",
-    "data.workers:",
-    "data.memory:",
-    "train.save_minutes:",
-    "train.log_with:",
-)  # on --resume
 _NOT_FINITE = (
     "{} is not finite at or before step {}. Lower train.lr_head and train.lr_adapter, or use train.precision=bf16 or "
     "fp32; --resume goes on from the last saved state"

@@ -24,6 +24,12 @@ def find_images(d: Data) -> tuple[list[data.Record], data.Split]:
     return records, data.split_records(records, scheme=d.split, folds=d.folds, fold=d.fold, inner=d.inner, seed=d.seed)
 
 
+def scorer(metadata: dict[str, Any]) -> Accelerator:
+    """The device that is there, in the precision of a run's training; of fp16, which only a GPU has, else fp32."""
+    on_gpu, precision = uses_gpu(), metadata.get("precision", "no")
+    return Accelerator(cpu=not on_gpu, mixed_precision=precision if on_gpu or precision != "fp16" else "no")
+
+
 def predictor(net: Any, config: Config, *, tta: bool = False) -> Predictor:
     """The predictor that scores a run: tiles so large that images of the data sets are whole."""
     d, batch = config.data, config.train.batch
@@ -90,8 +96,7 @@ def score_run(run: Path, *, untrained: bool = False, root: str = "", overlays: P
         )
     indices = split.test or split.inner
     samples = data.Samples([records[i] for i in indices], memory_gib=d.memory)
-    on_gpu, precision = uses_gpu(), metadata.get("precision", "no")
-    accelerator = Accelerator(cpu=not on_gpu, mixed_precision=precision if on_gpu or precision != "fp16" else "no")
+    accelerator = scorer(metadata)
     net = accelerator.prepare_model(net, evaluation_mode=True)  # as training scores it
     found = score_images(net, config, samples, range(len(samples)), accelerator)
     scores = describe(found, metadata, of="test" if split.test else "inner", untrained=untrained)

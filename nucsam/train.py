@@ -125,9 +125,7 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
     if main:
         images = {"train": len(training), d.select: len(selecting), "test": len(split.test)}
         run.environment(device, _facts(net, accelerator, images, base))
-    accelerator.init_trackers(
-        "nucsam", {f"{k}.{n}": v for k, table in config.to_dict().items() for n, v in table.items()}
-    )
+    accelerator.init_trackers("nucsam", config.flat())
 
     def validate() -> dict[str, float]:
         current = {name: p.detach().clone() for name, p in weights.items()}

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from nucsam import lora
-from nucsam.base import build_sam
+from nucsam.base import Base, build_sam, state_sha256
 from nucsam.encoder import Encoder
+from nucsam.model import calibrated
 
 ATTENTION = r"attn\.(qkv|proj)$"
 
@@ -273,24 +274,23 @@ def test_half_precision_images_and_non_contiguous_ones(sam):
     assert flipped.shape == expected.transpose(2, 3).shape
 
 
-def test_calibrate_equals_one_stock_step_in_training_mode():
-    """Random base weights: our pass sets what stock BatchNorms, with momentum 1, take from the same batch."""
+def test_a_calibrated_base_has_the_statistics_of_one_stock_step_in_training_mode():
+    """Random base weights: what stock BatchNorms, with momentum 1, take from the same batch."""
     sam, images = build_sam(5), some_images(2, 64, 96)
-    encoder = fresh(sam)
-    encoder.calibrate(images)
+    before = {name: tensor.clone() for name, tensor in sam.state_dict().items()}
+    base = calibrated(Base(before, "", "none", {}), images)
+    assert base.sha256 == state_sha256(base.state) and base.state.keys() == before.keys()
     tiny_vit = copy.deepcopy(sam.image_encoder).train()
     for module in tiny_vit.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
     with torch.no_grad():
         stock_maps(tiny_vit, sam, images)
-    found, expected = encoder.state_dict(), tiny_vit.state_dict()
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
-    assert (found["layers.3.blocks.1.local_conv.bn.running_mean"].abs() > 0).all()
-    norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert not any(norm.training for norm in norms)
-    assert {norm.momentum for norm in norms} == {0.1}
+    expected = {f"image_encoder.{name}": tensor for name, tensor in tiny_vit.state_dict().items()}
+    for name, tensor in base.state.items():
+        torch.testing.assert_close(tensor, expected.get(name, before[name]), atol=1e-4, rtol=1e-3)
+    moved = base.state["image_encoder.layers.3.blocks.1.local_conv.bn.running_mean"]
+    assert (moved.abs() > 0).all()
 
 
 def test_is_one_graph_for_the_compiler(sam):
