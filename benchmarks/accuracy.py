@@ -43,17 +43,16 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout that is not installed
+from nucsam import cli, evaluate, folds
 from nucsam import config as configuration
-from nucsam import evaluate, folds
 from nucsam.atomic import write_text
-from nucsam.cli import default_configuration
 from nucsam.config import Config, changed
 
 HERE = Path(__file__).resolve().parent
 METRICS = ("dice", "aji", "pq")
 TIMED = 16  # test images whose inference is timed, after one to warm up
 LINKED = "tissue images"  # what makes a folder of NuInsSeg's layout an organ
-GROUP = r"^(.*?)(_\d+)?$"  # images to pretrain on that are cut from one image differ in a last number
+MEASURED = "benchmark.json"  # of a run: its memory and its time of inference, the last file that is written
 UNET = {"data.scale": 1.0, "model.weights": "none", "train.lr_adapter": 1e-3}
 ATTENTION = r"image_encoder\..*\.attn\."
 # A model from a file of its own takes all of that file but these, which are the benchmark's.
@@ -75,10 +74,6 @@ class Model:
     pretrains: bool = False  # on other images, also from MobileSAM's weights; U-Nets do
 
 
-def _rank(rank: int) -> Model:
-    return Model({"model.rank": rank, "model.alpha": float(rank)})
-
-
 MODELS = {
     **{
         name: Model(UNET, net=name)
@@ -88,7 +83,7 @@ MODELS = {
     "lora": Model(),
     "head": Model({"model.train": "head"}),
     "full": Model({"model.train": "full", "train.lr_adapter": 2e-4}),  # what LoRA needs is too much for all weights
-    **{f"rank-{rank}": _rank(rank) for rank in (2, 4, 8, 16)},
+    **{f"rank-{rank}": Model({"model.rank": rank, "model.alpha": float(rank)}) for rank in (2, 4, 8, 16)},
     "lora-qkv": Model({"model.pattern": ATTENTION + "qkv"}),
     "lora-attention": Model({"model.pattern": ATTENTION + "(qkv|proj)"}),
     "lora-attention-mlp": Model({"model.pattern": r"image_encoder\..*\.(attn\.(qkv|proj)|mlp\.fc[12])"}),
@@ -189,9 +184,9 @@ class Plan:
         model, own = MODELS[name], self.settings(name)
         recipe = tomllib.loads((HERE.parent / "configs" / "standin.toml").read_text(encoding="utf-8"))
         differences = {f"{table}.{key}": value for table, values in recipe.items() for key, value in values.items()}
-        images = {"data.root": str(self.out / "pretrain" / "data"), "data.layout": "nuinsseg", "data.group": GROUP}
-        images["train.validate_every"] = min(self.common.train.validate_every, recipe["train"]["epochs"])
-        differences |= images | {"data.select": "inner"}
+        root = str(self.out / "pretrain" / "data")
+        differences |= {"data.root": root, "data.layout": "nuinsseg", "data.select": "inner"}
+        differences["train.validate_every"] = min(self.common.train.validate_every, recipe["train"]["epochs"])
         if model.net or self.common.model.weights != "none":
             whole = {n for n in differences if n.startswith("model.")} | {"train.lr_adapter"}
             differences = {n: v for n, v in differences.items() if n not in whole}
@@ -211,8 +206,7 @@ class Plan:
             key, settings = self.base(name)
             run, lock = self.out / "pretrain" / key, self.out / ".locks" / f"pretrain,{key}"
             command = trainer("--net", MODELS[name].net)
-            label = f"pretraining {key}"
-            jobs[key] = folds.Job(label, settings.data.fold, settings, run, lock, command, "benchmark.json")
+            jobs[key] = folds.Job(f"pretraining {key}", settings.data.fold, settings, run, lock, command, MEASURED)
         return [*jobs.values()]
 
     def training(self, again: bool) -> list[folds.Job]:
@@ -240,7 +234,7 @@ class Plan:
         if model.tta:
             command = ["--tta-of", str(self.job(model.tta, start, seed, fold).run)]
         label = f"{label}, seed {seed}"
-        return folds.Job(label, fold, settings, run, self.out / ".locks" / place, trainer(*command), "benchmark.json")
+        return folds.Job(label, fold, settings, run, self.out / ".locks" / place, trainer(*command), MEASURED)
 
 
 def _organs(root: Path) -> set[Path]:
@@ -334,7 +328,7 @@ def child(arguments: Sequence[str]) -> None:
     train(settings, args.out, resume=args.resume, build=build)
     before = [line["memory_gib"] for line in history(args.out) if "memory_gib" in line]  # of a process that was killed
     found = {"peak_gib": max(peak_gib(), *before), "inference_seconds": inference_seconds(args.out, settings, build)}
-    write_text(args.out / "benchmark.json", json.dumps(found) + "\n")
+    write_text(args.out / MEASURED, json.dumps(found) + "\n")
 
 
 def history(run: Path) -> list[dict[str, Any]]:
@@ -393,9 +387,9 @@ def score_again(run: Path, out: Path, settings: Config) -> None:
     for name in ("config.toml", "environment.json", "metrics.jsonl"):
         shutil.copyfile(run / name, out / name)
     evaluate.write_json(out / "scores.json", scoring.describe(found, metadata, of="test", untrained=False))
-    measured = json.loads((run / "benchmark.json").read_text())
+    measured = json.loads((run / MEASURED).read_text())
     measured["inference_seconds"] = inference_seconds(run, settings, model.build, tta=True)
-    write_text(out / "benchmark.json", json.dumps(measured) + "\n")
+    write_text(out / MEASURED, json.dumps(measured) + "\n")
 
 
 # ---- the table ----
@@ -417,7 +411,7 @@ def results(job: folds.Job) -> dict[str, Any] | None:
         "parameters": environment["parameters"],
         "presentations": math.ceil(images / train.batch) * train.batch * train.epochs,  # a last batch is filled up
         "train_seconds": sum(line.get("seconds", 0.0) for line in history(job.run)),
-        **json.loads((job.run / "benchmark.json").read_text()),
+        **json.loads((job.run / MEASURED).read_text()),
     }
 
 
@@ -479,7 +473,7 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(plan: Plan, rows: Sequence[dict[str, Any]], met: Sequence[dict[str, Any]]) -> str:
     """The table, the bars, and all that was set."""
-    head = ["model", *("Dice", "AJI", "PQ"), "trained", "parameters", "training, min", "inference, ms", "peak, GiB"]
+    head = "model|Dice|AJI|PQ|trained|parameters|training, min|inference, ms|peak, GiB"
     lines = []
     for line in rows:
         marks = ["EPOCH CHOSEN ON THE TEST IMAGES"] if line["on_test"] else []
@@ -502,9 +496,8 @@ def markdown(plan: Plan, rows: Sequence[dict[str, Any]], met: Sequence[dict[str,
         "Training: mean over runs, without validation. Inference: median of one image at a time, instances included. "
         "Peak: of the training process, validation included (resident on a CPU, allocated on a GPU).",
     ]
-    parts = ["## Accuracy", "", *_table(head, lines), "", *(f"- {note}" for note in notes), ""]
     cells = [[b["bar"], b["beside"] and f"`{b['beside']}`", _signed(b["difference"]), _verdict(b)] for b in met]
-    parts += ["## Bars", "", *_table(["bar", "best beside", "difference", ""], cells), ""]
+    parts = [folds.part("Accuracy", head, lines, notes), folds.part("Bars", "bar|best beside|difference|", cells)]
     return "\n".join([*parts, "## Settings", "", *(f"- {text}" for text in settings_lines(plan)), ""])
 
 
@@ -559,12 +552,6 @@ def _listed(values: Iterable[int]) -> str:
 
 def _number(value: float, digits: int = 1) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    cells = [head, ["---"] * len(head), *rows]
-    cells = [[cell.replace("|", r"\|") for cell in line] for line in cells]
-    return [f"| {' | '.join(line)} |" for line in cells]
 
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
@@ -633,11 +620,7 @@ def parse(arguments: Sequence[str]) -> Plan:
         "--pretrain-set", action="append", default=[], metavar="table.key=value", help="may be repeated"
     )
     args = parser.parse_intermixed_args(arguments)
-    files = [text for text in args.settings if text.endswith(".toml")]
-    if len(files) > 1:
-        raise ValueError(f"found {len(files)} configurations ({', '.join(files)}), expected one, and table.key=value")
-    path = Path(files[0]) if files else default_configuration()
-    common = configuration.load(path, [text for text in args.settings if not text.endswith(".toml")])
+    common = configuration.load(*cli.configuration(args.settings))
     chosen = args.folds if args.folds is not None else tuple(range(common.data.folds))
     return Plan(common, args.out, args.models, chosen, args.seeds, tuple(args.pretrain), tuple(args.pretrain_set))
 

@@ -58,7 +58,7 @@ def train(
     """
     from nucsam import config
 
-    path, overrides = _configuration(arguments or [])
+    path, overrides = configuration(arguments or [])
     settings = config.load(path, overrides)
     from nucsam.train import train  # imports torch
 
@@ -81,7 +81,7 @@ def folds(
     """
     from nucsam.folds import folds
 
-    path, overrides = _configuration(arguments or [])
+    path, overrides = configuration(arguments or [])
     raise typer.Exit(folds(path, overrides, out, grid or []))
 
 
@@ -259,7 +259,7 @@ def report(
         print(path)
 
 
-def _configuration(arguments: list[str]) -> tuple[Path, list[str]]:
+def configuration(arguments: list[str]) -> tuple[Path, list[str]]:
     """The TOML file and the overrides among positional arguments."""
     files = [text for text in arguments if text.endswith(".toml")]
     if len(files) > 1:

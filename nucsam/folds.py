@@ -515,7 +515,7 @@ def markdown(table: dict[str, Any]) -> list[str]:
             main.append([f"{label}; {scored['protocol']}", *_cells(scored), trained])
             found = [[o, f"{g['images']}", f"{g['folds']}", *_cells(g)] for o, g in scored["organs"].items()]
             title = f"Per organ: {label}; {scored['protocol']}"
-            organs += [_part(title, "organ|images|folds|Dice|AJI|PQ", found)] if found else []
+            organs += [part(title, "organ|images|folds|Dice|AJI|PQ", found)] if found else []
         kept = ", ".join(f"{epoch} in fold {fold}" for fold, epoch in row["best_epochs"].items())
         scheme = f"{row['folds']} {split['scheme']} folds, seed {split['seed']}, group {split['group'] or 'none'}"
         base = "; ".join(row["base"]) or "-"
@@ -527,13 +527,14 @@ def markdown(table: dict[str, Any]) -> list[str]:
         *filter(None, rules),
     ]
     return [
-        _part(f"Cross-validation: {table['name']}", "model|Dice|AJI|PQ|trained", main, [*notes, *table["caveats"]]),
-        _part("How", "model|epochs|base weights|parameters in all|split|seed", how),
+        part(f"Cross-validation: {table['name']}", "model|Dice|AJI|PQ|trained", main, [*notes, *table["caveats"]]),
+        part("How", "model|epochs|base weights|parameters in all|split|seed", how),
         *organs,
     ]
 
 
-def _part(title: str, columns: str, rows: list[list[str]], notes: Sequence[str] = ()) -> str:
+def part(title: str, columns: str, rows: list[list[str]], notes: Sequence[str] = ()) -> str:
+    """A table and remarks in Markdown; `columns` are parted by |."""
     columns = columns.split("|")
     cells = [columns, ["---"] * len(columns), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
     lines = [f"## {title}", "", *(f"| {' | '.join(row)} |" for row in cells), "", *(f"- {note}" for note in notes)]

@@ -113,6 +113,7 @@ def _named(ids_P: np.ndarray, foreground_P: np.ndarray, *, area: int, confidence
 
 def from_foreground(
     foreground_HW: np.ndarray,
+    depth_HW: np.ndarray | None = None,
     *,
     threshold: float = 0.5,
     sigma: float = 2.0,
@@ -120,12 +121,12 @@ def from_foreground(
     confidence: float = 0.0,
     area: int = 30,
 ) -> np.ndarray:
-    """Watershed of a foreground map's own distance transform: what can be had without any map of instances.
+    """Watershed of any map of depth; without one of the nuclei's own distance transform, px.
 
     Seeds are the maxima of the depth, smoothed by `sigma` px, within `reach` px. Else as `from_depth`.
     """
     nucleus = foreground_HW > threshold
-    depth = ndimage.gaussian_filter(ndimage.distance_transform_edt(nucleus), sigma)
+    depth = ndimage.gaussian_filter(ndimage.distance_transform_edt(nucleus) if depth_HW is None else depth_HW, sigma)
     peaks = (depth == ndimage.maximum_filter(depth, 2 * reach + 1)) & nucleus
     seeds, _ = ndimage.label(peaks, _EIGHT)
     return whole(watershed(-depth, seeds, mask=nucleus), foreground_HW, area=area, confidence=confidence)

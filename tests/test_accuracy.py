@@ -51,6 +51,7 @@ scores = {"epoch": 2, "epoch_chosen_by": chosen, "base": base, "headline": headl
 if not Path("killed").exists():
     (out / "benchmark.json").write_text(json.dumps({"peak_gib": 1.5, "inference_seconds": 0.25}))
 """
+GROUP = config.load(accuracy.HERE.parent / "configs" / "standin.toml").data.group
 SHORT = ["train.epochs=2", "train.validate_every=1", "model.weights=none", "data.crop=64", "data.scale=1"]
 
 
@@ -207,7 +208,7 @@ def test_images_to_pretrain_on_are_links(tmp_path):
     organs = {path.name for path in a.iterdir() if path.is_dir()}, {path.name for path in b.iterdir() if path.is_dir()}
     wanted = {f"a, {name}" for name in organs[0]} | {f"b, {name}" for name in organs[1]}
     assert {path.name for path in (tmp_path / "both").iterdir()} == wanted
-    records = find_records(tmp_path / "both", group=accuracy.GROUP)
+    records = find_records(tmp_path / "both", group=GROUP)
     assert len(records) == 6 and {record.organ for record in records} == wanted
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     for others in ([a], [a, b, tmp_path / "c"]):
@@ -231,9 +232,7 @@ def test_images_to_pretrain_on_are_links(tmp_path):
 
 
 def test_groups_of_images_to_pretrain_on():
-    matches = {
-        name: re.search(accuracy.GROUP, name)[1] for name in ("image07_1", "image07_2", "00ae65c1c6631ae6", "a_b")
-    }
+    matches = {name: re.search(GROUP, name)[1] for name in ("image07_1", "image07_2", "00ae65c1c6631ae6", "a_b")}
     assert matches == {
         "image07_1": "image07",
         "image07_2": "image07",

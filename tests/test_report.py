@@ -481,7 +481,7 @@ def test_a_chart_takes_the_colours_of_the_page_and_its_own_ids():
 @pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
-        pytest.skip("found no Chromium: the page was not tried in a browser")
+        pytest.skip("found no Chromium (apt-get install chromium): the page was not tried in a browser")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: page not tried")
     with playwright.sync_playwright() as started:
         chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
