@@ -289,7 +289,7 @@ def check_images(plan: Plan) -> None:
     from nucsam import checkpoint, data, scoring
 
     wanted = data.identity(scoring.find_images(plan.common.data)[0])
-    if other := [path for path in paths if checkpoint.read_metadata(path)["images"] != wanted]:
+    if other := [path for path in paths if checkpoint.read_tensors(path)[1]["images"] != wanted]:
         raise ValueError(
             f"{other[0].parent}: a run of other images than {plan.common.data.root}, expected another --out"
         )

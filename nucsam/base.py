@@ -60,9 +60,7 @@ def load_base(spec: str | Path, *, cache: str | Path | None = None, seed: int = 
     path = _published(Path(cache) if cache else default_cache()) if spec == "auto" else Path(spec)
     if not path.is_file():
         raise ValueError(f"model.weights: no such file: {path} (expected a path, 'auto' or 'none')")
-    tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
-    if odd := sorted(key for key, tensor in tensors.items() if not finite(tensor)):
-        raise ValueError(f"{path} holds NaN or infinity in {len(odd)} tensors: {_shortened(odd)}")
+    tensors, metadata = read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
     heads = {key for key in tensors if key.startswith("head.")} if "nucsam" in metadata else set()
     state = {key: tensor for key, tensor in tensors.items() if key not in heads}
     _check_fit(state, path)
@@ -104,9 +102,9 @@ def state_sha256(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    if odd := sorted(key for key, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()):
+        raise ValueError(f"{path}: found NaN or infinity in {len(odd)} tensors: {_shortened(odd)}")
 
 
 def default_cache() -> Path:
@@ -192,15 +190,21 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} holds a tensor under {key!r}, expected only names")
         if value.layout != torch.strided or value.is_meta:
             raise ValueError(f"{path} holds a tensor without dense values under {key!r}, expected only dense ones")
+    _check_finite(state, path)
     return state
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file; a ValueError names one that is missing, damaged, or holds NaN or infinity."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; expected one that nucsam wrote") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {_first_line(error)}") from error
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    _check_finite(tensors, path)
+    return tensors, metadata
 
 
 def _check_fit(state: dict[str, Tensor], path: Path) -> None:
@@ -233,7 +237,3 @@ def _check_fit(state: dict[str, Tensor], path: Path) -> None:
 def _shortened(names: list[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

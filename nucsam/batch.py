@@ -24,11 +24,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nucsam import __version__, checkpoint, images, outputs
+from nucsam import __version__, images, outputs
 from nucsam.atomic import write_text
 from nucsam.base import state_sha256
+from nucsam.config import read_json
 from nucsam.data import visible
-from nucsam.predict import Predictor, load, processes
+from nucsam.predict import Predictor, check_joined, load, processes
 from nucsam.tiles import Tiles, Window
 
 
@@ -64,11 +65,7 @@ def predict_files(
     state = None
     if processes() > 1:  # one that is done waits for as long as a slide of another takes
         state = PartialState(cpu=predictor.device.type == "cpu", timeout=timedelta(days=7))
-    if state and state.num_processes != processes():
-        raise ValueError(
-            f"WORLD_SIZE: the launcher started {processes()} processes, Accelerate joined {state.num_processes}; "
-            "on CPUs set ACCELERATE_USE_CPU=true or use launch/cpu2.yaml"
-        )
+        check_joined(state.num_processes)
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaves no part of a file
     try:
         return Batch(predictor, files, mpp, state).run(_settings(model, predictor, mpp), out / "predict.json", force)
@@ -188,7 +185,7 @@ class Batch:
     def _plan(self, settings: dict[str, Any], record: Path, force: bool) -> tuple[list[Path], list[Path]]:
         """The images to predict: those that each process has whole, dealt in turn, and those shared by windows."""
         todo = [path for path, own in self.files.items() if force or not all(file.is_file() for file in own.values())]
-        made = checkpoint.read_json(record.read_bytes(), str(record)) if record.is_file() else settings
+        made = read_json(record.read_bytes(), str(record)) if record.is_file() else settings
         changed = [
             f"{k}: {made.get(k)!r} -> {v!r}"
             for k, v in settings.items()

@@ -4,22 +4,19 @@ Files are safetensors with one metadata entry, `nucsam`, a JSON document; nothin
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from nucsam import lora
 from nucsam.atomic import atomic
-from nucsam.base import Base, finite, load_base
-from nucsam.config import Config, load
-from nucsam.head import InstanceHead
+from nucsam.base import Base, load_base, read_safetensors
+from nucsam.config import Config, load, read_json
 from nucsam.model import Nucsam, build
 
 ENCODER = "image_encoder."
@@ -37,47 +34,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and JSON document of a file of `write_tensors`; a ValueError names a file that is none."""
-    with _opened(path) as file:
-        metadata = _metadata(path, file)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if odd := [name for name, tensor in tensors.items() if not finite(tensor)]:
-        raise ValueError(f"{path}: found NaN or infinity in {len(odd)} tensors, such as {odd[0]}")
-    return tensors, metadata
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The JSON document alone; ValueError as of `read_tensors`."""
-    with _opened(path) as file:
-        return _metadata(path, file)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; expected one that nucsam wrote") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-
-
-def _metadata(path: Path, file: Any) -> dict[str, Any]:
-    found = (file.metadata() or {}).get("nucsam")
-    if found is None:
+    tensors, found = read_safetensors(path)
+    if "nucsam" not in found:
         raise ValueError(f"{path}: found no `nucsam` metadata, expected a file that nucsam wrote")
-    return read_json(found, f"{path}: `nucsam` metadata")
-
-
-def read_json(text: str | bytes, source: str) -> dict[str, Any]:
-    """A JSON document that is a dict; a ValueError names `source` where it is none."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{source}: found a {type(found).__name__}, expected a dict")
-    return found
+    return tensors, read_json(found["nucsam"], f"{path}: `nucsam` metadata")
 
 
 def save_adapter(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -175,16 +135,9 @@ def open_run(run: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
 
 
 def run_base(run: Path, config: Config) -> Base:
-    """The base of a run: what `model.weights` names, or the random base that the run keeps beside it.
-
-    ValueError where it is an export whose head has other tensors than the configured one.
-    """
+    """The base of a run: what `model.weights` names, or the random base that the run keeps beside it."""
     if config.model.weights != "none":
-        base = load_base(config.model.weights)
-        own = InstanceHead(config.model.width).state_dict(prefix="head.")
-        if base.extra and config.model.head == "instance" and (odd := sorted(base.extra.keys() ^ own.keys())):
-            raise ValueError(f"{base.source}: found another head: {len(odd)} tensors differ, such as {odd[0]}")
-        return base
+        return load_base(config.model.weights)
     base = load_base(path := run / "base.safetensors")
     described = read_json(base.metadata.get("nucsam", "null"), f"{path}: `nucsam` metadata")
     if described.get("kind") != "base":

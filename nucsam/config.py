@@ -243,6 +243,17 @@ def changed(tables: dict[str, Any], values: Mapping[str, Any], source: str) -> C
     return Config.from_dict(tables, source)
 
 
+def read_json(text: str | bytes, source: str) -> dict[str, Any]:
+    """A JSON document that is a dict; a ValueError names `source` where it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{source}: found a {type(found).__name__}, expected a dict")
+    return found
+
+
 def to_toml(config: Config) -> str:
     """The whole configuration as TOML text; `load` of it gives an equal Config."""
     lines = []

@@ -16,11 +16,13 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from nucsam.atomic import atomic
 from nucsam.metrics import METRICS, Protocol, Score, pool, protocol_named, score
 
 AGGREGATES = {  # each answers another question; they differ by points
@@ -395,18 +397,10 @@ def write_json(path: str | Path, results: dict) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """As `atomic.write_text`, but that a pipe or device is written to as it is."""
-    file = path.is_file() or not path.exists()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial") if file and not path.is_symlink() else path
-    try:
-        partial.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")  # names of any bytes
-        if partial != path:
-            partial.replace(path)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        if partial != path:
-            partial.unlink(missing_ok=True)
+    """As `atomic.write_text`, but that a pipe or device, also behind a link, is written to as it is."""
+    as_it_is = path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir())
+    with nullcontext(path) if as_it_is else atomic(path) as file:
+        file.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")  # names of any bytes
 
 
 def _plain(value: object) -> object:

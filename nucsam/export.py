@@ -5,13 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nucsam import __version__, checkpoint, graph
 from nucsam.atomic import atomic
-from nucsam.base import Base
-from nucsam.config import Config
-from nucsam.model import build
+from nucsam.config import Config, read_json
 
 FORMATS = ("safetensors", "mobile-sam", "onnx", "adapter")
 
@@ -64,7 +61,9 @@ def export(
             state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     values = f"{len(state)} tensors, {sum(tensor.numel() for tensor in state.values()):,} values"
     if format == "onnx":
-        values += _write_graph(out, state, config, {**described, "kind": kind})
+        with atomic(out) as partial:
+            difference = graph.write(partial, graph.Graph(net.fold(), config.data.scale), {**described, "kind": kind})
+        values += f", at most {difference:.1g} from PyTorch's maps in onnxruntime"
     elif format == "mobile-sam" and out.suffix != ".safetensors":
         with atomic(out) as partial, partial.open("wb") as file:
             torch.save({name: tensor.contiguous() for name, tensor in state.items()}, file)
@@ -89,32 +88,23 @@ def _check(source: Path, out: Path, format: str, base: str, without_head: bool, 
         raise ValueError(f"{out}: exists; --force replaces it")
 
 
-def _write_graph(out: Path, state: dict[str, Tensor], config: Config, metadata: dict[str, Any]) -> str:
-    head = {name: tensor for name, tensor in state.items() if name.startswith("head.")}
-    base = Base({name: tensor for name, tensor in state.items() if name not in head}, "", str(out), head)
-    net = build(replace(config.model, train="head"), base, seed=0).eval().requires_grad_(False)
-    with atomic(out) as partial:
-        difference = graph.write(partial, graph.Graph(net, config.data.scale), metadata)
-    return f", at most {difference:.1g} from PyTorch's maps in onnxruntime"
-
-
 def _finished(run: Path, config: Config) -> dict[str, Any]:
     """What a run's files say beside its adapter: mean scores, versions. ValueError where it is not finished."""
     log, scored = run / "metrics.jsonl", run / "scores.json"
     lines = log.read_bytes().splitlines() if log.is_file() else []
-    epochs = checkpoint.read_json(lines[-1], f"{log}: last line").get("epoch", 0) if lines else 0
+    epochs = read_json(lines[-1], f"{log}: last line").get("epoch", 0) if lines else 0
     if epochs < config.train.epochs or not scored.is_file():
         raise ValueError(
             f"{run}: found an unfinished run, {epochs} of {config.train.epochs} epochs"
             f"{'' if scored.is_file() else ' and no scores.json'}; "
             f"nucsam train {run / 'config.toml'} --out {run} --resume finishes it"
         )
-    scores = checkpoint.read_json(scored.read_bytes(), str(scored))
+    scores = read_json(scored.read_bytes(), str(scored))
     if "headline" not in scores:
         raise ValueError(f"{scored}: found no headline, expected the scores of a run")
     found = {"scores": scores["headline"], "scores_of": scores.get("images_of")}
     if (path := run / "environment.json").is_file():
-        environment = checkpoint.read_json(path.read_bytes(), str(path))
+        environment = read_json(path.read_bytes(), str(path))
         found["versions"] = {name: environment.get(name) for name in ("nucsam", "python", "packages")}
     return found
 

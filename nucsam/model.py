@@ -79,15 +79,20 @@ def build(config: Model, base: Base, *, seed: int, checkpoint: bool = False) -> 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators too
         model = Nucsam(config, checkpoint)
-        wanted = model.state_dict().keys()
+        wanted = model.state_dict()
         extra = base.extra if config.head == "instance" else {}
-        state = {name: tensor for name, tensor in {**base.state, **extra}.items() if name in wanted}
-        _load(
-            model,
-            state,
-            required=[name for name in wanted if not name.startswith("head.")],
-            source=base.source,
+        own, given = (
+            {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("head.")}
+            for tensors in (wanted, extra)
         )
+        if given and (odd := sorted({name for name, _ in own.items() ^ given.items()})):
+            raise ValueError(
+                f"{base.source}: found another head: {len(odd)} tensors differ from those of model.width = "
+                f"{config.width}, such as {odd[0]}: found {given.get(odd[0])}, expected {own.get(odd[0])}"
+            )
+        state = {name: tensor for name, tensor in {**base.state, **extra}.items() if name in wanted}
+        missing, _ = model.load_state_dict(state, strict=False)
+        assert all(name.startswith("head.") for name in missing), missing  # load_base has checked the MobileSAM part
         if config.train == "lora":
             lora.inject(model, config.pattern, rank=config.rank, alpha=config.alpha)
     _freeze(model, config)
@@ -105,20 +110,6 @@ def calibrated(base: Base, images: Tensor) -> Base:
     update_bn([images], encoder)
     state = base.state | {f"image_encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     return replace(base, state=state, sha256=state_sha256(state))
-
-
-def _load(model: nn.Module, state: dict[str, Tensor], *, required: list[str], source: str) -> None:
-    own = model.state_dict()
-    missing = [name for name in required if name not in state]
-    assert not missing, missing  # load_base has checked the MobileSAM part
-    wrong = [
-        f"{name}: found {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in state
-        if state[name].shape != own[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"{source}: weights do not fit model.width: {'; '.join(wrong[:3])}")
-    model.load_state_dict(state, strict=False)
 
 
 def _freeze(model: Nucsam, config: Model) -> None:

@@ -268,6 +268,15 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def check_joined(joined: int) -> None:
+    """ValueError where Accelerate joined others than the processes that the launcher started."""
+    if processes() != joined:
+        raise ValueError(
+            f"WORLD_SIZE: the launcher started {processes()} processes, Accelerate joined {joined}, so each would run "
+            "alone; on CPUs set ACCELERATE_USE_CPU=true or use launch/cpu2.yaml"
+        )
+
+
 def open_model(path: Path) -> tuple[Nucsam, Config, dict[str, Any]]:
     """The model of a run directory or of an export, in eval mode, with its configuration and metadata."""
     if path.is_dir():
@@ -277,7 +286,7 @@ def open_model(path: Path) -> tuple[Nucsam, Config, dict[str, Any]]:
         raise ValueError(f"{path}: no such file, expected a run directory or a safetensors file of nucsam export")
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: found a {path.suffix or 'nameless'} file, expected .safetensors or a run directory")
-    metadata = checkpoint.read_metadata(path)
+    _, metadata = checkpoint.read_tensors(path)
     if metadata.get("kind") != "merged":
         raise ValueError(
             f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'merged'; an adapter is merged with its "

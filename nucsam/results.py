@@ -1,6 +1,5 @@
 """Results of training as read from a run's folder or a cross-validation's, and sentences made from their numbers."""
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nucsam.config import MAY_CHANGE, Config, load
+from nucsam.config import MAY_CHANGE, Config, load, read_json
 
 SHOWN = {"dice": "Dice", "aji": "AJI", "pq": "PQ"}
 NO_ORGAN = "all images"
@@ -70,16 +69,10 @@ def _read(folder: Path) -> Trained:
 
 def _json(path: Path, lines: bool = False) -> Any:
     """A JSON document that is a dict, or a list of one a line; None where there is no such file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = [json.loads(line) for line in (text.splitlines() if lines else [text])]
-    except FileNotFoundError:
+    if not path.is_file():
         return None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); expected the file that nucsam train wrote") from None
-    if odd := [value for value in found if not isinstance(value, dict)]:
-        raise ValueError(f"{path}: found a {type(odd[0]).__name__}, expected a dict as nucsam train writes it")
-    return found if lines else found[0]
+    text = path.read_bytes()
+    return [read_json(line, str(path)) for line in text.splitlines()] if lines else read_json(text, str(path))
 
 
 def plain(name: str) -> str:

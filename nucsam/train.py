@@ -27,6 +27,7 @@ from nucsam import checkpoint, data, evaluate, model, report, scoring
 from nucsam.augment import augment, window
 from nucsam.base import Base, load_base
 from nucsam.config import Config, Train
+from nucsam.predict import check_joined
 from nucsam.run import Run, check_out, make_out
 
 console = Console()
@@ -51,7 +52,7 @@ def train(config: Config, out: Path, *, resume: bool = False, build: Callable = 
         project_dir=out,
     )
     processes, main, device = accelerator.num_processes, accelerator.is_main_process, accelerator.device
-    _check_processes(processes)
+    check_joined(processes)
     if t.log_with and not accelerator.log_with:
         raise ValueError(f"train.log_with: {t.log_with} is not installed; expected one that is, or ''")
     check_out(out, config, resume)
@@ -226,15 +227,6 @@ def _precision(wanted: str, on_gpu: bool) -> str | None:
         warnings.warn("train.precision: fp16 needs a GPU; computing in fp32 on this CPU", stacklevel=3)
         return "no"
     return name
-
-
-def _check_processes(processes: int) -> None:
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != processes:
-        raise ValueError(
-            f"WORLD_SIZE: the launcher started {launched} processes, Accelerate joined {processes}, so each would "
-            "train alone; on CPUs set ACCELERATE_USE_CPU=true or use launch/cpu2.yaml"
-        )
 
 
 def _base(config: Config, out: Path, crops: list[dict[str, Tensor]], accelerator: Accelerator) -> Base:

@@ -769,7 +769,7 @@ def torch_files() -> Iterator[Case]:
         ("an epoch beside", lambda s: s | {"epoch": 3}, "base.pt holds a int under 'epoch'"),
         ("sparse", lambda s: s | {name: s[name].to_sparse()}, f"base.pt holds a tensor without .* '{name}'"),
         ("without values", lambda s: s | {name: s[name].to("meta")}, f"base.pt holds a tensor without .* '{name}'"),
-        ("NaN", lambda s: s | {name: s[name] * float("nan")}, f"base.pt holds NaN or infinity in 1 tensors: {name}"),
+        ("NaN", lambda s: s | {name: s[name] * float("nan")}, f"base.pt: found NaN or infinity in 1 tensors: {name}"),
         (
             "whole numbers",
             lambda s: s | {name: s[name].long()},
@@ -825,7 +825,9 @@ def exports() -> Iterator[Case]:
         "export as base: a foreign head", start_from(foreign), "export.safetensors: found another head: 1 .*other"
     )
     yield Case(
-        "export as base: another width", start_from(lambda t, m: None, 64), "export.safetensors: weights do not fit"
+        "export as base: another width",
+        start_from(lambda t, m: None, 64),
+        "export.safetensors: found another head: 90 .*model.width = 64",
     )
     yield Case("export as base: whole (legal)", start_from(lambda t, m: None), None)
 
@@ -945,8 +947,8 @@ def scoring() -> Iterator[Case]:
         ("a ring", "no negative", folders_of(nothing, "--zone", "-1")),
         ("an organ pattern", "organ: found '.', expected a regular", folders_of(nothing, "--organ", "(")),
         ("processes", "workers: found -1", folders_of(nothing, "--workers", "-1")),
-        ("a JSON folder that is not there", "s.json: cannot be written", folders_of(nothing, "--json", "{}/no/s.json")),
-        ("a CSV file that is a folder", "pred: cannot be written", folders_of(nothing, "--csv", "{}/pred")),
+        ("a JSON folder that is not there", "s.json: .*No such file", folders_of(nothing, "--json", "{}/no/s.json")),
+        ("a CSV file that is a folder", "pred: .*s a directory", folders_of(nothing, "--csv", "{}/pred")),
     ):
         yield Case(f"evaluate: {title}", prepare, says)
     for title, arguments, says in (
@@ -1130,7 +1132,7 @@ def test_scores_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     evaluate.write_json(path, {"a": 1})
     whole = path.read_bytes()
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match=r"s\.json: cannot be written .No space"):
+    with pytest.raises(OSError, match=r"s\.json: .*No space"):
         evaluate.write_json(path, {"a": 2})
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
