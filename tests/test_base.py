@@ -146,7 +146,8 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path):
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name}.* not a (whole|readable)"):
+        says = ": not a readable safetensors file" if name.endswith("safetensors") else " is not a whole checkpoint"
+        with pytest.raises(ValueError, match=name + says):
             base.load_base(tmp_path / name)
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"list\.pt holds a list, expected a dict of tensors"):

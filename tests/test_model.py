@@ -344,7 +344,7 @@ def test_an_export_brings_its_head(base):
 def test_an_export_of_another_width_is_refused_with_both_shapes(base):
     extra = {n: t for n, t in build(Model(width=32), base, seed=0).state_dict().items() if n.startswith("head.")}
     export = replace(base, extra=extra, source="nuclei.safetensors")
-    with pytest.raises(ValueError, match=r"^nuclei\.safetensors: .*model\.width = 64.*found \(.*expected \("):
+    with pytest.raises(ValueError, match=r"^nuclei\.safetensors: .*model\.width = 64.*found \(32, .*expected \(64, "):
         build(Model(width=64), export, seed=0)
 
 
