@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: options, clocks, memory, what the machine can do at most, and the last line."""
+"""What the benchmarks share: options, clocks, memory, the machine's ceilings, the last line."""
 
 import argparse
 import ctypes
@@ -22,56 +22,72 @@ import torch
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from nucsam import config as configuration
-from nucsam.atomic import atomic
-from nucsam.config import Config
-from nucsam.predict import find_device
+from nucsam import UserError
+from nucsam.config import Config, differences, load_config
+from nucsam.files import without_nan, write_text
+from nucsam.predict.devices import find_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "mobilesam-mirror")
 
 
-def parser(doc: str, *, batch: int = 4, image_size: int = 512, repeat: int = 7) -> argparse.ArgumentParser:
-    """The options that all have; `doc` is the script's own."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--batch", type=integer(), default=batch)
-    made.add_argument("--image-size", type=integer(64, of=32), default=image_size, help=f"px, default {image_size}")
-    made.add_argument("--dtype", choices=DTYPES, default="fp32")
-    made.add_argument("--repeat", type=integer(), default=repeat, help="turns of each, after one to warm up")
-    made.add_argument("--threads", type=integer(), default=torch.get_num_threads(), help="of torch in the main process")
-    made.add_argument("--json", type=new_file, help="also write the JSON document here")
-    return made
+def parser(
+    doc: str, *, batch: int = 4, image_size: int = 512, repeat: int = 7
+) -> argparse.ArgumentParser:
+    """The options that all scripts have.
+
+    Args:
+        doc: docstring of the script.
+        batch: default of --batch.
+        image_size: default of --image-size, px.
+        repeat: default of --repeat.
+    """
+    options = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = options.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--batch", type=integer(), default=batch)
+    side = integer(64, multiple_of=32)
+    add("--image-size", type=side, default=image_size, help=f"px, default {image_size}")
+    add("--dtype", choices=DTYPES, default="fp32")
+    add("--repeat", type=integer(), default=repeat, help="timed turns, after one to warm up")
+    threads = torch.get_num_threads()
+    add("--threads", type=integer(), default=threads, help="of torch in the main process")
+    add("--json", type=new_file, help="also write the JSON document to this file")
+    return options
 
 
-def integer(least: int = 1, *, of: int = 1) -> Callable[[str], int]:
-    """The type of an option: a multiple of `of`, at least `least`."""
+def integer(least: int = 1, *, multiple_of: int = 1) -> Callable[[str], int]:
+    """The type of an option: a multiple of `multiple_of`, at least `least`."""
 
     def read(text: str) -> int:
-        found = int(text)
-        if found < least or found % of:
-            raise argparse.ArgumentTypeError(
-                f"found {found}, expected at least {least}" + f", a multiple of {of}" * (of > 1)
-            )
-        return found
+        number = int(text)
+        if number < least or number % multiple_of:
+            multiple = f", a multiple of {multiple_of}" if multiple_of > 1 else ""
+            raise argparse.ArgumentTypeError(f"found {number}, expected at least {least}{multiple}")
+        return number
 
-    read.__name__ = "integer"  # in argparse's own message on what is no number
+    read.__name__ = "integer"  # argparse names it in its message about text that is no number
     return read
 
 
 def new_file(text: str) -> Path:
-    """The type of an option: a file to write at the end, whose folder is there at the start."""
-    if not (path := Path(text)).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"found no folder {path.parent}, expected the file in one that is there")
+    """The type of an option: a file to write at the end, in a folder that exists."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"found no folder {path.parent}, expected a file in an existing folder"
+        )
     return path
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options given, looked over; torch gets its threads."""
+    """The checked options. Sets the threads of torch."""
     args = parser.parse_args(arguments)
     try:
-        args.device = str(find_device(args.device))  # cpu or cuda:N, and no other way to say so
-    except ValueError as error:
+        args.device = str(find_device(args.device))  # cpu or cuda:N
+    except UserError as error:
         parser.error(str(error))
     if args.dtype == "fp16" and args.device == "cpu":
         parser.error("--dtype fp16: a CPU would compute in fp32, expected fp32 or bf16 there")
@@ -80,15 +96,21 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """The option `--config`: args.config is a `Config`."""
+    """Add the option `--config`: args.config is a `Config`."""
 
     def read(text: str) -> Config:
         try:
-            return configuration.load(Path(text))
-        except ValueError as error:
+            return load_config(Path(text))
+        except UserError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    parser.add_argument("--config", type=read, default=Config(), metavar="CONFIG.toml", help="else nucsam's defaults")
+    parser.add_argument(
+        "--config",
+        type=read,
+        default=Config(),
+        metavar="CONFIG.toml",
+        help="default: nucsam's defaults",
+    )
 
 
 def cropped(config: Config, side: int) -> Config:
@@ -100,28 +122,46 @@ class Machine:
     """A device and a dtype: clocks, peak memory, ceilings."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.device, self.dtype = torch.device(args.device), DTYPES[args.dtype]
+        self.device = torch.device(args.device)
+        self.dtype = DTYPES[args.dtype]
         self.cuda = self.device.type == "cuda"
         if self.cuda:
-            torch.cuda.set_device(self.device)  # whose clock and memory are looked at
-        # Which of the milliseconds of `turns` to compare by: CPU time says all only with one thread of torch.
+            torch.cuda.set_device(self.device)
+        # The milliseconds of `turns` to compare: CPU time says all only with one thread of torch.
         self.clock = "ms" if self.cuda or args.threads > 1 else "cpu_ms"
 
     def cast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def now(self) -> float:
-        """Seconds once the device is idle: wall time; on a CPU those of this process, to which others do not add."""
+        """Seconds, read when the device is idle.
+
+        Wall time on a GPU. On a CPU the time of this process, to which other programs do not add.
+        """
         self.synchronize()
         return time.perf_counter() if self.cuda else time.process_time()
 
     def turns(
-        self, calls: Mapping[str, Callable[[int], Any]], repeat: int, *, steps: int = 1, warm: int = 1
+        self,
+        calls: Mapping[str, Callable[[int], Any]],
+        repeat: int,
+        *,
+        steps: int = 1,
+        warm: int = 1,
     ) -> dict[str, dict[str, float]]:
-        """Wall and CPU milliseconds of a step in calls of `steps` steps, CPU time with that of child processes.
+        """Time calls in turns, so that a busy spell of the machine meets all of them.
 
-        They take turns, so that a busy spell meets all. Each gets the number of the turn; the first `warm` warm up.
-        A call counts whole, or from its own `start()`, and up to its own `stop()`.
+        A whole call counts, or what lies between its own `start()` and `stop()`.
+
+        Args:
+            calls: each gets the number of the turn.
+            repeat: timed turns.
+            steps: steps in a call.
+            warm: turns before, which are not timed.
+
+        Returns:
+            For each call the wall and CPU milliseconds of a step. CPU time includes that of child
+            processes.
         """
         spent: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
         for number in range(warm + repeat):
@@ -133,18 +173,24 @@ class Machine:
         rows = {}
         for name, turns in spent.items():
             wall, cpu = 1e3 * np.array(turns[warm:]).T / steps
-            row = {"ms": np.median(wall), "ms_min": wall.min(), "ms_max": wall.max(), "cpu_ms": np.median(cpu)}
+            row = {
+                "ms": np.median(wall),
+                "ms_min": wall.min(),
+                "ms_max": wall.max(),
+                "cpu_ms": np.median(cpu),
+            }
             rows[name] = {key: float(value) for key, value in row.items()}
         return rows
 
     def start(self) -> None:
-        """Starts the clock of a turn, again in a call that is not to count what it has done so far."""
+        """Start the clock of a turn. A call that starts it again drops what it has spent so far."""
         children = _children_seconds()
         self.synchronize()
-        self.began, self.spent = (time.perf_counter(), time.process_time() + children), None
+        self.began = (time.perf_counter(), time.process_time() + children)
+        self.spent = None
 
     def stop(self) -> None:
-        """Stops it; what follows in a call does not count."""
+        """Stop the clock. The rest of the call does not count."""
         if self.spent is None:
             self.synchronize()
             wall, cpu = time.perf_counter(), time.process_time()
@@ -155,33 +201,43 @@ class Machine:
             torch.cuda.synchronize()
 
     def peak_mib(self, call: Callable[[], Any]) -> float:
-        """Peak memory in one call above that before it: allocated on a GPU, resident on a CPU (Linux)."""
+        """Peak memory of one call above the memory before it, MiB.
+
+        Allocated memory on a GPU, resident memory on a CPU. NaN on systems other than Linux.
+        """
         gc.collect()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             call()
             return (torch.cuda.max_memory_allocated() - before) / 2**20
-        if not Path("/proc/self/clear_refs").exists():
+        reset = Path("/proc/self/clear_refs")
+        if not reset.exists():
             return math.nan
-        ctypes.CDLL(None).malloc_trim(0)  # memory that an earlier call left in the heap would hide this one's
-        Path("/proc/self/clear_refs").write_text("5")
+        # Memory that an earlier call left in the heap would hide this call's.
+        ctypes.CDLL(None).malloc_trim(0)
+        reset.write_text("5")
         before = psutil.Process().memory_info().rss
         call()
-        most = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-        return max(int(most) / 2**10 - before / 2**20, 0.0)
+        peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+        return max(int(peak) / 2**10 - before / 2**20, 0.0)
 
     def ceiling(self) -> dict[str, float]:
-        """The best that a large matrix product (TFLOP/s, in the dtype) and a memory copy (GB/s) reach here."""
+        """The best speed of a large matrix product (TFLOP/s, in the dtype) and of a copy (GB/s)."""
         n, size = (8192, 2**30) if self.cuda else (1024, 2**28)
         a = torch.randn(n, n, device=self.device).to(self.dtype)
         source = torch.zeros(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
-        rows = self.turns({"matmul": lambda _: a @ a, "copy": lambda _: target.copy_(source)}, repeat=7)
-        return {"tflops": 2e-9 * n**3 / rows["matmul"]["ms_min"], "gb_per_s": 2e-6 * size / rows["copy"]["ms_min"]}
+        rows = self.turns(
+            {"matmul": lambda _: a @ a, "copy": lambda _: target.copy_(source)}, repeat=7
+        )
+        return {
+            "tflops": 2e-9 * n**3 / rows["matmul"]["ms_min"],
+            "gb_per_s": 2e-6 * size / rows["copy"]["ms_min"],
+        }
 
     def about(self, packages: Sequence[str] = ()) -> dict[str, Any]:
-        """Hardware, load, versions and date."""
+        """Hardware, load, date, and versions of `PACKAGES` and of `packages`."""
         return {
             "machine": _gpu() if self.cuda else _cpu(),
             "cores": os.cpu_count(),
@@ -195,7 +251,7 @@ class Machine:
 
 
 def host(args: argparse.Namespace) -> Machine:
-    """The CPU, for what runs there beside any device."""
+    """The CPU, for work that runs there beside any device."""
     return Machine(argparse.Namespace(**vars(args) | {"device": "cpu"}))
 
 
@@ -206,8 +262,9 @@ def _gpu() -> str:
 
 def _cpu() -> str:
     path = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", path.read_text(), re.MULTILINE) if path.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    text = path.read_text() if path.exists() else ""
+    model = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return model[1] if model else platform.processor() or platform.machine()
 
 
 def _children_seconds() -> float:
@@ -216,35 +273,51 @@ def _children_seconds() -> float:
 
 def flops(call: Callable[[], Any]) -> int:
     """Floating-point operations of the matrix products, convolutions and attentions in a call."""
-    mapping = {torch.ops.aten.convolution_backward: _convolution_backward, torch.ops.aten.addmm_: _addmm_}
+    mapping = {
+        torch.ops.aten.convolution_backward: _convolution_backward,
+        torch.ops.aten.addmm_: _addmm_,
+    }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         call()
     return counter.get_total_flops()
 
 
-def _convolution_backward(grad, x, weight, bias, stride, padding, dilation, transposed, _, groups, wanted, **__) -> int:
-    """Each gradient takes what the forward pass takes: PyTorch's formula counts all groups of a weight's gradient."""
+def _convolution_backward(
+    grad, x, weight, bias, stride, padding, dilation, transposed, _, groups, wanted, **__
+) -> int:
+    """Each gradient costs a forward pass. PyTorch's formula ignores groups in a weight's."""
     return (wanted[0] + wanted[1]) * conv_flop_count(x, weight, grad, transposed)
 
 
 def _addmm_(_, a: Sequence[int], b: Sequence[int], **__) -> int:
-    """LoRA's, in place, which PyTorch has no formula for."""
+    """LoRA's product in place, for which PyTorch has no formula."""
     return 2 * a[0] * a[1] * b[1]
 
 
-def table(title: str, rows: Mapping[str, Mapping[str, Any]], caption: str = "", first: str = "") -> Table:
-    """A row for each of `rows`; the columns are the keys of all, and a value that is not a string gets three digits."""
+def table(
+    title: str, rows: Mapping[str, Mapping[str, Any]], caption: str = "", first: str = ""
+) -> Table:
+    """A rich Table; numbers get three digits.
+
+    Args:
+        title: above the table.
+        rows: label -> cells; the columns are the keys of all rows.
+        caption: below the table.
+        first: title of the column of labels.
+    """
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    made = Table(first, title=title, caption=caption or None)
+    grid = Table(first, title=title, caption=caption or None)
     for name in names:
-        made.add_column(name, justify="right")
+        grid.add_column(name, justify="right")
     for label, row in rows.items():
-        made.add_row(label, *(_cell(row.get(name, "")) for name in names))
-    return made
+        grid.add_row(label, *(_cell(row.get(name, "")) for name in names))
+    return grid
 
 
 def _cell(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def spread(row: Mapping[str, float]) -> str:
@@ -252,18 +325,19 @@ def spread(row: Mapping[str, float]) -> str:
     return f"{_cell(row['ms_min'])} - {_cell(row['ms_max'])}"
 
 
-def asked(args: argparse.Namespace) -> dict[str, Any]:
-    """The options for the document."""
-    found = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    if "config" in found:
-        found["config"] = configuration.differences(Config(), args.config)
-    return found
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options as they stand in the document."""
+    values = {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+    }
+    if "config" in values:
+        values["config"] = differences(Config(), args.config)
+    return values
 
 
 def finish(document: dict[str, Any], path: Path | None) -> None:
-    """Print the document as the last line, and write it where wanted."""
-    text = json.dumps(document)
+    """Print the document as the last line, and write it to `path` if there is one."""
+    text = json.dumps(without_nan(document))
     print(text)
     if path:
-        with atomic(path) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")

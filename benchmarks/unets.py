@@ -1,15 +1,22 @@
-"""The six U-Nets of the NuInsSeg paper (Mahbod et al. 2024, Scientific Data 11:295), for nucsam's own training loop.
+"""The six U-Nets of the NuInsSeg paper (Mahbod et al. 2024, Scientific Data 11:295).
 
-Widths, up-sampling and maps follow the authors' code (github.com/masih4/dual_decoder_nuclei_segmentation), the gates
-Oktay 2018, the shortcuts He 2016. Otherwise than there, in the baselines' favour where the budget is short: BatchNorm
-in place of dropout, Dice and cross-entropy of one weight, the depth scaled to 1 in each nucleus and its loss weighted
-by 5, more smoothing before its maxima, and a second stage that sees the first one's foreground beside the image. All
-else is nucsam's: augmentation, AdamW, schedule, averaged weights, scoring. A net has what `train(build=...)` asks for:
+Widths, up-sampling and maps follow the authors' code
+(github.com/masih4/dual_decoder_nuclei_segmentation). The gates follow Oktay 2018, the shortcuts He
+2016. These choices differ from the authors', in the baselines' favour where the budget is short:
 
-    train(config, out, build=partial(unets.build, "deep"))
-    train(config, out, build=partial(unets.build, "deep", start=pretrained_run / "adapter.safetensors"))
+- BatchNorm in place of dropout.
+- Dice and cross-entropy of one weight.
+- The depth is scaled to 1 in each nucleus, its loss is weighted by 5, and its maxima are smoothed
+  more.
+- The second stage sees the foreground of the first beside the image.
 
-They see the image at its own resolution (data.scale = 1), sides multiples of 16 px.
+The rest is nucsam's: augmentation, AdamW, schedule, averaged weights, scoring. A net has the
+methods that `nucsam.fit` needs:
+
+    nucsam.fit(config, out, build=partial(unets.build, "deep"))
+    nucsam.fit(config, out, build=partial(unets.build, "deep", start=RUN / "adapter.safetensors"))
+
+The nets see the image at its own resolution (data.scale = 1), sides multiples of 16 px.
 """
 
 from dataclasses import dataclass
@@ -21,26 +28,29 @@ import torch.nn.functional as F
 from scipy.special import expit
 from torch import Tensor, nn
 
-from nucsam import checkpoint, instances, losses, targets
-from nucsam.base import Base
 from nucsam.config import Instances, Loss, Model
-from nucsam.head import Block, Norm
+from nucsam.model import instances, losses, targets
+from nucsam.model.heads import Block, Norm
+from nucsam.model.weights import Base
+from nucsam.run import checkpoint
 
 MEAN, STD = (178.0, 135.0, 175.0), 50.0  # grey levels of H&E, roughly: BatchNorm does the rest
-# Px of smoothing, and px within which a maximum of a predicted depth is the largest: best on true maps of training and
-# stand-in images and on predicted ones, where 1 and 3 lose 20 PQ (`from_foreground`'s 2 and 5 were chosen in this way).
+# Px of smoothing, and px around a maximum of the predicted depth without a larger value. They are
+# the best on true maps of training and stand-in images, and on predicted maps, where 1 and 3 lose
+# 20 PQ. The defaults of `from_foreground`, 2 and 5, were chosen in the same way.
 SIGMA, REACH = 3.0, 7
-DEPTH = 5.0  # weight of the depth's loss: at the published 1 it is a twentieth of the others, and learns late
+# Weight of the depth's loss. At the published 1 it is a twentieth of the others, and learns late.
+DEPTH = 5.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What tells one net of the table from another."""
+    """The differences between the nets."""
 
     widths: tuple[int, ...]  # channels at strides 1, 2, 4, 8, 16
     millions: float  # of parameters, as published
     bottom: int = 0  # channels of the second convolution at stride 16; 0 = as the first
-    attention: bool = False  # gates on the skips, and up-sampling by interpolation and 3 x 3 convolution
+    attention: bool = False  # gated skips; up-sampling by interpolation and 3 x 3 convolution
     residual: bool = False
     distance: str = ""  # "decoder": a second decoder for the distance map; "net": a second net
 
@@ -57,11 +67,13 @@ NETS = {
 
 
 class Pair(nn.Module):
-    """Two convolutions; with a shortcut it is a residual block (He 2016)."""
+    """Two convolutions; with a shortcut a residual block (He 2016)."""
 
     def __init__(self, inputs: int, width: int, outputs: int, residual: bool) -> None:
         super().__init__()
-        self.body = nn.Sequential(Block(inputs, width), nn.Sequential(*[*Block(width, outputs)][:2]))
+        self.body = nn.Sequential(
+            Block(inputs, width), nn.Sequential(*[*Block(width, outputs)][:2])
+        )
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if residual else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +82,7 @@ class Pair(nn.Module):
 
 
 class Gate(nn.Module):
-    """Additive attention: how much of a skip passes, pixel by pixel (Oktay 2018)."""
+    """Additive attention: the weight of each pixel of a skip (Oktay 2018)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -87,8 +99,12 @@ class Up(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, plan: Plan) -> None:
         super().__init__()
-        interpolated = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), Block(inputs, outputs))
-        self.up = interpolated if plan.attention else nn.ConvTranspose2d(inputs, outputs, 2, stride=2)
+        interpolated = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="nearest"), Block(inputs, outputs)
+        )
+        self.up = (
+            interpolated if plan.attention else nn.ConvTranspose2d(inputs, outputs, 2, stride=2)
+        )
         self.gate = Gate(outputs) if plan.attention else None
         self.block = Pair(2 * outputs, outputs, outputs, plan.residual)
 
@@ -102,9 +118,9 @@ class Encoder(nn.Module):
 
     def __init__(self, inputs: int, plan: Plan) -> None:
         super().__init__()
-        wide = [*plan.widths[:-1], plan.bottom or plan.widths[-1]]
-        into = [inputs, *plan.widths[:-1]]
-        self.blocks = nn.ModuleList(Pair(i, w, o, plan.residual) for i, w, o in zip(into, plan.widths, wide))
+        outputs = [*plan.widths[:-1], plan.bottom or plan.widths[-1]]
+        sizes = zip([inputs, *plan.widths[:-1]], plan.widths, outputs)
+        self.blocks = nn.ModuleList(Pair(*size, plan.residual) for size in sizes)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = [self.blocks[0](x)]
@@ -118,8 +134,8 @@ class Decoder(nn.Module):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
-        into = (plan.bottom or plan.widths[-1], *plan.widths[-2:0:-1])
-        self.ups = nn.ModuleList(Up(i, o, plan) for i, o in zip(into, plan.widths[-2::-1]))
+        inputs = (plan.bottom or plan.widths[-1], *plan.widths[-2:0:-1])
+        self.ups = nn.ModuleList(Up(i, o, plan) for i, o in zip(inputs, plan.widths[-2::-1]))
         self.out = nn.Conv2d(plan.widths[0], 1, 1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
@@ -130,8 +146,11 @@ class Decoder(nn.Module):
 
 
 class Unet(nn.Module):
-    """One of `NETS`. Maps (B, C, H, W): a foreground logit, and with a distance map also the depth in the nucleus,
-    about 0 at its boundary and outside to 1 at its deepest pixel."""
+    """One of `NETS`.
+
+    Maps (B, C, H, W): a foreground logit. A net with a distance map adds the depth in the nucleus:
+    about 0 at its boundary and outside, 1 at its deepest pixel.
+    """
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
@@ -150,23 +169,38 @@ class Unet(nn.Module):
         x = ((images - self.mean) / STD).contiguous(memory_format=torch.channels_last)
         features = self.encoder(x)
         maps = [self.foreground(features)]
-        if self.second is not None:  # the first stage's foreground goes in, its gradient does not come back
+        if self.second is not None:
+            # The second stage sees the foreground; no gradient of it reaches the first stage.
             features = self.second(torch.cat([x, maps[0].detach().sigmoid()], dim=1))
         if self.depth is not None:
             maps.append(self.depth(features))
         x = torch.cat(maps, dim=1).contiguous()
         return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear")
 
-    def loss(self, maps: Tensor, labels: Tensor, counted: Tensor, n: int, weights: Loss) -> dict[str, Tensor]:
-        """Weighted loss terms, each (B,): Dice and cross-entropy on the foreground, squared error on the depth."""
+    def loss(
+        self, maps: Tensor, labels: Tensor, counted: Tensor, n: int, weights: Loss
+    ) -> dict[str, Tensor]:
+        """Dice and cross-entropy on the foreground, squared error on the depth.
+
+        Args:
+            maps: (B, C, H, W).
+            labels: label maps (B, H, W).
+            counted: bool (B, H, W), the pixels that count.
+            n: largest id in `labels`.
+            weights: of the terms.
+
+        Returns:
+            Weighted terms, each (B,).
+        """
         logits, nucleus = maps[:, 0], labels > 0
+        cross_entropy = losses.binary_cross_entropy(logits, nucleus, counted)
         terms = {
-            "cross_entropy": weights.cross_entropy * losses.binary_cross_entropy(logits, nucleus, counted),
+            "cross_entropy": weights.cross_entropy * cross_entropy,
             "dice": weights.dice * losses.dice(logits.sigmoid(), nucleus, counted),
         }
         if self.depth is not None:
-            aim = targets.depth(labels, targets.classes(labels), n)
-            square = (maps[:, 1] - aim).square() * counted
+            depth = targets.depth(labels, targets.classes(labels), n)
+            square = (maps[:, 1] - depth).square() * counted
             mean = square.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
             terms["depth"] = DEPTH * mean
         return terms
@@ -174,27 +208,46 @@ class Unet(nn.Module):
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         """Maps (C, H, W) of one image -> label map int32 (H, W), 0 = background."""
         foreground = expit(maps[0])
-        kept = {"threshold": config.foreground, "confidence": config.confidence, "area": config.area}
+        limits = {
+            "threshold": config.foreground,
+            "confidence": config.confidence,
+            "area": config.area,
+        }
         if self.depth is None:
-            return instances.from_foreground(foreground, **kept)
-        return instances.from_foreground(foreground, maps[1], sigma=SIGMA, reach=REACH, **kept)
+            return instances.from_foreground(foreground, **limits)
+        return instances.from_foreground(foreground, maps[1], sigma=SIGMA, reach=REACH, **limits)
 
     def trainable(self) -> dict[str, Tensor]:
-        """All that training changes, by name: the parameters, and the statistics of the BatchNorms.
+        """All that training changes, by name: the parameters, and the statistics of BatchNorms.
 
-        The statistics have no gradient, so the optimizer passes them over, and they are averaged, saved and restored
-        with the weights that they belong to.
+        The statistics have no gradient, so the optimizer skips them. They are averaged, saved and
+        restored with their weights.
         """
-        return dict(self.named_parameters()) | {name: b for name, b in self.named_buffers() if name != "mean"}
+        statistics = {name: b for name, b in self.named_buffers() if name != "mean"}
+        return dict(self.named_parameters()) | statistics
 
 
 def build(
-    name: str, config: Model, base: Base, *, seed: int, checkpoint: bool = False, start: Path | None = None
+    name: str,
+    config: Model,
+    base: Base,
+    *,
+    seed: int,
+    checkpoint: bool = False,
+    start: Path | None = None,
 ) -> Unet:
-    """The net of `NETS` that `train` asks for, drawn from `seed`; `start`, an adapter file of a run of the same net, is
-    where it begins instead. MobileSAM's `config` and `base` do not touch it.
+    """The net `name` of `NETS`, as `fit` builds its model.
 
-    ValueError where `start` is no such file.
+    Args:
+        name: key of `NETS`.
+        config: of MobileSAM; not used.
+        base: of MobileSAM; not used.
+        seed: of the random weights.
+        checkpoint: not used.
+        start: adapter file of a run of the same net; its weights replace the random ones.
+
+    Raises:
+        UserError: `start` is no such file.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -205,6 +258,10 @@ def build(
 
 
 def load(net: Unet, path: Path) -> None:
-    """Put a run's `adapter.safetensors` into `net`; ValueError where it is of another net."""
+    """Load the adapter file of a run of the same net.
+
+    Raises:
+        UserError: the file is of another net.
+    """
     weights, _ = checkpoint.read_tensors(path)
-    checkpoint.put(net, weights, path)
+    checkpoint.put_weights(net, weights, path)

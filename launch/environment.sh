@@ -1,5 +1,6 @@
-# Sourced by quickstart.sh and test.sh: makes .venv at the top of the repository, once, and puts it on the PATH.
-# `environment EXTRA` installs nucsam with that extra ("" = none); a second call with nothing changed takes no time.
+# For quickstart.sh and test.sh, which source this file. `environment EXTRA` makes .venv at the top
+# of the repository, installs nucsam there with that extra ("" = none), and puts it on the PATH.
+# It installs again only after setup.cfg has changed.
 
 environment() {
   local extra=${1:+[$1]} python stamp=".venv/installed-${1:-plain}"
@@ -10,7 +11,7 @@ environment() {
   }
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   if [ ! "$stamp" -nt setup.cfg ]; then
-    echo "installing nucsam$extra into .venv (PyTorch is a large download; this is done once)"
+    echo "installing nucsam$extra into .venv (once; PyTorch is a large download)"
     .venv/bin/python -m pip install --quiet --upgrade pip
     .venv/bin/python -m pip install --quiet --editable ".$extra"
     touch "$stamp"
@@ -18,8 +19,8 @@ environment() {
   PATH="$PWD/.venv/bin:$PATH"
 }
 
-# Runs a command so that SIGTERM, and Ctrl-C as one, reach all its processes: `accelerate launch` of a single process ends
-# without telling it. Training saves then, and `--resume` goes on.
+# Runs a command and forwards SIGTERM and Ctrl-C to all its processes as SIGTERM, because
+# `accelerate launch` of one process does not. Training then saves, and `--resume` continues it.
 forwarding_sigterm() {
   local child status=0
   set -m

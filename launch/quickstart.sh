@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained, scored model in minutes, on synthetic images, without a GPU or any download of weights.
+# Trains and scores a model on synthetic images: minutes from a fresh clone, without a GPU and
+# without downloading weights.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh

@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
-# A cluster under SLURM. Set the #SBATCH lines and the activation of your environment below, then
-#   sbatch launch/slurm.sh folds CONFIG.toml --out RUNS [--grid ...]   many folds or variants: one task per GPU, each takes
-#                                                                     the next job not yet done; nodes need not be equal
-#   sbatch launch/slurm.sh train CONFIG.toml --out RUN                one fold on all GPUs of all nodes: DDP (NCCL)
-# Use folds wherever there are more jobs than one: DDP is for a single run that is too slow on one GPU. Both go on where
-# they were when the job is requeued, after a preemption or two minutes before the end of its time, and when you submit
-# the same line again. RUNS must lie on a file system that all nodes see; for folds with file locks (NFS, or Lustre
-# mounted with -o flock).
+# Training on a cluster under SLURM. Adapt the #SBATCH lines and the activation of the environment.
+#
+#   sbatch launch/slurm.sh folds CONFIG.toml --out RUNS [--grid ...]
+#
+# runs many folds or variants. Each GPU has a task, which takes the next free job. Nodes may differ.
+#
+#   sbatch launch/slurm.sh train CONFIG.toml --out RUN
+#
+# runs one fold on all GPUs of all nodes: DDP (NCCL). Use it for a single run that is too slow on
+# one GPU, and folds for everything else. The job is requeued after a preemption, and two minutes
+# before the end of its time. Then both commands resume, as they do when you submit the same line
+# again. RUNS must lie on a file system that all nodes see. For folds it needs file locks: NFS, or
+# Lustre mounted with -o flock.
 #SBATCH --job-name=nucsam
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
@@ -26,16 +31,16 @@ command=${1:?folds or train, and its arguments}
 shift
 case $command in
 folds)
-  # --kill-on-bad-exit=0: a task that dies leaves its job to the others
+  # --kill-on-bad-exit=0: when a task dies, another takes its job
   step=(--ntasks-per-node="$SLURM_NTASKS_PER_NODE" --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=0)
-  # exec: the task is Python itself, so it gets the signals
+  # exec: Python itself is the task and gets the signals
   task='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
     exec python -m nucsam.folds "$@"'
   ;;
 train)
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-  export PROCESSES=$((SLURM_NNODES * SLURM_NTASKS_PER_NODE)) # one task per GPU was asked for; torchrun starts them
+  export PROCESSES=$((SLURM_NNODES * SLURM_NTASKS_PER_NODE)) # one per GPU; torchrun starts them
   cpus=$((SLURM_NTASKS_PER_NODE * SLURM_CPUS_PER_TASK))
   step=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="$cpus" --kill-on-bad-exit=1)
   task='launch=(--num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes "$PROCESSES")
@@ -51,16 +56,16 @@ train)
 esac
 
 srun "${step[@]}" bash -c "$task" "$command" "$@" &
-srun=$! told=
-# Each task saves and ends. A signal to srun itself would not reach them: srun has its step killed at once.
-trap 'told=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM INT
+srun=$! stopped=
+# Each task saves and ends. A signal to srun would kill them at once instead.
+trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM INT
 status=0
 wait "$srun" || status=$?
-while kill -0 "$srun" 2>/dev/null; do # the signal ended the wait, not srun
+while kill -0 "$srun" 2>/dev/null; do # the signal ended the wait, but not srun
   status=0
   wait "$srun" || status=$?
 done
-if [ "$told" ] && [ "$status" -ne 0 ]; then
-  scontrol requeue "$SLURM_JOB_ID" || echo "not requeued; submit the same line again to go on" >&2
+if [ "$stopped" ] && [ "$status" -ne 0 ]; then
+  scontrol requeue "$SLURM_JOB_ID" || echo "not requeued; submit the same line again to resume" >&2
 fi
 exit "$status"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Format, lint and tests, in the same environment as the quickstart plus the test extra. Arguments go to pytest.
+# Checks format and lint, and runs the tests, in the environment of the quickstart with the test
+# extra. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh

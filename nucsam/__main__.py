@@ -4,10 +4,10 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit status 2."""
-    from nucsam.cli import run
+    """Run the command line of this process."""
+    from nucsam.cli import run_command
 
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run_command(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The command line: typer and rich, no logic. Heavy modules are imported inside the commands that need them."""
+"""The command line: typer and rich, no logic.
+
+Commands import what they need when they run, so that `--help` is quick.
+"""
 
 import errno
 import json
@@ -8,6 +11,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
+
+from nucsam.errors import UserError
 
 app = typer.Typer(
     help="Nuclei instance segmentation in H&E images: MobileSAM fine-tuned with LoRA.",
@@ -15,267 +21,275 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-SETTINGS = {"ignore_unknown_options": True}  # `--epochs 3` comes among the overrides, where it is explained
+
+# An unknown option such as `--epochs 3` reaches `configuration`, which explains settings.
+LENIENT = {"ignore_unknown_options": True}
+
+# Shared by several commands.
+Settings = Annotated[
+    list[str] | None, Argument(metavar="[CONFIG.toml] [table.key=value ...]", show_default=False)
+]
+Grid = Annotated[list[str] | None, Option(metavar="'table.key=[a, b]'", help="May be repeated.")]
+DataFolder = Annotated[str, Option(help="Folder of RUN's images, if it has moved.")]
+Force = Annotated[bool, Option("--force", help="Replace existing results.")]
 
 
-def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit status. A user's mistake is one message on stderr and status 2."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without a line of source code
+def run_command(arguments: list[str]) -> int:
+    """Run one command line.
+
+    A user's mistake is one message on stderr and status 2; every other exception passes through.
+
+    Args:
+        arguments: the words after `nucsam`.
+
+    Returns:
+        The exit status.
+    """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # no source line
     try:
         app(arguments, prog_name="nucsam")
     except SystemExit as exit:
         return int(exit.code or 0)
-    except (ValueError, RuntimeError, OSError) as error:
-        if not _mistake(error):
+    except (UserError, OSError) as error:
+        names_file = isinstance(error, UserError) or error.filename
+        if not names_file and error.errno != errno.ENOSPC:
             raise
         print(f"nucsam: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _mistake(error: Exception) -> bool:
-    """Whether the message tells a user enough: those raised in nucsam itself, and of a file or a full disk."""
-    if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
-        return True
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace.tb_frame.f_globals.get("__name__", "").startswith("nucsam")
-
-
-@app.command(context_settings=SETTINGS)
-def train(
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG.toml] [table.key=value ...]", show_default=False)
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory; runs/<configuration>-fold<K> if not given.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+@app.command("train", context_settings=LENIENT)
+def train_command(
+    arguments: Settings = None,
+    out: Annotated[Path | None, Option(help="Run directory; default: runs/CONFIG-foldK.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Resume the run in --out.")] = False,
 ) -> None:
     """Train one fold, choose its best epoch and score its test images.
 
-    Without a configuration it takes nucsam's best, configs/nuinsseg.toml. On several devices, or for fp16 and bf16:
-    accelerate launch --config_file launch/ddp.yaml -m nucsam.train ...
+    The default configuration is nucsam's best, configs/nuinsseg.toml.
+
+    Several devices, fp16: accelerate launch --config_file launch/ddp.yaml -m nucsam.train ...
     """
-    from nucsam import config
+    from nucsam.config import load_config
 
     path, overrides = configuration(arguments or [])
-    settings = config.load(path, overrides)
-    from nucsam.train import train  # imports torch
+    settings = load_config(path, overrides)
+    out = out or Path("runs") / f"{path.stem}-fold{settings.data.fold}"
+    from nucsam.train.loop import fit  # after the configuration, because it imports torch
 
-    train(settings, out or Path("runs") / f"{path.stem}-fold{settings.data.fold}", resume=resume)
+    fit(settings, out, resume=resume)
+    _draw_report(out)
 
 
-@app.command(context_settings=SETTINGS)
-def folds(
-    out: Annotated[Path, typer.Option(help="Folder of all runs; the same again does what is missing.")],
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG.toml] [table.key=value ...]", show_default=False)
-    ] = None,
-    grid: Annotated[
-        list[str] | None, typer.Option(metavar="'table.key=[a, b]'", help="Every fold for each value; may be repeated.")
-    ] = None,
+@app.command("folds", context_settings=LENIENT)
+def folds_command(
+    out: Annotated[Path, Option(help="Folder of all runs; a second call runs what is missing.")],
+    arguments: Settings = None,
+    grid: Grid = None,
 ) -> None:
-    """Train and score every fold, one at a time on each device, and write the cross-validation table.
+    """Train and score every fold, one at a time per device; write the cross-validation table.
 
-    On several devices: accelerate launch --multi_gpu --num_processes 4 -m nucsam.folds ...
+    With --grid, every fold runs for each value.
+
+    Several devices: accelerate launch --multi_gpu --num_processes 4 -m nucsam.folds ...
     """
-    from nucsam.folds import folds
+    from nucsam.folds.runner import cross_validate
 
     path, overrides = configuration(arguments or [])
-    raise typer.Exit(folds(path, overrides, out, grid or []))
+    status = cross_validate(path, overrides, out, grid or [])
+    _draw_report(out)
+    raise typer.Exit(status)
 
 
-@app.command()
-def evaluate(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run directory: scores its test images.")] = None,
-    untrained: Annotated[bool, typer.Option("--untrained", help="RUN's model as it was before training.")] = False,
-    data: Annotated[str, typer.Option(help="Folder of RUN's images, if it has moved.")] = "",
-    overlays: Annotated[Path | None, typer.Option(help="Folder for RUN's pictures with contours.")] = None,
-    truth: Annotated[Path | None, typer.Option(help="Folder of true label maps, instead of RUN.")] = None,
-    pred: Annotated[Path | None, typer.Option(help="Folder of predicted label maps, of any tool.")] = None,
-    vague: Annotated[Path | None, typer.Option(help="Folder of masks of vague areas.")] = None,
-    protocol: Annotated[str, typer.Option(help="nuinsseg, nuceval or plain.")] = "nuinsseg",
-    iou: Annotated[float | None, typer.Option(help="Matching threshold, instead of the protocol's.")] = None,
-    at_least: Annotated[bool, typer.Option("--at-least", help="Match at IoU >= threshold, not >.")] = False,
-    zone: Annotated[int | None, typer.Option(help="Ring ignored round true boundaries, px.")] = None,
-    connected: Annotated[bool, typer.Option("--connected", help="Label the components of binary masks.")] = False,
-    organ: Annotated[str, typer.Option(help="Regular expression on the stem that gives the organ.")] = "",
-    workers: Annotated[int, typer.Option(help="Processes; 0 = one a core.")] = 0,
-    csv: Annotated[Path | None, typer.Option(help="File for a line per image.")] = None,
-    as_json: Annotated[str, typer.Option("--json", help="File for every image's scores and counts; - prints it.")] = "",
+def _draw_report(out: Path) -> None:
+    """Draw the report once for all processes of a launch."""
+    from nucsam.processes import is_first
+
+    if is_first():
+        from nucsam.report.page import finish
+
+        print(finish(out))
+
+
+@app.command("evaluate")
+def evaluate_command(
+    run: Annotated[Path | None, Argument(metavar="[RUN]", help="Run directory to score.")] = None,
+    untrained: Annotated[bool, Option("--untrained", help="Score RUN before training.")] = False,
+    data: DataFolder = "",
+    overlays: Annotated[Path | None, Option(help="Folder for RUN's images with contours.")] = None,
+    truth: Annotated[Path | None, Option(help="Folder of true label maps, not RUN.")] = None,
+    pred: Annotated[Path | None, Option(help="Folder of any tool's predicted label maps.")] = None,
+    vague: Annotated[Path | None, Option(help="Folder of masks of vague areas.")] = None,
+    protocol: Annotated[str, Option(help="nuinsseg, nuceval or plain.")] = "nuinsseg",
+    iou: Annotated[float | None, Option(help="Matching threshold, not the protocol's.")] = None,
+    at_least: Annotated[bool, Option("--at-least", help="Match at IoU >= threshold.")] = False,
+    zone: Annotated[int | None, Option(help="Ignored ring around true boundaries, px.")] = None,
+    connected: Annotated[bool, Option("--connected", help="Label binary masks.")] = False,
+    organ: Annotated[str, Option(help="Regular expression on the stem, gives the organ.")] = "",
+    workers: Annotated[int, Option(help="Processes; 0: one per core.")] = 0,
+    csv: Annotated[Path | None, Option(help="File with a line per image.")] = None,
+    as_json: Annotated[str, Option("--json", help="File of all scores; - prints them.")] = "",
 ) -> None:
-    """Score a run's test images, or --pred against --truth: label maps of any tool, files matched by stem."""
+    """Score a run's test images, or --pred against --truth: label maps with the same stems."""
     from rich.console import Console
 
-    from nucsam import evaluate
+    from nucsam.score import pairs, tables
 
     if (run is None) == (truth is None or pred is None):
-        raise ValueError("evaluate: expected either RUN, or both --truth and --pred")
+        raise UserError("evaluate: expected either RUN, or both --truth and --pred")
     console = Console(stderr=as_json == "-")
     if run is not None:
-        from nucsam.scoring import score_run, sentence
+        from nucsam.score.runs import score_run, scores_sentence  # imports torch
 
         results = score_run(run, untrained=untrained, root=data, overlays=overlays)
-        console.print(sentence(results), style="bold")
+        console.print(scores_sentence(results), style="bold")
     else:
-        results = evaluate.score_folders(
-            truth,
-            pred,
-            vague=vague,
-            protocol=protocol,
-            iou=iou,
-            at_least=at_least,
-            zone=zone,
-            connected=connected,
-            organ=organ,
-            workers=workers,
-        )
-        for remark in evaluate.remarks(results):
+        rules = {"protocol": protocol, "iou": iou, "at_least": at_least, "zone": zone}
+        maps = {"vague": vague, "connected": connected, "organ": organ}
+        results = pairs.score_folders(truth, pred, workers=workers, **rules, **maps)
+        for remark in pairs.remarks(results):
             console.print(remark, style="yellow", markup=False)
     for result in results["scores"]:
-        console.print(evaluate.organ_table(result), evaluate.summary_table(result))
+        console.print(tables.organ_table(result), tables.summary_table(result))
     if as_json == "-":
-        print(evaluate.to_json(results))
+        print(tables.to_json(results))
     elif as_json:
-        evaluate.write_json(as_json, results)
+        tables.write_json(as_json, results)
     if csv:
-        evaluate.write_csv(csv, results)
+        tables.write_csv(csv, results)
 
 
-@app.command()
-def predict(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="Run directory, or a safetensors file of nucsam export.")
-    ],
-    paths: Annotated[list[Path], typer.Argument(metavar="PATHS...", help="Image files, and folders of them.")],
-    out: Annotated[Path, typer.Option(help="Folder of the results, files named by the images' stems.")],
-    formats: Annotated[
-        str, typer.Option(help="Some of labels,geojson,csv,overlay: STEM.tif, .geojson, .csv, overlays/STEM.png.")
-    ] = "labels",
-    scale: Annotated[float | None, typer.Option(help="Model px per image px; else by microns per px.")] = None,
-    mpp: Annotated[float | None, typer.Option(help="Microns per px of the images; else their TIFF tags.")] = None,
-    tile: Annotated[int | None, typer.Option(help="Side of a tile, px at the trained scale; else a crop.")] = None,
-    overlap: Annotated[int | None, typer.Option(help="Px that tiles share; else one 32nd of a tile.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Tiles at a time; else 1 on a CPU, as trained on a GPU.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    tta: Annotated[bool, typer.Option("--tta", help="Mean over the eight flips and turns; 8 times slower.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace results that are there.")] = False,
+@app.command("predict")
+def predict_command(
+    model: Annotated[Path, Argument(metavar="MODEL", help="Run directory or nucsam export.")],
+    paths: Annotated[list[Path], Argument(metavar="PATHS...", help="Image files or folders.")],
+    out: Annotated[Path, Option(help="Folder of the results, named by the images' stems.")],
+    formats: Annotated[str, Option(help="Comma-separated.")] = "labels",
+    scale: Annotated[float | None, Option(help="Model px per image px; default: by mpp.")] = None,
+    mpp: Annotated[float | None, Option(help="Microns per image px; default: TIFF tags.")] = None,
+    tile: Annotated[int | None, Option(help="Side in px as trained; default: a crop.")] = None,
+    overlap: Annotated[int | None, Option(help="Px that tiles share; default: tile / 32.")] = None,
+    batch: Annotated[int | None, Option(help="Tiles at a time; GPU default: as trained.")] = None,
+    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    tta: Annotated[bool, Option("--tta", help="Average 8 flips and turns: 8 times slower")] = False,
+    force: Force = False,
 ) -> None:
-    """Predict images of any size: label maps, GeoJSON for QuPath, a table of nuclei, pictures with contours.
+    """Predict images of any size: label maps, GeoJSON for QuPath, tables of nuclei, overlays.
 
-    Exit status 1 if an image could not be predicted, which is named; the others are. On several devices:
-    accelerate launch --multi_gpu --num_processes 4 -m nucsam.predict ...
+    Formats: labels (STEM.tif), geojson, csv, and overlay (overlays/STEM.png).
+
+    A failed image is named, the others continue, and the exit status is 1.
+
+    Several devices: accelerate launch --multi_gpu --num_processes 4 -m nucsam.predict ...
     """
-    from nucsam.batch import predict_files
+    from nucsam.predict.images import predict_files
 
-    options = {"scale": scale, "mpp": mpp, "tile": tile, "overlap": overlap, "batch": batch, "tta": tta}
     names = [name.strip() for name in formats.split(",") if name.strip()]
-    raise typer.Exit(predict_files(model, paths, out, formats=names, device=device, force=force, **options))
+    tiling = {"scale": scale, "mpp": mpp, "tile": tile, "overlap": overlap, "batch": batch}
+    status = predict_files(
+        model, paths, out, formats=names, device=device, tta=tta, force=force, **tiling
+    )
+    raise typer.Exit(status)
 
 
-@app.command()
-def synth(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder.")],
-    images: Annotated[int, typer.Option(help="How many.")] = 40,
-    size: Annotated[int, typer.Option(help="Side, px.")] = 256,
-    seed: Annotated[int, typer.Option(help="Same seed, same images.")] = 0,
+@app.command("synth")
+def synth_command(
+    out: Annotated[Path, Argument(metavar="OUT", help="New or empty folder.")],
+    images: Annotated[int, Option(help="Number of images.")] = 40,
+    size: Annotated[int, Option(help="Side of an image, px.")] = 256,
+    seed: Annotated[int, Option(help="The same seed gives the same images.")] = 0,
 ) -> None:
     """Write synthetic H&E images with exact labels, in NuInsSeg's layout."""
-    from nucsam.synthetic import write_dataset
+    from nucsam.data.synthetic import write_dataset
 
     write_dataset(out, images=images, size=size, seed=seed)
     print(f"{out}: {images} images of {size} px")
 
 
-@app.command()
-def inspect(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of images and label maps.")],
-    layout: Annotated[str, typer.Option(help="auto, nuinsseg or plain.")] = "auto",
-    group: Annotated[str, typer.Option(help="Regular expression on the file stem.")] = "",
-    sheet: Annotated[Path, typer.Option(help="Where the contact sheet goes.")] = Path("contact_sheet.png"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+@app.command("inspect")
+def inspect_command(
+    data: Annotated[Path, Argument(metavar="DATA", help="Folder of images and label maps.")],
+    layout: Annotated[str, Option(help="auto, nuinsseg or plain.")] = "auto",
+    group: Annotated[str, Option(help="Regular expression on the stem, gives the group.")] = "",
+    sheet: Annotated[Path, Option(help="File of the contact sheet.")] = Path("contact_sheet.png"),
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count images and nuclei per organ, name every bad file, and draw a contact sheet."""
     from rich.console import Console
 
-    from nucsam import data as folder
-    from nucsam import draw
+    from nucsam.data.summary import draw_examples, inspect_folder, summary_table
 
-    summary = folder.inspect_folder(data, layout=layout, group=group)
+    summary = inspect_folder(data, layout=layout, group=group)
     console = Console(stderr=as_json)
-    console.print(folder.summary_table(summary))
+    console.print(summary_table(summary))
     for kind, style in (("remarks", "yellow"), ("bad", "red")):
         for text in summary[kind]:
             console.print(text, style=style, markup=False)
     if summary["examples"]:
-        tiles = (
-            (name, draw.contours(image := folder.read_image(path), folder.read_nuclei(Path(label), image.shape[:2])))
-            for name, path, label in summary["examples"]
-        )
-        draw.contact_sheet(tiles, sheet)
+        draw_examples(summary, sheet)
         console.print(f"contact sheet: {sheet}", markup=False)
     if as_json:
         print(json.dumps(summary, indent=2))
     raise typer.Exit(1 if summary["bad"] else 0)
 
 
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of nucsam train, or an exported adapter.")],
-    out: Annotated[Path, typer.Option(help="File to write.")],
-    format: Annotated[
-        str,
-        typer.Option(
-            help="safetensors (LoRA merged, head included, for nucsam), mobile-sam (stock MobileSAM's tensors), onnx, "
-            "or adapter (LoRA and head alone)."
-        ),
-    ] = "safetensors",
-    base: Annotated[str, typer.Option(help="Base weights of an exported adapter: a path, or auto.")] = "",
-    without_head: Annotated[bool, typer.Option("--without-head", help="Of an adapter, LoRA alone.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+@app.command("export")
+def export_command(
+    run: Annotated[Path, Argument(metavar="RUN", help="Run directory, or an exported adapter.")],
+    out: Annotated[Path, Option(help="File to write.")],
+    format: Annotated[str, Option(help="One of the formats above.")] = "safetensors",
+    base: Annotated[str, Option(help="Base of an exported adapter: a path or auto.")] = "",
+    without_head: Annotated[bool, Option("--without-head", help="LoRA without head.")] = False,
+    force: Force = False,
 ) -> None:
-    """Write a finished run's model as one file."""
+    """Write a finished run's model as one file.
+
+    Formats: safetensors (merged LoRA and head, for nucsam), mobile-sam (stock MobileSAM's tensors),
+    onnx, or adapter (LoRA and head alone).
+    """
     from rich.console import Console
 
-    from nucsam.export import export
+    from nucsam.export.merged import export_run
 
     with Console(stderr=True).status(f"writing {out}"):
-        sentence = export(run, out, format=format, base=base, without_head=without_head, force=force)
+        sentence = export_run(
+            run, out, format=format, base=base, without_head=without_head, force=force
+        )
     print(sentence)
 
 
-@app.command()
-def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of nucsam train or of nucsam folds.")],
-    data: Annotated[str, typer.Option(help="Folder of RUN's images, if it has moved.")] = "",
-    figures: Annotated[
-        Path | None, typer.Option(help="Folder for every chart and picture as a file, and a contact sheet of the data.")
-    ] = None,
+@app.command("report")
+def report_command(
+    run: Annotated[Path, Argument(metavar="RUN", help="Folder of nucsam train or nucsam folds.")],
+    data: DataFolder = "",
+    figures: Annotated[Path | None, Option(help="Folder for charts and pictures.")] = None,
 ) -> None:
-    """Write RUN/report.html: a run or a cross-validation as one page that needs no network."""
-    from nucsam.report import write
+    """Write RUN/report.html: a run or a cross-validation as one page that needs no network.
 
-    for path in write(run, root=data, figures=figures):
+    --figures writes every chart and picture as a file, and a contact sheet of the data.
+    """
+    from nucsam.report.page import write_report
+
+    for path in write_report(run, root=data, figures=figures):
         print(path)
 
 
 def configuration(arguments: list[str]) -> tuple[Path, list[str]]:
-    """The TOML file and the overrides among positional arguments."""
+    """Separate the TOML file and the overrides among positional arguments."""
     files = [text for text in arguments if text.endswith(".toml")]
-    if len(files) > 1:
-        raise ValueError(f"found {len(files)} configurations ({', '.join(files)}), expected one, and table.key=value")
     overrides = [text for text in arguments if not text.endswith(".toml")]
-    if odd := [text for text in overrides if text.startswith("-")]:
-        raise ValueError(
-            f"no such option: {odd[0]} (--help lists them); a setting is table.key=value, such as train.epochs=10"
-        )
+    options = [text for text in overrides if text.startswith("-")]
+    if len(files) > 1:
+        raise UserError(f"found {len(files)} configurations ({', '.join(files)}), expected one")
+    if options:
+        example = "a setting is table.key=value, such as train.epochs=10"
+        raise UserError(f"no such option: {options[0]} (--help lists them); {example}")
     return (Path(files[0]) if files else default_configuration()), overrides
 
 
 def default_configuration() -> Path:
-    """configs/nuinsseg.toml of this installation."""
-    import nucsam
-
-    source = Path(nucsam.__file__).parent
-    found = [folder / "configs" / "nuinsseg.toml" for folder in (source, source.parent)]
-    return next(path for path in found if path.is_file())
+    """configs/nuinsseg.toml of this installation, or of this source tree."""
+    package = Path(__file__).parent
+    paths = [folder / "configs" / "nuinsseg.toml" for folder in (package, package.parent)]
+    return next(path for path in paths if path.is_file())

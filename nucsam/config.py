@@ -1,112 +1,198 @@
-"""Configuration: frozen dataclasses, one section per TOML table, and `table.key=value` overrides.
+"""Configuration: a frozen dataclass for each TOML table, and `table.key=value` overrides.
 
-A TOML file is a difference from the defaults below. Unknown keys, wrong types and values out of range are a
-ValueError that names the field, what was found and what was expected.
+Each setting stands with its default, its meaning and unit, and the rule that its value must keep.
+A TOML file holds only what differs from the defaults. An error names the setting, what was found
+and what was expected.
 """
 
 import difflib
 import json
-import math
 import re
 import sys
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from nucsam.errors import UserError
+
+Rule = Callable[[Any], str]  # value -> what was expected instead, "" where the value is fine
+
+
+def number(expected: str, holds: Callable[[float], bool]) -> Rule:
+    """A rule that a finite number keeps where `holds` is true; integers must fit in 32 bits."""
+
+    def rule(value: float) -> str:
+        most = 2**31 - 1 if isinstance(value, int) else sys.float_info.max
+        if not holds(value):
+            return expected
+        return "" if value <= most else f"at most {most}"
+
+    return rule
+
+
+def at_least(least: int) -> Rule:
+    """A rule for numbers with a lower limit only."""
+    return number(f"at least {least}", lambda value: value >= least)
+
+
+def seed_below(end: int) -> Rule:
+    """A rule for seeds, which may be larger than other numbers."""
+    return lambda value: "" if 0 <= value < end else f"0 to {end - 1}"
+
+
+def regular_expression(pattern: str) -> str:
+    """The rule of a setting that holds a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError) as error:  # OverflowError: a huge repetition
+        return f"a regular expression: {error}"
+    return ""
+
+
+def compiled(name: str, pattern: str) -> re.Pattern[str]:
+    """The argument `name`, compiled.
+
+    Raises:
+        UserError: it is no regular expression.
+    """
+    if expected := regular_expression(pattern):
+        raise UserError(f"{name}: found {pattern!r}, expected {expected}")
+    return re.compile(pattern)
+
+
+POSITIVE = number("a positive number", lambda value: value > 0)
+PROBABILITY = number("a probability from 0 to 1", lambda value: 0 <= value <= 1)
+INSIDE = number("a number between 0 and 1", lambda value: 0 < value < 1)
+BELOW_ONE = number("0 up to but not 1", lambda value: 0 <= value < 1)
+UP_TO_HALF = number("a fraction over 0, at most 0.5", lambda value: 0 < value <= 0.5)
+WIDTH = number("a positive multiple of 32", lambda value: value > 0 and value % 32 == 0)
+
+
+def setting(default: Any, rule: Rule) -> Any:
+    """A field of a section: its default, and the rule that its value must keep."""
+    return field(default=default, metadata={"rule": rule})
 
 
 @dataclass(frozen=True)
 class Data:
+    """[data]: the images and how they are split."""
+
     root: str = "data/NuInsSeg"  # folder of images and label maps
-    layout: Literal["auto", "nuinsseg", "plain"] = "auto"
-    split: Literal["official", "organ"] = "official"  # official: NuInsSeg's KFold; organ: stratified by organ
-    folds: int = 5
-    fold: int | Literal["all"] = 0  # test fold; "all" trains the model to keep, on everything but the inner split
-    group: str = ""  # regular expression on the file stem; images of one group (first capture) never part
-    select: Literal["inner", "test"] = "inner"  # split that chooses the best epoch; "test" only to compare with papers
-    inner: float = 0.15  # part of the training images cut off as the inner validation split
-    seed: int = 19  # of the folds
-    crop: int = 512  # side of a training crop, image px
-    scale: float = 2.0  # model px per image px
-    mpp: float = 0.0  # microns per image px; 0 = read from the TIFF tags, else unknown
-    workers: int = 2  # loader processes; 0 = the training process itself
-    memory: float = 16.0  # GiB of decoded images kept in memory; a larger data set is read as needed
+    layout: Literal["auto", "nuinsseg", "plain"] = "auto"  # how the folder is arranged
+    # official: NuInsSeg's KFold; organ: stratified by organ
+    split: Literal["official", "organ"] = "official"
+    folds: int = setting(5, at_least(2))
+    # Test fold; "all" trains a model to keep, on everything but the inner split.
+    fold: int | Literal["all"] = 0
+    # Searched in the file stem; no split separates images of one group (first capture or match).
+    group: str = setting("", regular_expression)
+    # Split that chooses the best epoch; "test" only to compare with papers.
+    select: Literal["inner", "test"] = "inner"
+    inner: float = setting(0.15, UP_TO_HALF)  # share of the training images in the inner split
+    seed: int = setting(19, seed_below(2**32))  # of the folds
+    crop: int = setting(512, at_least(1))  # side of a training crop, image px
+    scale: float = setting(2.0, POSITIVE)  # model px per image px
+    mpp: float = setting(0.0, at_least(0))  # microns per image px; 0: from the TIFF tags, if any
+    workers: int = setting(2, at_least(0))  # loader processes; 0: the training process itself
+    # GiB of decoded images kept in memory; a larger data set is read as needed.
+    memory: float = setting(16.0, at_least(0))
 
 
 @dataclass(frozen=True)
 class Augment:
+    """[augment]: random changes of a training crop."""
+
     d4: bool = True  # the eight flips and quarter turns
-    scale_min: float = 0.7  # magnification, drawn log-uniformly
-    scale_max: float = 1.3
-    stain: float = 1.0  # probability of HED stain augmentation
-    stain_scale: float = 0.3  # each stain times 1 + U(-s, s)
-    stain_bias: float = 0.1  # each stain plus U(-b, b), natural optical density
-    blur: float = 0.15  # probability
-    blur_sigma: float = 1.0  # largest Gaussian sigma, model px
-    noise: float = 0.15  # probability
-    noise_sigma: float = 8.0  # largest standard deviation, grey levels of 255
+    scale_min: float = setting(0.7, POSITIVE)  # smallest magnification, drawn log-uniformly
+    scale_max: float = setting(1.3, POSITIVE)  # largest magnification
+    stain: float = setting(1.0, PROBABILITY)  # probability of HED stain augmentation
+    stain_scale: float = setting(0.3, at_least(0))  # s: each stain times 1 + U(-s, s)
+    stain_bias: float = setting(0.1, at_least(0))  # b: each stain plus U(-b, b), optical density
+    blur: float = setting(0.15, PROBABILITY)
+    blur_sigma: float = setting(1.0, at_least(0))  # largest Gaussian sigma, model px
+    noise: float = setting(0.15, PROBABILITY)
+    noise_sigma: float = setting(8.0, at_least(0))  # largest standard deviation, grey levels of 255
 
 
 @dataclass(frozen=True)
 class Model:
-    weights: str = (
-        "auto"  # "auto" (published mobile_sam.pt), a path (.pt, .safetensors, nucsam export) or "none" (random)
-    )
+    """[model]: the network, and which of its parts train."""
+
+    # "auto": the published mobile_sam.pt; "none": random; else a .pt or .safetensors file, which
+    # may be a nucsam export.
+    weights: str = "auto"
     head: Literal["instance", "sam"] = "instance"
-    train: Literal["lora", "full", "head"] = "lora"
-    norms: Literal["pinned", "moving"] = "pinned"  # BatchNorm statistics; moving: to learn a base from random
-    rank: int = 4
-    alpha: float = 4.0  # LoRA scale = alpha / rank
-    pattern: str = (
-        r"image_encoder\..*\.attn\.(qkv|proj)"  # regular expression on the names of linear layers that get LoRA
-    )
-    width: int = 128  # channels of the instance head at stride 16
+    train: Literal["lora", "full", "head"] = "lora"  # what trains in the encoder; head: nothing
+    # BatchNorm statistics; "moving" learns a base from random weights.
+    norms: Literal["pinned", "moving"] = "pinned"
+    rank: int = setting(4, at_least(1))
+    alpha: float = setting(4.0, POSITIVE)  # LoRA scale = alpha / rank
+    # Searched in the names of linear layers: these get LoRA.
+    pattern: str = setting(r"image_encoder\..*\.attn\.(qkv|proj)", regular_expression)
+    width: int = setting(128, WIDTH)  # channels of the instance head at stride 16
 
 
 @dataclass(frozen=True)
 class Loss:
-    cross_entropy: float = 1.0  # instance: classes background, inside, boundary; sam: foreground
-    boundary: float = 2.0  # weight of a boundary pixel in the cross-entropy, 1 for the others
-    tversky: float = 1.0  # focal Tversky on the foreground (instance head)
-    distance: float = 4.0  # absolute error of the depth in the nucleus (instance head)
-    dice: float = 1.0  # soft Dice on the foreground (sam head)
+    """[loss]: the weights of its terms."""
+
+    # Instance head: classes background, inside, boundary; sam head: foreground.
+    cross_entropy: float = setting(1.0, at_least(0))
+    # Weight of a boundary pixel in the cross-entropy; the others weigh 1.
+    boundary: float = setting(2.0, at_least(0))
+    tversky: float = setting(1.0, at_least(0))  # focal Tversky, foreground (instance head)
+    distance: float = setting(4.0, at_least(0))  # absolute error of the depth (instance head)
+    dice: float = setting(1.0, at_least(0))  # soft Dice, foreground (sam head)
 
 
 @dataclass(frozen=True)
 class Instances:
-    foreground: float = 0.5  # probability from which a pixel is nucleus
-    seed_rise: float = 0.15  # a seed is so much deeper than the pass to a deeper one, 0..1 (instance head)
-    confidence: float = 0.7  # nuclei of a lower mean foreground probability are dropped
-    area: int = 30  # and smaller ones, image px
+    """[instances]: how dense maps become nuclei."""
+
+    foreground: float = setting(0.5, INSIDE)  # probability from which a pixel is nucleus
+    # h of the h-maxima: least height of a seed above its saddle, 0..1 (instance head).
+    seed_rise: float = setting(0.15, INSIDE)
+    confidence: float = setting(0.7, BELOW_ONE)  # least mean foreground probability of a nucleus
+    area: int = setting(30, at_least(0))  # least area of a nucleus, image px
 
 
 @dataclass(frozen=True)
 class Train:
-    epochs: int = 100
-    batch: int = 4  # images per process and forward pass
-    accumulate: int = 1  # forward passes per optimizer step; the instance head's BatchNorms see one at a time
-    lr_adapter: float = 5e-4  # encoder: LoRA, or everything in "full"
-    lr_head: float = 1e-3
-    weight_decay: float = 0.01
-    clip: float = 1.0  # largest gradient norm
+    """[train]: the training loop."""
+
+    epochs: int = setting(100, at_least(1))
+    batch: int = setting(4, at_least(1))  # images per process and forward pass
+    # Forward passes per optimizer step; the instance head's BatchNorms see one at a time.
+    accumulate: int = setting(1, at_least(1))
+    lr_adapter: float = setting(5e-4, POSITIVE)  # encoder: LoRA, or everything in "full"
+    lr_head: float = setting(1e-3, POSITIVE)
+    weight_decay: float = setting(0.01, at_least(0))
+    clip: float = setting(1.0, POSITIVE)  # largest gradient norm
     schedule: Literal["cosine", "step"] = "cosine"
-    warmup: float = 0.05  # part of all steps (cosine)
-    step_epochs: int = 10  # StepLR: epochs between drops
-    gamma: float = 0.1  # StepLR: factor of a drop
-    ema: float = 0.99  # decay of the averaged weights that are validated and kept; 0 = off
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: as the launch file says
+    warmup: float = setting(0.05, BELOW_ONE)  # share of all steps (cosine)
+    step_epochs: int = setting(10, at_least(1))  # StepLR: epochs between drops
+    gamma: float = setting(0.1, POSITIVE)  # StepLR: factor of a drop
+    ema: float = setting(0.99, BELOW_ONE)  # decay of the averaged weights that are kept; 0: off
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: the launch file's
     checkpoint: bool = False  # recompute encoder blocks in the backward pass: less memory, slower
-    validate_every: int = 5  # epochs
-    best: Literal["dice", "aji", "pq"] = "aji"  # mean over the selecting images that chooses the best epoch
-    save_minutes: float = 5.0  # time between resumable states within an epoch; each validation saves too
-    seed: int = 0
+    validate_every: int = setting(5, at_least(1))  # epochs
+    best: Literal["dice", "aji", "pq"] = "aji"  # its mean over the selecting images chooses
+    # Minutes between saved states within an epoch; each validation saves too.
+    save_minutes: float = setting(5.0, at_least(0))
+    seed: int = setting(0, seed_below(2**64))  # of weights, crops and augmentation
     log_with: str = ""  # an Accelerate tracker: tensorboard, wandb, ...
 
 
 @dataclass(frozen=True)
 class Config:
+    """All settings. Making one checks every rule.
+
+    Raises:
+        UserError: a value breaks its rule, or two values do not go together.
+    """
+
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     model: Model = field(default_factory=Model)
@@ -115,147 +201,138 @@ class Config:
     train: Train = field(default_factory=Train)
 
     def __post_init__(self) -> None:
-        for expected, (holds, names) in _RULES.items():
-            for name in names.split():
-                section, key = name.split(".")
-                value = getattr(getattr(self, section), key)
-                if not holds(value):
-                    raise ValueError(f"{name}: found {value!r}, expected {expected}")
-                if value > (most := 2**31 - 1 if isinstance(value, int) else sys.float_info.max):
-                    raise ValueError(f"{name}: found {value!r}, expected at most {most}")
-        data, augment, train, pattern = self.data, self.augment, self.train, self.model.pattern
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"model.pattern: found {pattern!r}, expected a regular expression ({error})") from None
-        if isinstance(data.fold, int) and not 0 <= data.fold < data.folds:
-            raise ValueError(f"data.fold: found {data.fold}, expected 0 to {data.folds - 1} or 'all'")
-        if data.fold == "all" and data.select == "test":
-            raise ValueError(
-                "data.select: found 'test' with data.fold = 'all', which has no test images; expected 'inner'"
-            )
-        if (data.crop * data.scale) % 32:
-            raise ValueError(
-                f"data.crop * data.scale: found {data.crop} * {data.scale:g} = {data.crop * data.scale:g} model px, "
-                "expected a multiple of 32"
-            )
-        if self.model.norms == "moving" and (self.model.train != "full" or train.checkpoint):
-            raise ValueError(
-                f"model.norms: found 'moving' with model.train = {self.model.train!r}, train.checkpoint = "
-                f"{str(train.checkpoint).lower()}; expected 'full' and false"
-            )
-        if augment.scale_max < augment.scale_min:
-            raise ValueError(
-                f"augment.scale_max: found {augment.scale_max}, expected at least {augment.scale_min} as scale_min"
-            )
-        if train.validate_every > train.epochs:
-            raise ValueError(
-                f"train.validate_every: found {train.validate_every}, expected at most train.epochs = {train.epochs}"
-            )
+        for table in fields(self):
+            section = getattr(self, table.name)
+            for key in fields(section):
+                value, rule = getattr(section, key.name), key.metadata.get("rule")
+                expected = rule(value) if rule else ""
+                if expected:
+                    name = f"{table.name}.{key.name}"
+                    raise UserError(f"{name}: found {value!r}, expected {expected}")
+        _check_pairs(self)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Nested plain values, as written to config.toml."""
+        """Nested plain values, as config.toml holds them."""
         return asdict(self)
 
     def flat(self) -> dict[str, Any]:
-        """`table.key` -> value of every field."""
-        return {f"{table}.{key}": value for table, keys in asdict(self).items() for key, value in keys.items()}
+        """`table.key` -> value of every setting."""
+        tables = asdict(self).items()
+        return {f"{table}.{key}": value for table, keys in tables for key, value in keys.items()}
 
     @classmethod
     def from_dict(cls, tables: dict[str, Any], source: str = "configuration") -> "Config":
-        """Defaults with the values of nested `tables`; `source` is named in errors."""
-        sections, built = get_type_hints(cls), {}
+        """The defaults with the values of nested tables on top.
+
+        Args:
+            tables: {"table": {"key": value}}.
+            source: where the tables come from, for messages.
+
+        Raises:
+            UserError: a table or key is unknown, or a value has another type or breaks a rule.
+        """
+        sections = get_type_hints(cls)
+        built = {}
         for table, values in tables.items():
             if table not in sections:
-                raise ValueError(f"{source}: unknown table [{table}]{_nearest(table, sections)}")
+                raise UserError(f"{source}: unknown table [{table}]{_nearest(table, sections)}")
             if not isinstance(values, dict):
-                raise ValueError(f"{source}: found {table} = {values!r}, expected a table [{table}]")
+                raise UserError(f"{source}: found {table} = {values!r}, expected a table [{table}]")
             hints = get_type_hints(sections[table])
-            checked = {}
+            typed = {}
             for key, value in values.items():
                 if key not in hints:
-                    raise ValueError(f"{source}: unknown key {table}.{key}{_nearest(key, hints, table + '.')}")
-                checked[key] = _checked(f"{source}: {table}.{key}", value, hints[key])
-            built[table] = sections[table](**checked)
+                    near = _nearest(key, hints, f"{table}.")
+                    raise UserError(f"{source}: unknown key {table}.{key}{near}")
+                typed[key] = _typed(f"{source}: {table}.{key}", value, hints[key])
+            built[table] = sections[table](**typed)
         return cls(**built)
 
 
-MAY_CHANGE = ("data.root:", "data.workers:", "data.memory:", "train.save_minutes:", "train.log_with:")  # on --resume
-_RULES = {  # what is expected: its test, and the fields it holds for
-    "at least 1": (
-        lambda v: v >= 1,
-        "data.crop model.rank train.epochs train.batch train.accumulate train.step_epochs train.validate_every",
-    ),
-    "at least 2": (lambda v: v >= 2, "data.folds"),
-    "0 or more": (
-        lambda v: v >= 0,
-        "data.mpp data.workers data.memory "
-        "augment.stain_scale augment.stain_bias augment.blur_sigma augment.noise_sigma "
-        "loss.cross_entropy loss.boundary loss.tversky loss.distance loss.dice instances.area "
-        "train.weight_decay train.save_minutes",
-    ),
-    "a positive number": (
-        lambda v: v > 0,
-        "data.scale augment.scale_min augment.scale_max model.alpha "
-        "train.lr_adapter train.lr_head train.clip train.gamma",
-    ),
-    "a probability from 0 to 1": (lambda v: 0 <= v <= 1, "augment.stain augment.blur augment.noise"),
-    "a number between 0 and 1": (lambda v: 0 < v < 1, "instances.foreground instances.seed_rise"),
-    "a fraction over 0, at most 0.5": (lambda v: 0 < v <= 0.5, "data.inner"),
-    "0 up to but not 1": (lambda v: 0 <= v < 1, "train.warmup train.ema instances.confidence"),
-    "a positive multiple of 32": (lambda v: v > 0 and v % 32 == 0, "model.width"),
-}
+def _check_pairs(config: Config) -> None:
+    """Check the rules between settings."""
+    data, augment, model, train = config.data, config.augment, config.model, config.train
+    if data.fold != "all" and not 0 <= data.fold < data.folds:
+        raise UserError(f"data.fold: found {data.fold}, expected 0 to {data.folds - 1} or 'all'")
+    if data.fold == "all" and data.select == "test":
+        raise UserError("data.select: found 'test' with data.fold = 'all', expected 'inner'")
+    side = data.crop * data.scale
+    if side % 32:
+        raise UserError(f"data.crop * data.scale: found {side:g} px, expected a multiple of 32")
+    if model.norms == "moving" and (model.train != "full" or train.checkpoint):
+        settings = "model.train = 'full' and train.checkpoint = false"
+        raise UserError(f"model.norms: found 'moving', expected it only with {settings}")
+    low, high = augment.scale_min, augment.scale_max
+    if high < low:
+        raise UserError(f"augment.scale_max: found {high}, expected at least scale_min = {low}")
+    every, epochs = train.validate_every, train.epochs
+    if every > epochs:
+        raise UserError(f"train.validate_every: found {every}, expected at most epochs = {epochs}")
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a TOML file and apply `table.key=value` overrides (values in TOML's notation; bare words are strings)."""
+# What a resumed run may change, as `differences` writes it.
+MAY_CHANGE = (
+    "data.root:",
+    "data.workers:",
+    "data.memory:",
+    "train.save_minutes:",
+    "train.log_with:",
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply overrides.
+
+    Args:
+        path: the file, which holds differences from the defaults.
+        overrides: `table.key=value` with the value in TOML's notation; a bare word is a string.
+
+    Raises:
+        UserError: the file cannot be read, or the configuration is not valid.
+    """
     path = Path(path)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such configuration file") from None
-    except (ValueError, RecursionError, OSError) as error:  # ValueError: not TOML, not UTF-8, or a number too long
-        raise ValueError(f"{path}: not a readable TOML file: {error}") from None
+        raise UserError(f"{path}: no such configuration file") from None
+    except (ValueError, RecursionError, OSError) as error:  # ValueError: not TOML or not UTF-8
+        raise UserError(f"{path}: not a readable TOML file: {error}") from None
     return override(tables, overrides, source=str(path))
 
 
-def override(tables: dict[str, Any], overrides: list[str] | tuple[str, ...], source: str = "configuration") -> Config:
-    """The configuration of nested `tables` with `table.key=value` strings on top."""
-    Config.from_dict(tables, source)  # an error in the file is the file's, not the command line's
+def override(
+    tables: dict[str, Any], overrides: Sequence[str], source: str = "configuration"
+) -> Config:
+    """The configuration of nested tables with `table.key=value` strings on top.
+
+    Raises:
+        UserError: an override has another form, or the configuration is not valid.
+    """
+    Config.from_dict(tables, source)  # so that an error names the file, not the command line
     values = {}
     for text in overrides:
         name, equals, value = text.partition("=")
         table, dot, key = name.strip().partition(".")
         if not (equals and dot and key):
-            raise ValueError(
-                f"override: found {text!r}, expected table.key=value, such as data.root=my_folder or train.epochs=10"
+            raise UserError(
+                f"override: found {text!r}, expected table.key=value, such as "
+                "data.root=my_folder or train.epochs=10"
             )
-        values[f"{table}.{key}"] = _parse(value)
+        values[f"{table}.{key}"] = parse_value(value)
     return changed(tables, values, "command line" if overrides else source)
 
 
 def changed(tables: dict[str, Any], values: Mapping[str, Any], source: str) -> Config:
-    """The configuration of nested `tables` with {"table.key": value} on top."""
-    tables = {table: dict(own) for table, own in tables.items()}
+    """The configuration of nested tables with {"table.key": value} on top."""
+    tables = {table: dict(section) for table, section in tables.items()}
     for name, value in values.items():
         table, key = name.split(".", 1)
         tables.setdefault(table, {})[key] = value
     return Config.from_dict(tables, source)
 
 
-def read_json(text: str | bytes, source: str) -> dict[str, Any]:
-    """A JSON document that is a dict; a ValueError names `source` where it is none."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{source}: found a {type(found).__name__}, expected a dict")
-    return found
-
-
 def to_toml(config: Config) -> str:
-    """The whole configuration as TOML text; `load` of it gives an equal Config."""
+    """The whole configuration as TOML text; `load_config` of it gives an equal Config."""
     lines = []
     for table, values in config.to_dict().items():
         lines += [f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in values.items()), ""]
@@ -263,47 +340,49 @@ def to_toml(config: Config) -> str:
 
 
 def differences(a: Config, b: Config) -> list[str]:
-    """`table.key: a's value -> b's value` for every field that differs."""
-    new = b.flat()
-    return [f"{name}: {value!r} -> {new[name]!r}" for name, value in a.flat().items() if value != new[name]]
+    """`table.key: a's value -> b's value` for every setting that differs."""
+    old, new = a.flat(), b.flat()
+    return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]]
 
 
-def _parse(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """The value of an override: TOML where the text is one TOML value, else the text itself."""
+    text = text.strip()
     try:
-        found = tomllib.loads(f"value = {text.strip()}")
-    except (ValueError, RecursionError):  # ValueError: not TOML, or a number too long
-        return text.strip()
-    return found["value"] if len(found) == 1 else text.strip()  # a text of several lines may hold several keys
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return parsed["value"] if len(parsed) == 1 else text  # several lines may hold several keys
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # else JSON's strings are TOML's
-    return repr(value)
+    # JSON writes these values as TOML does, except that TOML escapes the delete character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _checked(name: str, value: Any, hint: Any) -> Any:
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value, checked against its field's type; a whole number becomes a float where asked."""
     if get_origin(hint) is Literal:
         options = get_args(hint)
         if value not in options:
-            nearest = _nearest(str(value), [str(o) for o in options])
-            raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, options))}{nearest}")
+            near = _nearest(str(value), options)
+            listed = ", ".join(map(repr, options))
+            raise UserError(f"{name}: found {value!r}, expected one of {listed}{near}")
         return value
-    if get_origin(hint) in (Union, UnionType):
+    if get_args(hint):  # int | Literal["all"]
         kind, literal = get_args(hint)
-        return _checked(name, value, literal if isinstance(value, str) else kind)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if value.bit_length() < 1024 else math.inf if value > 0 else -math.inf
+        return _typed(name, value, literal if isinstance(value, str) else kind)
+    if hint is float and type(value) is int:
+        value = float(str(value))  # by its text, because float(10**400) raises OverflowError
     if type(value) is not hint:
-        raise ValueError(f"{name}: found {value!r} ({type(value).__name__}), expected {_KINDS[hint]}")
+        found = f"{value!r} ({type(value).__name__})"
+        raise UserError(f"{name}: found {found}, expected {_KINDS[hint]}")
     return value
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
-def _nearest(name: str, names: Any, prefix: str = "") -> str:
+def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(names)}"

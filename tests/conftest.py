@@ -3,7 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # the tests are of the CPU also where there is a GPU
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # also where there is a GPU
 
 import pytest
 
@@ -14,10 +14,20 @@ TINY = {
 }
 
 
+def snapshot(folder):
+    """Mode, size and time of writing of everything in a folder; of a folder only its mode."""
+    states = {}
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        content = (status.st_size, status.st_mtime_ns) if not path.is_dir() else ()
+        states[path] = (status.st_mode, *content)
+    return states
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Twelve synthetic images of 96 px in NuInsSeg's layout."""
-    from nucsam.synthetic import write_dataset
+    from nucsam.data.synthetic import write_dataset
 
     out = tmp_path_factory.mktemp("data") / "set"
     write_dataset(out, images=12, size=96, seed=3)
@@ -26,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(folder):
-    """Makes the configuration of a run of seconds; arguments are table.key=value overrides."""
+    """A function that makes the configuration of a run of seconds from overrides."""
     from nucsam.config import override
 
     def make(*overrides):
@@ -39,12 +49,12 @@ def tiny(folder):
 
 @pytest.fixture(scope="session")
 def base():
-    """A random base with nothing left at 0 or 1: BatchNorms, their statistics, attention biases."""
+    """A random base with no zeros and ones in BatchNorms, their statistics, attention biases."""
     from dataclasses import replace
 
     import torch
 
-    from nucsam.base import load_base, state_sha256
+    from nucsam.model.weights import load_base, state_sha256
 
     fresh, generator = load_base("none", seed=1), torch.Generator().manual_seed(4)
     state = {}
@@ -57,8 +67,10 @@ def base():
 
 @pytest.fixture(scope="module", autouse=True)
 def no_report(request):
-    """A training's report page takes longer than a tiny training: only its own tests make it."""
+    """Only the report's own tests draw it, because it takes longer than a tiny training."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ != "test_report":
-            patch.setattr("nucsam.report.finish", lambda folder, net=None: "no report in the tests")
+            patch.setattr(
+                "nucsam.report.page.finish", lambda folder, net=None: "no report in the tests"
+            )
         yield

@@ -1,7 +1,7 @@
-"""The commands as a user gives them, those of the README first: what they print, write and return."""
+"""The commands as a user gives them, those of the README first: what they print, write, return."""
 
+import errno
 import json
-import os
 import re
 import shlex
 import shutil
@@ -11,27 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 import yaml
 from conftest import TINY
 from PIL import Image
 
-from nucsam import config, folds
-from nucsam.cli import run
+from nucsam import cli, progress
+from nucsam.cli import run_command
+from nucsam.config import load_config
+from nucsam.errors import UserError
+from nucsam.folds import runner
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = [f"{table}.{key}={value}" for table, values in TINY.items() for key, value in values.items()]
-NOT_RUN = {  # how a line begins, and why no test runs it
-    "bash launch/quickstart.sh": "makes an environment; `trained` below does what it then does, shortened",
-    "bash launch/test.sh": "runs the tests",
-    "kaggle ": "needs an account and a network",
-    "hf ": "needs an account and a network",
-    "nucsam export runs/fold0 --out nuclei.onnx ": "takes 20 seconds; test_export makes and runs one",
-    "sbatch ": "needs a cluster",
-    "!": "cells of a notebook that has GPUs",
-    "accelerate launch --multi_gpu ": "needs GPUs; test_folds and test_distributed launch several processes",
-    "accelerate launch --config_file launch/ddp.yaml ": "needs GPUs; test_distributed launches several processes",
-}
+SHORT = [f"{table}.{key}={value}" for table, keys in TINY.items() for key, value in keys.items()]
+COMMANDS = typer.main.get_command(cli.app).commands
+ELSEWHERE = ("bash", "cd", "git", "hf", "kaggle", "pip")  # commands of other programs
 COPY = """
 import shutil, sys
 settings, out = sys.argv[1], sys.argv[sys.argv.index("--out") + 1]
@@ -44,62 +39,94 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-COMMANDS = ("train", "folds", "evaluate", "predict", "synth", "inspect", "export", "report")
-LINES = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+LINES = [
+    shlex.split(part.removeprefix("!"), comments=True)
+    for block in blocks("bash")
+    for line in block.splitlines()
+    for part in line.split(" && ")
+    if part.strip()
+]
+
+
+def nucsam_words(words: list[str]) -> list[str]:
+    """The command line of nucsam in a line of the README; empty where it runs something else."""
+    if words[0] == "nucsam":
+        return words[1:]
+    if words[0] == "sbatch":
+        return words[2:]
+    if words[:2] == ["accelerate", "launch"]:
+        _, module, *arguments = words[words.index("-m") :]
+        return [module.removeprefix("nucsam."), *arguments]
+    assert words[0] in ELSEWHERE, f"no test knows how to run: {words}"
+    return []
+
+
+def runs_here(words: list[str]) -> bool:
+    """Whether a line needs neither several devices, nor a notebook, nor more than seconds."""
+    if any(word.startswith(("/kaggle/", "data.root=/kaggle/")) for word in words):
+        return False
+    if words[0] == "nucsam":
+        return "onnx" not in words  # takes 20 seconds; test_export makes and runs one
+    if words[:3] != ["accelerate", "launch", "--config_file"]:
+        return False
+    return yaml.safe_load((ROOT / words[3]).read_text())["num_processes"] == 1
+
+
+@pytest.mark.parametrize("words", LINES, ids=" ".join)
+def test_a_line_of_the_readme_can_be_parsed(words):
+    paths = [word for word in words if word.startswith(("launch/", "configs/"))]
+    assert all((ROOT / path).exists() for path in paths)
+    command, *arguments = nucsam_words(words) or [""]
+    if command:
+        params = COMMANDS[command].make_context(command, arguments).params
+        load_config(*cli.configuration(params.get("arguments") or []))
 
 
 @pytest.fixture
 def newcomer(folder, tmp_path, monkeypatch):
-    """An empty working directory of a newcomer, with what the README's lines name: NuInsSeg, my_folder, slides."""
+    """The working directory of a newcomer, with the folders that the README names."""
     shutil.copytree(folder, tmp_path / "data/NuInsSeg")
     for kind in ("my_folder/images", "my_folder/labels", "slides"):
         (tmp_path / kind).mkdir(parents=True)
     for number, image in enumerate(sorted(folder.glob("*/tissue images/*.png"))):
+        label = image.parents[1] / "label masks modify" / f"{image.stem}.tif"
         shutil.copy(image, tmp_path / "my_folder/images")
-        shutil.copy(image.parents[1] / "label masks modify" / f"{image.stem}.tif", tmp_path / "my_folder/labels")
+        shutil.copy(label, tmp_path / "my_folder/labels")
         if number < 3:
             shutil.copy(image, tmp_path / "slides")
     for name in ("launch", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "finished.py").write_text(COPY)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(folds, "TRAINER", (sys.executable, str(tmp_path / "finished.py")))
-    monkeypatch.setattr(folds, "POLL", 0.05)
+    monkeypatch.setattr(runner, "TRAINER", (sys.executable, str(tmp_path / "finished.py")))
+    monkeypatch.setattr(runner, "POLL", 0.05)
     return tmp_path
 
 
 def shortened(words: list[str]) -> list[str]:
-    """A line's words with the settings of a run of seconds, before its own, which win; and its random base."""
-    if words[:3] == ["nucsam", "export", "adapter.safetensors"]:
+    """Words with the settings of a run of seconds before their own, which win; and its base."""
+    if words[:2] == ["export", "adapter.safetensors"]:
         return [*words, "--base", "runs/fold0/base.safetensors"]
-    at = [k for k, word in enumerate(words) if word in ("train", "folds", "nucsam.train", "nucsam.folds")]
-    return words[: at[0] + 1] + SHORT + words[at[0] + 1 :] if at else words
+    return [words[0], *SHORT, *words[1:]] if words[0] in ("train", "folds") else words
 
 
-def test_the_readmes_commands_run(newcomer, capfd):
-    """Each bash line in turn, as written but for `shortened`; `nucsam folds` takes copies of the first run as its runs.
+def test_the_readme_runs_from_top_to_bottom(newcomer, capfd):
+    """Each line as written but for `shortened`; `folds` takes copies of the first run as its runs.
 
-    A line that is neither known here nor in NOT_RUN fails. What follows `python` blocks is looked at below.
+    The model of the `python` block is loaded from the run that the lines leave.
     """
-    assert len(LINES) >= 25
-    ran = []
-    for line in LINES:
-        words = shlex.split(line, comments=True)
-        assert all(Path(word).exists() for word in words if word.startswith(("launch/", "configs/"))), line
-        if any(line.startswith(start) for start in NOT_RUN):
-            config.override({}, [word for word in words if re.match(r"(data|model|train)\.\w+=", word)])
-            continue
+    for words in filter(runs_here, LINES):
+        command = shortened(nucsam_words(words))
         if words[0] == "nucsam":
-            status = run(shortened(words)[1:])
+            status = run_command(command)
         else:
-            assert words[:2] == ["accelerate", "launch"], f"no test knows how to run: {line}"
-            launch = [sys.executable, "-m", "accelerate.commands.launch", *shortened(words)[2:]]
-            status = subprocess.run(launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300).returncode
-        assert status == 0, f"{line}\n{capfd.readouterr().err}"
-        assert "--out" not in words or Path(words[words.index("--out") + 1]).exists(), line
-        ran.append(words[1])
-    assert {"train", "folds", "evaluate", "predict", "export", "report", "inspect", "launch"} <= set(ran)
-    assert len(list(Path("predicted").glob("*.tif"))) == len(list(Path("qupath").glob("*.geojson"))) == 3
+            launcher = [sys.executable, "-m", "accelerate.commands.launch", *words[2:4]]
+            launched = [*launcher, "-m", f"nucsam.{command[0]}", *command[1:]]
+            status = subprocess.run(launched, timeout=300).returncode
+        assert status == 0, f"{words}\n{capfd.readouterr().err}"
+        assert "--out" not in words or Path(words[words.index("--out") + 1]).exists(), words
+    assert len(list(Path("predicted").glob("*.tif"))) == 3
+    assert len(list(Path("qupath").glob("*.geojson"))) == 3
     assert len(json.loads(Path("runs/ranks/table.json").read_text())["variants"]) == 3
 
     (code,) = blocks("python")
@@ -108,121 +135,195 @@ def test_the_readmes_commands_run(newcomer, capfd):
     assert names["label"].dtype == np.int32 and names["label"].shape == image.shape[:2]
 
 
-def test_what_is_not_run_is_in_the_readme():
-    assert all(any(line.startswith(start) for line in LINES) for start in NOT_RUN)
-    assert sum(not line.startswith(tuple(NOT_RUN)) for line in LINES) >= 20
-
-
-def test_the_readme_maps_every_module():
-    modules = {path.stem for path in (ROOT / "nucsam").glob("*.py")} - {"__init__", "__main__"}
-    assert len(modules) > 20
-    table = README[README.index("## File by file") :]
-    assert modules - set(re.findall(r"(\w+)\.py", table)) == set()
-    named = re.findall(r"(?:nucsam|launch|configs|benchmarks)/[\w.]+\.\w+", README)
-    assert len(named) > 20 and [name for name in named if not (ROOT / name).exists()] == []
+def test_the_readme_names_files_that_exist():
+    names = set(re.findall(r"(?:nucsam|launch|configs|benchmarks)/[\w/.]+\.\w+", README))
+    assert names
+    assert [name for name in names if not (ROOT / name).exists()] == []
 
 
 def test_the_citation_has_what_its_format_requires():
-    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert found["cff-version"] == "1.2.0" and found["message"] and found["title"] and found["authors"]
-    assert len(found["references"]) == 9
-    assert all(work.keys() >= {"type", "title", "authors", "year"} for work in found["references"])
-    assert all(work.keys() & {"doi", "url"} for work in found["references"])
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["message"] and citation["title"] and citation["authors"]
+    assert citation["references"]
+    for work in citation["references"]:
+        assert work.keys() >= {"type", "title", "authors", "year"}
+        assert work.keys() & {"doi", "url"}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, folder):
-    """A run of the quickstart's configuration, shortened, by `accelerate launch` as the quickstart does it."""
+    """A run of the quickstart's configuration, shortened, by `accelerate launch`."""
     cwd = tmp_path_factory.mktemp("trained")
-    command = ["accelerate.commands.launch", "--config_file", ROOT / "launch/cpu.yaml", "-m", "nucsam.train"]
-    overrides = [f"data.root={folder}", "data.crop=64", "data.inner=0.3", "train.epochs=1", "train.validate_every=1"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command = [*launcher, ROOT / "launch/cpu.yaml", "-m", "nucsam.train"]
+    settings = ["data.crop=64", "data.inner=0.3", "train.epochs=1", "train.validate_every=1"]
     done = subprocess.run(
-        [sys.executable, "-m", *map(str, command), str(ROOT / "configs/quickstart.toml"), *overrides, "--out", "run"],
+        [*command, ROOT / "configs/quickstart.toml", f"data.root={folder}", *settings, "--out=run"],
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    return cwd / "run", done.stdout
+    return cwd / "run", " ".join(done.stdout.split())
 
 
 def test_training_prints_what_must_be_known(trained):
     run, output = trained
-    output = " ".join(output.split())
-    assert "random base weights: the scores say nothing about MobileSAM" in output
-    assert "trains 284,828 of 6,028,720 parameters" in output
-    assert "chosen by aji on the inner split" in output
+    assert "random base weights" in output
+    assert "284,828 of 6,028,720 parameters" in output
+    assert "aji on the inner split" in output
     assert (run / "scores.json").is_file()
 
 
-def test_evaluate_a_run(trained, tmp_path, capsys):
-    path, _ = trained
-    assert run(["evaluate", str(path), "--overlays", str(tmp_path / "overlays"), "--json", "-"]) == 0
+def test_evaluate_scores_a_run(trained, tmp_path, capsys):
+    run, overlays = trained[0], tmp_path / "overlays"
+    assert run_command(["evaluate", str(run), "--overlays", str(overlays), "--json", "-"]) == 0
     scores = json.loads(capsys.readouterr().out)
-    names = [row["name"] for row in scores["scores"][0]["images"]]
-    assert scores["images_of"] == "test" and len(names) == 3
-    assert len(list((tmp_path / "overlays").iterdir())) == 3
-    assert scores["headline"] == json.loads((path / "scores.json").read_text())["headline"]
-    assert run(["evaluate", str(path), "--untrained"]) == 0
-    assert "untrained model, test images" in capsys.readouterr().out
+    assert scores["images_of"] == "test"
+    assert len(scores["scores"][0]["images"]) == len(list(overlays.iterdir())) == 3
+    assert scores["headline"] == json.loads((run / "scores.json").read_text())["headline"]
+    assert run_command(["evaluate", str(run), "--untrained"]) == 0
+    assert "untrained model" in capsys.readouterr().out
 
 
-def test_evaluate_folders_of_label_maps(folder, tmp_path, capsys):
-    organ = sorted(path for path in folder.iterdir() if path.is_dir())[0]
-    truth = organ / "label masks modify"
-    assert run(["evaluate", "--truth", str(truth), "--pred", str(truth), "--json", str(tmp_path / "s.json")]) == 0
+def test_evaluate_scores_folders_of_label_maps(folder, tmp_path, capsys):
+    truth = str(min(folder.glob("*/label masks modify")))
+    out = ["--json", str(tmp_path / "s.json"), "--csv", str(tmp_path / "s.csv")]
+    assert run_command(["evaluate", "--truth", truth, "--pred", truth, *out]) == 0
     scores = json.loads((tmp_path / "s.json").read_text())["scores"][0]
     assert scores["protocol"]["name"] == "nuinsseg"
     assert scores["summary"]["mean"]["aji"] > 0.9  # the protocol removes predictions under 50 px
-    assert run(["evaluate", "--truth", str(truth)]) == 2
-    assert "expected either RUN, or both --truth and --pred" in capsys.readouterr().err
+    assert len((tmp_path / "s.csv").read_text().splitlines()) == 1 + len(scores["images"])
+    assert run_command(["evaluate", "--truth", truth]) == 2
+    assert run_command(["evaluate", "run", "--truth", truth, "--pred", truth]) == 2
+    assert capsys.readouterr().err.count("nucsam: evaluate: ") == 2
 
 
 def test_inspect_counts_and_draws(folder, tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
-    assert run(["inspect", str(folder), "--sheet", str(sheet), "--json"]) == 0
+    assert run_command(["inspect", str(folder), "--sheet", str(sheet), "--json"]) == 0
     total = json.loads(capsys.readouterr().out)["rows"][-1]
     assert total["organ"] == "all" and total["images"] == 12
-    assert sheet.read_bytes().startswith(b"\x89PNG")
+    drawn = np.asarray(Image.open(sheet))
+    assert (drawn == (0, 200, 80)).all(-1).any()  # the contours of nuclei
 
 
 def test_inspect_names_every_bad_file_and_fails(folder, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     broken = sorted(copy.glob("*/label masks modify/*.tif"))[:2]
-    assert len(broken) == 2
     for path in broken:
         path.write_bytes(b"no image")
-    assert run(["inspect", str(copy), "--sheet", str(tmp_path / "s.png")]) == 1
+    assert run_command(["inspect", str(copy), "--sheet", str(tmp_path / "s.png")]) == 1
     output = capsys.readouterr().out.replace("\n", "")
     assert all(path.name in output for path in broken)
 
 
 def test_synth_repeats_by_seed_and_refuses_a_full_folder(tmp_path, capsys):
+    sets = []
     for name in ("a", "b"):
-        assert run(["synth", str(tmp_path / name), "--images", "2", "--size", "64", "--seed", "5"]) == 0
-    a, b = (sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*.*")) for n in ("a", "b"))
-    assert a == b and len(a) >= 4
-    assert all((tmp_path / "a" / p).read_bytes() == (tmp_path / "b" / p).read_bytes() for p in a)
-    assert run(["synth", str(tmp_path / "a"), "--images", "2"]) == 2
+        root = tmp_path / name
+        arguments = ["synth", str(root), "--images", "2", "--size", "64", "--seed", "5"]
+        assert run_command(arguments) == 0
+        sets.append({str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.*")})
+    assert sets[0] == sets[1] and len(sets[0]) == 6
+    assert run_command(["synth", str(tmp_path / "a"), "--images", "2"]) == 2
     assert str(tmp_path / "a") in capsys.readouterr().err
 
 
-def test_export_and_its_refusals(trained, tmp_path, capsys):
-    path, _ = trained
-    out = tmp_path / "nuclei.safetensors"
-    assert run(["export", str(path), "--out", str(out)]) == 0
-    assert run(["export", str(path), "--out", str(out)]) == 2
-    assert "--force replaces it" in capsys.readouterr().err
-    assert run(["export", str(tmp_path), "--out", str(tmp_path / "x.pt")]) == 2
-    assert "found no config.toml" in capsys.readouterr().err
+def test_export_refuses_an_existing_file_and_a_folder_without_a_run(trained, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "nuclei.safetensors")]
+    assert run_command(["export", str(trained[0]), *out]) == 0
+    assert run_command(["export", str(trained[0]), *out]) == 2
+    assert "force replaces it" in capsys.readouterr().err
+    assert run_command(["export", str(tmp_path), "--out", str(tmp_path / "x.pt")]) == 2
+    assert "config.toml" in capsys.readouterr().err
 
 
-def test_help_lists_the_commands():
-    done = subprocess.run([sys.executable, "-m", "nucsam", "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0
-    assert all(f"│ {name} " in done.stdout for name in COMMANDS)
+# What comes of an error
+
+
+def unpack():
+    _, _ = [1]
+
+
+def zip_strictly():
+    list(zip([1], [1, 2], strict=True))
+
+
+def broadcast():
+    np.zeros(2) + np.zeros(3)
+
+
+def no_file():
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+def raising(monkeypatch, function) -> None:
+    """Make `nucsam synth` call a function inside nucsam."""
+    monkeypatch.setattr("nucsam.data.synthetic.write_dataset", lambda *_, **__: function())
+
+
+@pytest.mark.parametrize("bug", [unpack, zip_strictly, broadcast, no_file])
+def test_a_bug_keeps_its_traceback(monkeypatch, bug):
+    raising(monkeypatch, bug)
+    with pytest.raises((ValueError, OSError)) as caught:
+        run_command(["synth", "x"])
+    assert not isinstance(caught.value, UserError)
+    assert bug.__name__ in [entry.name for entry in caught.traceback]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("a.png: mistake"),
+        PermissionError(errno.EACCES, "denied", "a.png"),
+        OSError(errno.ENOSPC, "disk full: a.png"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_status_2(monkeypatch, capsys, error):
+    def fail():
+        raise error
+
+    raising(monkeypatch, fail)
+    assert run_command(["synth", "x"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("nucsam: ") and "a.png" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["synth"], ["synth", "x", "--images", "many"], ["trian"]])
+def test_a_wrong_command_line_meets_its_usage(capsys, arguments):
+    assert run_command(arguments) == 2
+    assert "Usage: nucsam" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["a.toml", "b.toml"], ["--rezume"], ["train.epoch=3"]])
+def test_wrong_settings_are_named(capsys, arguments):
+    assert run_command(["train", *arguments]) == 2
+    assert arguments[-1].partition("=")[0] in capsys.readouterr().err
+
+
+# What is printed
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_only_the_first_process_draws_the_report(tmp_path, monkeypatch, capsys, rank):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("nucsam.train.loop.fit", lambda *_, **__: None)
+    monkeypatch.setattr("nucsam.folds.runner.cross_validate", lambda *_, **__: 3)
+    assert run_command(["train", "--out", str(tmp_path)]) == 0
+    assert run_command(["folds", "--out", str(tmp_path)]) == 3
+    assert capsys.readouterr().out.count("no report in the tests\n") == 2 * (rank == "0")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_appears_on_a_terminal(monkeypatch, capsys, terminal):
+    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
+    monkeypatch.setenv("TERM", "xterm")
+    assert list(progress.with_bar(iter("abc"), 3, "Reading")) == ["a", "b", "c"]
+    shown = capsys.readouterr().err
+    assert ("Reading" in shown) == terminal
+    assert ("3/3" in shown) == terminal
+    assert terminal or shown == ""

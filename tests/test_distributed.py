@@ -1,4 +1,4 @@
-"""Two CPU processes (gloo) equal one with twice the batch; every image is scored once; a dead process ends the run."""
+"""Two CPU processes (gloo) equal one with twice the batch; a dead process ends the run."""
 
 import json
 import os
@@ -14,19 +14,26 @@ from accelerate import PartialState
 from conftest import TINY
 from safetensors.torch import load_file
 
-from nucsam import data
-from nucsam.checkpoint import run_base
-from nucsam.config import load, override, to_toml
-from nucsam.model import build
-from nucsam.synthetic import write_dataset
-from nucsam.train import train
+from nucsam.config import load_config, override, to_toml
+from nucsam.data import folders, splits
+from nucsam.data.samples import Samples
+from nucsam.data.synthetic import write_dataset
+from nucsam.errors import UserError
+from nucsam.model.network import build_model
+from nucsam.run.checkpoint import run_base
+from nucsam.run.directory import RunDirectory
+from nucsam.train.loop import fit
+
+
+def torchrun(processes):
+    words = "-m torch.distributed.run --standalone --nproc_per_node"
+    return [sys.executable, *words.split(), str(processes)]
 
 
 def launch(processes, *arguments, cwd):
     """`torchrun` on `processes` CPU processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.Popen(
-        [*command, "-m", "nucsam.train", *arguments],
+        [*torchrun(processes), "-m", "nucsam.train", *arguments],
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -37,13 +44,15 @@ def launch(processes, *arguments, cwd):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Makes configurations on 6 training images (two without nuclei, four with vague areas), 3 inner, 3 test."""
+    """Makes configurations: 6 training images (2 without nuclei, 4 with vague areas), 3, 3."""
     out = tmp_path_factory.mktemp("data") / "set"
     write_dataset(out, images=12, size=96, seed=4)
     tables = {name: dict(values) for name, values in TINY.items()}
     tables["data"] |= {"root": str(out), "folds": 4}
-    samples = data.Samples(data.find_records(out), progress=False)
-    chosen = [samples[i] for i in data.split_records(samples.records, folds=4, fold=0, inner=0.3).train]
+    samples = Samples(folders.find_records(out), progress=False)
+    chosen = [
+        samples[i] for i in splits.split_records(samples.records, folds=4, fold=0, inner=0.3).train
+    ]
     assert sum(sample.label.max() == 0 for sample in chosen) == 2
     assert sum(bool(sample.vague.any()) for sample in chosen) == 4
     return lambda *overrides: override(tables, list(overrides))
@@ -51,19 +60,21 @@ def config(tmp_path_factory):
 
 NORM = """
 import torch, torch.distributed as dist
-from nucsam.head import Norm
+from nucsam.model.heads import Norm
 
 dist.init_process_group("gloo")
-own, generator = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3), torch.Generator().manual_seed(0)
+share = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
+generator = torch.Generator().manual_seed(0)
 x, weight = (3 * torch.randn(6, 4, 5, 7, generator=generator) + 1 for _ in range(2))
-whole, part = x.clone().requires_grad_(), x[own].clone().requires_grad_()
+whole, part = x.clone().requires_grad_(), x[share].clone().requires_grad_()
 one, two = torch.nn.BatchNorm2d(4), Norm(4)
-expected, found = one(whole), two(part)
+expected, result = one(whole), two(part)
 (expected * weight).sum().backward()
-(found * weight[own]).sum().backward()
-assert not torch.allclose(torch.nn.BatchNorm2d(4)(part), found, atol=1e-2)  # negative control: its own alone
-torch.testing.assert_close(found, expected[own])
-torch.testing.assert_close(part.grad, whole.grad[own], atol=1e-5, rtol=1e-5)
+(result * weight[share]).sum().backward()
+alone = torch.nn.BatchNorm2d(4)(part)  # negative control: one process's statistics
+assert not torch.allclose(alone, result, atol=1e-2)
+torch.testing.assert_close(result, expected[share])
+torch.testing.assert_close(part.grad, whole.grad[share], atol=1e-5, rtol=1e-5)
 for name, buffer in two.named_buffers():
     torch.testing.assert_close(buffer, one.get_buffer(name))
 for name, p in two.named_parameters():
@@ -76,23 +87,31 @@ def test_norm_of_two_processes_equals_batchnorm_over_both(tmp_path):
     """Values, gradients and statistics."""
     script = tmp_path / "norm.py"
     script.write_text(NORM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    found = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*torchrun(2), str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("head, accumulate", [("instance", 1), ("instance", 2), ("sam", 1)])
 def test_two_processes_equal_one_with_twice_the_batch(config, tmp_path, head, accumulate):
-    """With augmentation, Dice or Tversky losses, vague areas and images without nuclei, after six optimizer steps."""
+    """With augmentation, vague areas and images without nuclei, after six optimizer steps."""
     one, two = tmp_path / "one", tmp_path / "two"
     epochs = {1: 2, 2: 3}[accumulate]
-    schedule = [f"train.accumulate={accumulate}", f"train.epochs={epochs}", f"train.validate_every={epochs}"]
-    # Adam's first steps move a weight by the whole rate also where its gradient is rounding error: warm up, as runs do
+    schedule = [
+        f"train.accumulate={accumulate}",
+        f"train.epochs={epochs}",
+        f"train.validate_every={epochs}",
+    ]
+    # Adam's first steps move a weight by the whole rate even for a rounding error: warm up.
     schedule += [f"model.head={head}", "train.warmup=0.9"]
-    train(config("train.batch=2", *schedule), one)
+    fit(config("train.batch=2", *schedule), one)
     run = launch(2, str(one / "config.toml"), "train.batch=1", "--out", str(two), cwd=tmp_path)
     assert run.wait(300) == 0, run.stderr.read()
-    lines = [[json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (one, two)]
+    lines = [
+        [json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()]
+        for r in (one, two)
+    ]
     steps = [[line["step"] for line in run] for run in lines]
     assert steps[0] == steps[1] and steps[0][-1] == 6
     losses = [[line["loss"] for line in run] for run in lines]
@@ -102,23 +121,32 @@ def test_two_processes_equal_one_with_twice_the_batch(config, tmp_path, head, ac
     weights = [name for name in states[0] if name.startswith("weights.")]
     assert states[0].keys() == states[1].keys() and len(weights) > 10
     if head == "sam":
-        assert max(float((states[0][name] - states[1][name]).abs().max()) for name in weights) < 1e-5
-    else:  # a BatchNorm leaves many gradients near 0, where Adam moves a weight by the whole rate for rounding error
-        settings = load(one / "config.toml")
-        start = build(settings.model, run_base(one, settings), seed=settings.train.seed).trainable()
-        ends = [torch.cat([state[f"weights.{name}"].flatten() for name in start]) for state in states]
+        assert (
+            max(float((states[0][name] - states[1][name]).abs().max()) for name in weights) < 1e-5
+        )
+    else:  # a BatchNorm leaves many gradients near 0, and Adam amplifies their rounding errors
+        settings = load_config(one / "config.toml")
+        start = build_model(
+            settings.model, run_base(RunDirectory(one), settings), seed=settings.train.seed
+        ).trainable()
+        ends = [
+            torch.cat([state[f"weights.{name}"].flatten() for name in start]) for state in states
+        ]
         way = ends[0] - torch.cat([p.detach().flatten() for p in start.values()])
         assert (ends[0] - ends[1]).norm() < 0.03 * way.norm()
 
     scores = [json.loads((r / "scores.json").read_text()) for r in (one, two)]
     names = [[row["name"] for row in s["scores"][0]["images"]] for s in scores]
-    assert names[0] == names[1] and len(set(names[0])) == len(names[0]) == 3  # two processes share three images
+    assert names[0] == names[1]
+    assert len(set(names[0])) == len(names[0]) == 3  # two processes share three images
     for metric, value in scores[0]["headline"].items():
         assert scores[1]["headline"][metric] == pytest.approx(value, abs=0.02), metric
 
 
 def test_a_dead_process_ends_the_run_with_an_error(config, tmp_path):
-    (tmp_path / "long.toml").write_text(to_toml(config("train.epochs=1000", "train.validate_every=1000")))
+    (tmp_path / "long.toml").write_text(
+        to_toml(config("train.epochs=1000", "train.validate_every=1000"))
+    )
     run = launch(2, "long.toml", "--out", "run", cwd=tmp_path)
     workers = []
     while run.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
@@ -143,13 +171,15 @@ def test_sigterm_ends_all_processes_and_the_run_resumes(config, tmp_path):
     assert state.is_file() and not (tmp_path / "run" / "scores.json").exists()
     run = launch(2, "long.toml", "--out", "run", "--resume", cwd=tmp_path)
     assert run.wait(300) == 0, run.stderr.read()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["epoch"] for line in lines] == list(range(1, 41))
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(config, tmp_path, monkeypatch):
-    PartialState(cpu=True)  # of one process, as Accelerate finds it where a launcher's variables do not reach it
+    PartialState(cpu=True)  # what Accelerate finds where a launcher's variables do not reach it
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="started 2 processes, Accelerate joined 1, so each would run alone"):
-        train(config(), tmp_path / "run")
+    with pytest.raises(UserError, match="WORLD_SIZE"):
+        fit(config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
-"""The layers of the library: a module imports only from layers below its own."""
+"""Each wing imports only from rows above its own, and nothing runs in circles."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,158 +10,188 @@ import pytest
 
 import nucsam
 
+ROOT = Path(__file__).parents[1]
 PACKAGE = Path(nucsam.__file__).parent
-LAYERS = (
-    "atomic",
-    "config images lora metrics instances targets losses synthetic geojson measure tiles",
-    "encoder base head data augment draw charts",
-    "model outputs",
-    "checkpoint graph",
+ROWS = (  # a wing imports from rows above its own; only files of one wing may import each other
+    "errors",
+    "processes files config claims progress",
+    "download",
+    "data",
+    "model",
+    "run",
     "predict",
-    "run batch evaluate export",
-    "scoring results",
-    "gallery",
-    "report",
+    "score",
     "train",
-    "folds",
+    "folds report export",
     "cli",
-    "__main__ __init__",  # __init__ holds `nucsam.load`, imported when asked for; all may import `__version__`
 )
-LAYER = {module: layer for layer, modules in enumerate(LAYERS) for module in modules.split()}
-WITHOUT_TORCH = ("metrics", "instances", "synthetic", "geojson", "measure", "tiles")
+ROW = {wing: row for row, wings in enumerate(ROWS) for wing in wings.split()}
+ENTRIES = ("__init__", "__main__")  # import anything, when asked for
 
 
-def is_script_guard(node: ast.AST) -> bool:
-    """`if __name__ == "__main__":`, whose body no import of the module runs."""
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+def modules() -> dict[str, Path]:
+    """Dotted name below `nucsam` -> file."""
+    files = {path.relative_to(PACKAGE).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
+    return {".".join(name.parts): path for name, path in files.items()}
 
 
-def imported(source: str) -> set[str]:
-    """Dotted names of what a module of the package imports anywhere, functions included."""
-    found, queue = set(), [ast.parse(source)]
-    while queue:
-        node = queue.pop()
-        if is_script_guard(node):
-            continue
-        queue += ast.iter_child_nodes(node)
+def imports(source: str, known: set[str]) -> set[str]:
+    """The `known` modules that a source imports anywhere, functions included."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            start = ".".join(filter(None, ["nucsam" if node.level else "", node.module or ""]))
-            found |= {f"{start}.{alias.name}" for alias in node.names}
-    return found
+            assert node.level == 0, "a relative import hides its wing"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("nucsam.") for name in names} & known
 
 
-def of_package(names: set[str]) -> set[str]:
-    """The package's modules among dotted names; `from nucsam import __version__` is `__init__`."""
-    parts = [name.split(".") for name in names if name.split(".")[0] == "nucsam"]
-    return {part[1] if len(part) > 1 and (PACKAGE / f"{part[1]}.py").is_file() else "__init__" for part in parts}
+def graph() -> dict[str, set[str]]:
+    files = modules()
+    edges = {name: imports(path.read_text("utf-8"), set(files)) for name, path in files.items()}
+    assert sum(map(len, edges.values())) > 60  # the reading of imports does see them
+    return edges
 
 
-@pytest.fixture(scope="module")
-def sources() -> dict[str, str]:
-    return {path.stem: path.read_text(encoding="utf-8") for path in PACKAGE.glob("**/*.py")}
+def wing(module: str) -> str:
+    return module.split(".")[0]
 
 
-def test_reading_of_imports():
-    source = """
-import os.path, nucsam.data
-from nucsam import head, __version__
-from nucsam.model import build
-from . import lora
-from .predict import Predictor
-def f():
-    if True:
-        import torch.nn as nn
-        from nucsam.base import Base
-class C:
-    import nucsam
-if __name__ == "__main__":
-    from nucsam.cli import run
-"""
-    found = imported(source)
-    assert {name for name in found if not name.startswith("nucsam")} == {"os.path", "torch.nn"}
-    modules = {"data", "head", "__init__", "model", "lora", "predict", "base"}
-    assert of_package(found) == modules
+def is_entry(module: str) -> bool:
+    return module.split(".")[-1] in ENTRIES
 
 
-def test_every_module_has_a_layer(sources):
-    assert set(sources) == set(LAYER)
-    assert len(sources) == 37 == sum(len(modules.split()) for modules in LAYERS)
+def test_imports_inside_functions_are_seen():
+    source = (
+        "def f():\n    if True:\n        from nucsam.data import images\nimport nucsam.cli as c"
+    )
+    assert imports(source, {"data.images", "cli", "files"}) == {"data.images", "cli"}
 
 
-def test_imports_go_down(sources):
-    upwards, seen = [], 0
-    for module, source in sources.items():
-        for other in of_package(imported(source)):
-            seen += 1
-            if other != "__init__" and LAYER[other] >= LAYER[module]:
-                upwards.append(f"{module} ({LAYER[module]}) imports {other} ({LAYER[other]})")
-    assert upwards == []
-    assert seen > 40
+def test_a_wing_imports_only_from_rows_above():
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in graph().items()
+        for other in others
+        if not is_entry(module)
+        and wing(other) != wing(module)
+        and ROW[wing(other)] >= ROW[wing(module)]
+    ]
+    assert wrong == []
 
 
-def test_no_torch_in_numpy_modules(sources):
-    found = {module: {name.split(".")[0] for name in imported(sources[module])} for module in WITHOUT_TORCH}
-    assert len(found) == 6
-    assert all("numpy" in names for names in found.values())
-    assert {module: names & {"torch", "torchvision", "accelerate", "timm"} for module, names in found.items()} == {
-        module: set() for module in WITHOUT_TORCH
+def test_no_module_imports_itself_by_way_of_others():
+    edges = graph()
+
+    def reached(module: str, seen: set[str]) -> set[str]:
+        for other in edges[module] - seen:
+            reached(other, seen | {other})
+            seen |= {other} | reached(other, seen | {other})
+        return seen
+
+    assert [module for module in edges if module in reached(module, set())] == []
+
+
+def test_only_the_command_line_imports_nucsam_inside_functions():
+    late = [
+        module
+        for module, path in modules().items()
+        for function in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nucsam")
+    ]
+    assert set(late) == {"cli", "__main__", "predict.__init__"}
+
+
+def test_every_place_that_contributing_names_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    places = re.findall(r"`(nucsam/[\w/]+\.py)(?::([\w.]+))?`", text)
+    assert len(places) > 15
+    for file, name in places:
+        node = ast.parse((ROOT / file).read_text("utf-8"))
+        for part in filter(None, name.split(".")):
+            named = [child for child in node.body if getattr(child, "name", None) == part]
+            assert named, f"{file}:{name}"
+            node = named[0]
+
+
+def test_no_public_function_bears_the_name_of_a_package():
+    packages = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    assert {"train", "data", "score"} <= packages
+    names = {
+        node.name
+        for path in modules().values()
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.FunctionDef)
     }
-    assert "torch" in {name.split(".")[0] for name in imported(sources["targets"])}  # this test does see it
+    assert names & packages == set()
 
 
-HELP = """
+def child(code: str) -> list[str]:
+    """What a fresh interpreter prints."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=True
+    ).stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["data", "model.instances", "score.metrics", "score.pairs", "predict.writers", "folds.runner"],
+)
+def test_modules_without_torch(module):
+    assert child(f"import sys, nucsam.{module}; print('torch' in sys.modules)") == ["False"]
+
+
+def test_modules_with_torch_are_noticed():
+    assert child("import sys, nucsam.model.targets; print('torch' in sys.modules)") == ["True"]
+
+
+COMMAND = """
 import runpy, sys
 sys.argv = ["nucsam", *{arguments}]
 try:
     runpy.run_module("nucsam", run_name="__main__")
 except SystemExit as end:
     print("exit", end.code)
-heavy = ("torch", "numpy", "scipy", "skimage", "accelerate", "mobile_sam", "timm", "PIL", "tifffile")
+heavy = "torch numpy scipy skimage accelerate mobile_sam timm PIL tifffile".split()
 print("loaded", *[name for name in heavy if name in sys.modules])
 """
 
 
-def last_lines(arguments: list[str]) -> list[str]:
-    code = HELP.format(arguments=arguments)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    return done.stdout.splitlines()
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["predict", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["predict", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments):
-    lines = last_lines(arguments)
+    lines = child(COMMAND.format(arguments=arguments))
     assert lines[-2:] == ["exit 0", "loaded"]
     assert any("Usage: nucsam" in line for line in lines)
 
 
-def test_the_package_loads_a_model_when_asked_for():
+def test_a_command_imports_what_it_needs(tmp_path):
+    arguments = ["synth", str(tmp_path / "data"), "--images", "1", "--size", "64"]
+    *_, status, loaded = child(COMMAND.format(arguments=arguments))
+    assert status == "exit 0"
+    assert {"numpy", "scipy"} <= set(loaded.split())
+    assert "torch" not in loaded
+
+
+def test_the_package_is_light_and_lists_its_public_names():
     code = """
 import sys, nucsam
 print(nucsam.__version__, "torch" in sys.modules, "numpy" in sys.modules)
-print(nucsam.load.__module__, "torch" in sys.modules, hasattr(nucsam, "lode"))
+print(*(name for name in dir(nucsam) if name in nucsam.__all__))
+print(nucsam.load.__module__, nucsam.fit.__module__, nucsam.Predictor.__module__)
+print(issubclass(nucsam.UserError, ValueError), hasattr(nucsam, "lode"))
+from nucsam import predict; print(predict.predict_files.__module__)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.splitlines() == [f"{nucsam.__version__} False False", "nucsam.predict True False"]
-
-
-def test_modules_take_only_the_version_from_the_package(sources):
-    """So that no module below `nucsam.predict` reaches it by way of `nucsam.load`."""
-    names = {f"nucsam.{module}" for module in sources}
-    taken = {
-        (module, name)
-        for module, source in sources.items()
-        for name in imported(source)
-        if name == "nucsam" or (name.count(".") == 1 and name.startswith("nucsam.") and name not in names)
-    }
-    assert {name for _, name in taken} == {"nucsam", "nucsam.__version__"}
-    assert {module for module, name in taken if name == "nucsam"} == {"cli"}  # for the folder of the package
-
-
-def test_a_command_imports_what_it_needs(tmp_path):
-    """Negative control: the test above would see a heavy module."""
-    lines = last_lines(["synth", str(tmp_path / "data"), "--images", "1", "--size", "64"])
-    assert "exit 0" in lines[-2:]
-    assert {"numpy", "scipy"} <= set(lines[-1].split())
-    assert "torch" not in lines[-1].split()
+    assert child(code) == [
+        f"{nucsam.__version__} False False",
+        "Predictor UserError __version__ fit load",
+        "nucsam.predict.predictor nucsam.train.loop nucsam.predict.predictor",
+        "True False",
+        "nucsam.predict.images",
+    ]
+    assert (PACKAGE / "py.typed").is_file()

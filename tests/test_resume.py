@@ -1,4 +1,4 @@
-"""Runs that are killed at random points, in the middle of writes, by a full disk; what goes on equals the whole run."""
+"""Runs killed at random points, in the middle of writes, or by a full disk resume bit for bit."""
 
 import json
 import multiprocessing
@@ -11,35 +11,37 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_train import history, same
 
-from nucsam import checkpoint
 from nucsam.config import to_toml
-from nucsam.scoring import score_run
-from nucsam.train import train
+from nucsam.errors import UserError
+from nucsam.run import checkpoint
+from nucsam.score.runs import score_run
+from nucsam.train.loop import fit
 
 fork = multiprocessing.get_context("fork")  # a child has everything imported already
 
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
-    """The configuration of a run that writes its state after each of 30 steps, and that run, uninterrupted."""
+    """A configuration that saves after each of 30 steps, and its uninterrupted run."""
     config = tiny("train.epochs=10", "train.validate_every=2", "train.save_minutes=0")
     run = tmp_path_factory.mktemp("whole") / "run"
-    train(config, run)
+    fit(config, run)
     return config, run
 
 
 def start(prepare, config, run):
-    """Go on with a run in a child process, after `prepare()` there."""
+    """Resume a run in a child process, after `prepare()` there."""
 
-    def go_on():
+    def resume():
         prepare()
-        train(config, run, resume=True)
+        fit(config, run, resume=True)
 
-    process = fork.Process(target=go_on)
+    process = fork.Process(target=resume)
     process.start()
     return process
 
@@ -64,19 +66,19 @@ def assert_equal(run, whole_run):
 
 
 def dying_in(name, nth, written):
-    """Makes the process die in its nth write of a file: a part of it `written`, or all of it but not yet named."""
+    """Kill the process in its nth write of a file, with the share `written` on disk."""
 
     def prepare():
-        leave, seen = checkpoint.atomic.__exit__, []
+        replace, seen = Path.replace, []
 
-        def exit(self, *error):
-            seen.append(self.path.name)
-            if self.path.name == name and seen.count(name) == nth:
-                os.truncate(self.partial, int(written * self.partial.stat().st_size))
+        def dying_replace(partial, path):
+            seen.append(path.name)
+            if path.name == name and seen.count(name) == nth:
+                os.truncate(partial, int(written * partial.stat().st_size))
                 os.kill(os.getpid(), signal.SIGKILL)
-            leave(self, *error)
+            return replace(partial, path)
 
-        checkpoint.atomic.__exit__ = exit
+        Path.replace = dying_replace
 
     return prepare
 
@@ -98,7 +100,7 @@ def test_killed_in_the_middle_of_writes(whole, tmp_path):
         assert process.exitcode == -signal.SIGKILL, (name, nth)
         assert [path.name for path in run.rglob(".*.partial")] == [f".{name}.{process.pid}.partial"]
         assert_readable(run)
-    train(config, run, resume=True)
+    fit(config, run, resume=True)
     assert_equal(run, whole[1])
 
 
@@ -116,7 +118,7 @@ def test_killed_twenty_times_at_random_points(whole, tmp_path):
         process.join()
         assert_readable(run)
         kills += 1
-    train(config, run, resume=True)
+    fit(config, run, resume=True)
     assert_equal(run, whole[1])
 
 
@@ -129,11 +131,11 @@ def test_sigterm_saves_at_the_next_step_and_resumes(whole, tmp_path):
     process.join(30)
     assert process.exitcode == 128 + signal.SIGTERM
     assert not (run / "scores.json").exists()
-    train(config, run, resume=True)
+    fit(config, run, resume=True)
     assert_equal(run, whole[1])
 
 
-@pytest.mark.parametrize("limit", [200_000, 1_000_000])  # bytes a file; the state has about 1.3 MB, the adapter 0.3
+@pytest.mark.parametrize("limit", [200_000, 1_000_000])  # bytes; state 1.3 MB, adapter 0.3 MB
 def test_a_full_disk_is_an_error_and_the_last_good_state_is_usable(whole, tmp_path, limit, capfd):
     config, run = whole[0], tmp_path / "run"
     process = start(dying_in("last.safetensors", 7, 1.0), config, run)
@@ -143,9 +145,9 @@ def test_a_full_disk_is_an_error_and_the_last_good_state_is_usable(whole, tmp_pa
     process = start(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), config, run)
     process.join(120)
     assert process.exitcode == 1
-    assert "OSError" in (error := capfd.readouterr().err) and "what was there before is unharmed" in error
+    assert "UserError" in capfd.readouterr().err
     assert (run / "state" / "last.safetensors").read_bytes() == good
-    train(config, run, resume=True)
+    fit(config, run, resume=True)
     assert_equal(run, whole[1])
 
 
@@ -155,7 +157,9 @@ def test_sigterm_to_the_whole_process_group_leaves_the_workers_until_all_is_save
     run = tmp_path / "run"
     command = [sys.executable, "-m", "nucsam.train", "workers.toml", "--out", "run"]
     for _ in range(3):
-        process = subprocess.Popen([*command, "--resume"], cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [*command, "--resume"], cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE
+        )
         before = steps(run)
         while process.poll() is None and steps(run) == before:
             time.sleep(0.01)
@@ -174,7 +178,7 @@ def steps(run):
     return checkpoint.read_tensors(state)[1]["progress"]["step"] if state.exists() else None
 
 
-def test_a_run_goes_on_only_on_the_same_images(whole, tmp_path):
+def test_a_run_resumes_only_on_the_same_images(whole, tmp_path):
     config, run = whole[0], tmp_path / "run"
     start(dying_in("last.safetensors", 3, 1.0), config, run).join(120)
     more = tmp_path / "more"
@@ -184,9 +188,9 @@ def test_a_run_goes_on_only_on_the_same_images(whole, tmp_path):
     shutil.copy(image, image.with_name("added.png"))
     shutil.copy(mask, mask.with_name("added.tif"))
     moved = replace(config, data=replace(config.data, root=str(more)))
-    with pytest.raises(ValueError, match="--resume with another images"):
-        train(moved, run, resume=True)
+    with pytest.raises(UserError, match="images"):
+        fit(moved, run, resume=True)
     assert (run / "config.toml").read_text() == to_toml(config)
-    train(config, run, resume=True)
-    with pytest.raises(ValueError, match=r"found other images than .* was split on"):
+    fit(config, run, resume=True)
+    with pytest.raises(UserError, match=str(more)):
         score_run(run, root=str(more))

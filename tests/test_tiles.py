@@ -1,4 +1,4 @@
-"""The grid of tiles, the windows, and who owns a nucleus."""
+"""The grid of tiles, the windows, and which window keeps a nucleus."""
 
 from itertools import pairwise
 
@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nucsam.tiles import STRIP, Tiles, Window, grid, meet, own, ramp, windows
+from nucsam.errors import UserError
+from nucsam.predict.tiles import STRIP, Tiles, Window, grid, meet, own_nuclei, ramp, windows
 
 
 @settings(max_examples=200, deadline=None)
@@ -19,29 +20,36 @@ from nucsam.tiles import STRIP, Tiles, Window, grid, meet, own, ramp, windows
 )
 def test_tiles_cover_and_overlap(size, tile, part, scale):
     overlap = int(part * tile)
-    found, px, model = grid(size, tile, overlap, scale)
-    assert model % 32 == 0 and px == round(model / scale)
-    assert found[0] == 0
-    if len(found) == 1:
+    starts, px, model_px = grid(size, tile, overlap, scale)
+    assert model_px % 32 == 0 and px == round(model_px / scale)
+    assert starts[0] == 0
+    if len(starts) == 1:
         assert px >= size  # an image under a tile is padded
         return
-    assert found[-1] + px == size
-    steps = np.diff(found)
+    assert starts[-1] + px == size
+    steps = np.diff(starts)
     assert (steps <= px - overlap).all()  # neighbours share at least the overlap
     assert (steps > 0).all()
     largest = grid(tile, tile, 0, scale)[1]
     assert px <= largest < max(tile, 64 / scale) + 32 / scale + 1
     fewest = next(n for n in range(2, size) if n * (largest - overlap) + overlap >= size)
-    assert len(found) in (fewest, fewest + 1)
-    assert len(found) * px <= fewest * largest
-    assert model == 64 or (px - 32 / scale - 1 - overlap) * len(found) + overlap < size  # smaller ones would not do
+    assert len(starts) in (fewest, fewest + 1)
+    assert len(starts) * px <= fewest * largest
+    smaller = px - 32 / scale - 1
+    assert model_px == 64 or (smaller - overlap) * len(starts) + overlap < size
 
 
-def test_tiles_by_hand():
-    assert grid(5000, 512, 64, 1.0) == ([round(4520 * k / 11) for k in range(12)], 480, 480)
-    assert grid(500, 512, 64, 2.0) == ([0], 512, 1024)
-    assert grid(513, 512, 0, 1.0) == ([0, 225], 288, 288)
-    assert grid(5000, 512, 32, 1.0) == ([round(4552 * k / 11) for k in range(12)], 448, 448)  # 11 need 512 px
+@pytest.mark.parametrize(
+    "arguments, starts, px, model_px",
+    [
+        ((5000, 512, 64, 1.0), [round(4520 * k / 11) for k in range(12)], 480, 480),
+        ((500, 512, 64, 2.0), [0], 512, 1024),
+        ((513, 512, 0, 1.0), [0, 225], 288, 288),
+        ((5000, 512, 32, 1.0), [round(4552 * k / 11) for k in range(12)], 448, 448),  # 11 need 512
+    ],
+)
+def test_tiles_by_hand(arguments, starts, px, model_px):
+    assert grid(*arguments) == (starts, px, model_px)
 
 
 @settings(max_examples=100, deadline=None)
@@ -49,32 +57,37 @@ def test_tiles_by_hand():
 def test_weights_are_positive_and_rise_to_the_middle(side, overlap):
     weights = ramp(side, overlap)
     assert len(weights) == side
-    assert (weights > 0).all()
-    assert (weights <= 1).all()
+    assert (weights > 0).all() and (weights <= 1).all()
     np.testing.assert_array_equal(weights, weights[::-1])
     assert (np.diff(weights[: (side + 1) // 2]) >= 0).all()
     assert ramp(100, 4).tolist() == pytest.approx([0.25, 0.5, 0.75, *[1.0] * 94, 0.75, 0.5, 0.25])
 
 
 @settings(max_examples=100, deadline=None)
-@given(height=st.integers(1, 3000), width=st.integers(1, 3000), core=st.integers(16, 900), margin=st.integers(0, 200))
-def test_cores_part_the_image_and_margins_go_round_them(height, width, core, margin):
-    found = windows((height, width), core, margin)
+@given(
+    height=st.integers(1, 3000),
+    width=st.integers(1, 3000),
+    core=st.integers(16, 900),
+    margin=st.integers(0, 200),
+)
+def test_cores_cover_the_image_once_and_margins_surround_them(height, width, core, margin):
+    parts = windows((height, width), core, margin)
     for axis, size in enumerate((height, width)):
-        bounds = sorted({(w.core[axis].start, w.core[axis].stop) for w in found})
+        bounds = sorted({(w.core[axis].start, w.core[axis].stop) for w in parts})
         assert (bounds[0][0], bounds[-1][1]) == (0, size)
-        assert all(a[1] == b[0] for a, b in pairwise(bounds))
-        assert max(b - a for a, b in bounds) <= core
-        for window in found:
+        assert all(before[1] == after[0] for before, after in pairwise(bounds))
+        assert max(high - low for low, high in bounds) <= core
+        for window in parts:
             inner, outer = window.core[axis], window.outer[axis]
-            assert (outer.start, outer.stop) == (max(0, inner.start - margin), min(size, inner.stop + margin))
-    down, across = (len({w.core[axis].start for w in found}) for axis in (0, 1))
-    assert len(found) == down * across == len({(w.core[0].start, w.core[1].start) for w in found})
+            assert outer.start == max(0, inner.start - margin)
+            assert outer.stop == min(size, inner.stop + margin)
+    down, across = (len({w.core[axis].start for w in parts}) for axis in (0, 1))
+    assert len(parts) == down * across == len({(w.core[0].start, w.core[1].start) for w in parts})
 
 
 def test_windows_go_down_in_strips():
-    found = windows((30, 10 * (STRIP + 2)), 10, 0)
-    corners = [(w.core[0].start, w.core[1].start) for w in found]
+    parts = windows((30, 10 * (STRIP + 2)), 10, 0)
+    corners = [(w.core[0].start, w.core[1].start) for w in parts]
     assert corners[: STRIP + 1] == [*((0, 10 * k) for k in range(STRIP)), (10, 0)]
     assert corners[-3:] == [(10, 10 * STRIP + 10), (20, 10 * STRIP), (20, 10 * STRIP + 10)]
 
@@ -85,45 +98,54 @@ def test_where_two_stretches_meet():
 
 
 def noise(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    rng = np.random.default_rng(height * width)
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def stitched(image, core, margin, overlap=20, tile=64):
-    """Every window's maps, with random ones (the same for a tile in any window); and the order in which tiles came."""
-    tiles = Tiles(image, scale=1.0, tile=tile, overlap=overlap, windows=windows(image.shape[:2], core, margin))
-    found, came, held = [], [], []
-    for k, window in enumerate(tiles.windows):
+    """Each window's maps, of tiles with random maps; the tiles asked for; how many were held."""
+    places = windows(image.shape[:2], core, margin)
+    tiles = Tiles(image, scale=1.0, tile=tile, overlap=overlap, windows=places)
+    parts, asked, held = [], [], []
+    for k, window in enumerate(places):
         for key, pixels in tiles.ask(k):
             assert not tiles.ready(k)
             assert pixels.shape == (*tiles.sides, 3)
-            came.append(key[:2])
+            asked.append(key[:2])
             tiles.add(key, np.random.default_rng(key[:2]).random((2, *tiles.sides), np.float32))
         assert tiles.ready(k)
         held.append(len(tiles._maps))
-        found.append((window, tiles.maps(k)))
-    assert not tiles._maps  # all are let go at the end
-    return found, came, held
+        parts.append((window, tiles.maps(k)))
+    assert not tiles._maps
+    assert len(tiles.asked) == len(asked)
+    return parts, asked, held
 
 
 @settings(max_examples=25, deadline=None)
-@given(height=st.integers(16, 300), width=st.integers(16, 300), core=st.integers(30, 200), margin=st.integers(0, 60))
+@given(
+    height=st.integers(16, 300),
+    width=st.integers(16, 300),
+    core=st.integers(30, 200),
+    margin=st.integers(0, 60),
+)
 def test_maps_do_not_depend_on_the_windows(height, width, core, margin):
     image = noise(height, width)
     ((_, whole),), _, _ = stitched(image, 2**20, 0)
     assert whole.shape == (2, height, width)
-    found, came, _ = stitched(image, core, margin)
-    for window, maps in found:
+    parts, asked, _ = stitched(image, core, margin)
+    for window, maps in parts:
         np.testing.assert_array_equal(maps, whole[:, *window.outer])
-    assert len(came) == len(set(came)) or -(-width // core) > STRIP  # no tile twice, but between strips
+    one_strip = -(-width // core) <= STRIP
+    assert len(asked) == len(set(asked)) or not one_strip
 
 
 @pytest.mark.parametrize("height, width", [(700, 200), (700, 900), (1400, 900)])
 def test_few_tiles_wait(height, width):
-    """Not more in a larger image: those at the sides of a strip do not wait for the next one, but are run anew."""
-    _, came, held = stitched(noise(height, width), 60, 20)
+    """Not more in a larger image: tiles between two strips are run for each, instead of waiting."""
+    _, asked, held = stitched(noise(height, width), 60, 20)
     down, across = (-(-(s - 20) // 44) for s in (height, width))
-    assert len(set(came)) == down * across
-    assert down * across <= len(came) <= 1.3 * down * across
+    assert len(set(asked)) == down * across
+    assert down * across <= len(asked) <= 1.3 * down * across
     assert max(held) <= 4 * min(across, STRIP * 60 // 44 + 4)
 
 
@@ -138,53 +160,52 @@ def test_tiles_show_the_image_and_weights_sum_to_one(height, width, overlap):
     np.testing.assert_allclose(tiles.maps(0), image.transpose(2, 0, 1), atol=1e-4)
 
 
-def test_a_nucleus_belongs_to_one_window():
-    """Each of 300 random rectangles, seen whole by windows around it, is kept by the one that holds its centroid."""
+def test_one_window_keeps_a_nucleus():
+    """Of 300 random rectangles, that whose core holds the centroid, taken from the whole image."""
     rng = np.random.default_rng(0)
     label = np.zeros((300, 400), np.int32)
     for k in range(300):
         y, x, h, w = *rng.integers(0, (290, 390)), *rng.integers(1, 30, 2)
         place = label[y : y + h, x : x + w]
         place[place == 0] = k + 1
-    owners = np.zeros(301, int)
-    parts = windows(label.shape, 100, 60)
-    assert len(parts) == 12
-    for window in parts:
+    keepers = np.zeros(301, int)
+    for window in windows(label.shape, 100, 60):
         seen = label[window.outer]
-        kept = own(seen, window)
+        kept = own_nuclei(seen, window)
         ids = np.unique(seen[kept > 0])
-        owners[ids] += 1
+        keepers[ids] += 1
         for new, old in enumerate(ids, 1):
             np.testing.assert_array_equal(kept == new, seen == old)
-            y, x = (int(axis.mean()) for axis in np.nonzero(label == old))  # the slow oracle, in the whole image
-            assert window.core[0].start <= y < window.core[0].stop
-            assert window.core[1].start <= x < window.core[1].stop
+            for axis, core in zip(np.nonzero(label == old), window.core):
+                assert core.start <= int(axis.mean()) < core.stop
     present = np.unique(label[label > 0])
     assert len(present) > 200
-    assert (owners[present] == 1).all() and owners.sum() == len(present)
+    assert (keepers[present] == 1).all() and keepers.sum() == len(present)
 
 
 def test_a_window_that_is_the_whole_image_keeps_all():
     label = np.array([[0, 3], [7, 7]], np.int32)
     everything = (slice(0, 2), slice(0, 2))
-    np.testing.assert_array_equal(own(label, Window(everything, everything)), label)
+    np.testing.assert_array_equal(own_nuclei(label, Window(everything, everything)), label)
     left = Window((slice(0, 2), slice(0, 1)), everything)
-    np.testing.assert_array_equal(own(label, left), [[0, 0], [1, 1]])  # the centroid 0.5 of 7 is in column 0
-    nothing = own(np.zeros((2, 2), np.int32), left)
+    # The centroid 0.5 of nucleus 7 counts as column 0
+    np.testing.assert_array_equal(own_nuclei(label, left), [[0, 0], [1, 1]])
+    nothing = own_nuclei(np.zeros((2, 2), np.int32), left)
     assert nothing.dtype == np.int32 and not nothing.any()
 
 
-def test_an_image_that_ends_says_so():
+@pytest.mark.parametrize("error", [UserError("torn.tif"), OSError("torn.tif")])
+def test_an_image_that_cannot_be_read_to_its_end_fails(error):
     class Torn:
         shape = (200, 64, 3)
 
         def __getitem__(self, place):
             if place[0].start > 100:
-                raise ValueError("torn.tif: cannot be read")
+                raise error
             return np.zeros((64, 64, 3), np.uint8)
 
     tiles = Tiles(Torn(), scale=1.0, tile=64, overlap=10, windows=windows((200, 64), 100, 0))
     assert [key[:2] for key, _ in tiles.ask(0)] == [(0, 0), (1, 0), (2, 0)]
     assert tiles.failed is None
     assert list(tiles.ask(1)) == []
-    assert str(tiles.failed) == "torn.tif: cannot be read"
+    assert tiles.failed is error

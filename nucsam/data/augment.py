@@ -1,0 +1,140 @@
+"""Geometric and stain augmentation of a batch, on its device.
+
+The data set draws uniform numbers per image from (seed, epoch, image index), and everything random
+here comes from them: batch size, processes and device change nothing. One interpolation crops,
+flips, turns, magnifies and scales from image to model pixels.
+
+Shapes: B images, S side of a source window in px, K uniform numbers.
+"""
+
+import math
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nucsam.config import Augment
+
+# Columns of the uniform numbers
+_FLIP_Y, _FLIP_X, _TURN, _ZOOM, _SHIFT_Y, _SHIFT_X = range(6)
+_STAIN, _BLUR, _BLUR_SIGMA, _NOISE, _NOISE_SIGMA, _NOISE_PLACE = range(6, 12)
+_STAIN_SCALE, _STAIN_BIAS = slice(12, 15), slice(15, 18)
+
+# Optical density of haematoxylin, eosin and DAB in R, G, B (Ruifrok and Johnston 2001)
+_STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+
+
+def window(crop: int, config: Augment) -> int:
+    """Side in px of the source window that a crop needs at the smallest magnification.
+
+    Args:
+        crop: side of the crop, px.
+        config: the section `augment` of the configuration.
+    """
+    return math.ceil(crop / min(config.scale_min, 1.0))
+
+
+def augment(
+    images_B3SS: Tensor,
+    labels_BSS: Tensor,
+    counted_BSS: Tensor,
+    draws_BK: Tensor,
+    *,
+    crop: int,
+    scale: float,
+    config: Augment,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut one augmented crop from each source window.
+
+    Args:
+        images_B3SS: uint8.
+        labels_BSS: int, ids under 2^24, which float32 holds exactly.
+        counted_BSS: bool, False where a pixel counts in no loss.
+        draws_BK: uniform in [0, 1), on the CPU: choosing images then never waits for the device.
+        crop: side of a crop, px.
+        scale: model px per px.
+        config: the section `augment` of the configuration.
+
+    Returns:
+        images float32 (B, 3, crop * scale, crop * scale), 0..255; labels int64 (B, crop, crop);
+        counted bool (B, crop, crop).
+    """
+    theta = _affine(draws_BK, images_B3SS.shape[-1], crop, config).to(images_B3SS.device)
+    images = _sample(images_B3SS.float(), theta, round(crop * scale), "bilinear")
+    maps = torch.stack([labels_BSS.float(), counted_BSS.float()], dim=1)
+    maps = _sample(maps, theta, crop, "nearest")
+    images = _stain(images, draws_BK, config)
+    images = _blur(images, draws_BK, config)
+    images = _noise(images, draws_BK, config)
+    return images.clamp(0, 255), maps[:, 0].long(), maps[:, 1] > 0.5
+
+
+def _sample(maps: Tensor, theta: Tensor, side: int, mode: str) -> Tensor:
+    grid = F.affine_grid(theta, [len(maps), 1, side, side], align_corners=False)
+    return F.grid_sample(maps, grid, mode=mode, padding_mode="border", align_corners=False)
+
+
+def _affine(draws: Tensor, source: int, crop: int, config: Augment) -> Tensor:
+    """(B, 2, 3) map from crop to window coordinates, both -1..1 from edge to edge."""
+    low, high = math.log(config.scale_min), math.log(config.scale_max)
+    magnification = torch.exp(low + (high - low) * draws[:, _ZOOM])
+    size = crop / magnification / source  # of the crop, as a share of the window's side
+    matrix = torch.eye(2, device=draws.device).expand(len(draws), 2, 2)
+    if config.d4:
+        flip = torch.sign(draws[:, [_FLIP_X, _FLIP_Y]] - 0.5 + 1e-9)  # 1e-9: never 0
+        turned = torch.where(draws[:, _TURN, None, None] < 0.5, matrix, matrix.flip(-1))
+        matrix = flip[:, :, None] * turned
+    shift = (2 * draws[:, [_SHIFT_X, _SHIFT_Y]] - 1) * (1 - size).clamp(min=0)[:, None]
+    return torch.cat([matrix * size[:, None, None], shift[:, :, None]], dim=2)
+
+
+def _stain(images: Tensor, draws: Tensor, config: Augment) -> Tensor:
+    """Scale and shift the density of each stain: one 3x3 matrix and one offset per image."""
+    if not config.stain:
+        return images
+    chosen = (draws[:, _STAIN] < config.stain).float()[:, None]
+    factor = 1 + chosen * config.stain_scale * (2 * draws[:, _STAIN_SCALE] - 1)
+    bias = chosen * config.stain_bias * (2 * draws[:, _STAIN_BIAS] - 1)
+    matrix = torch.linalg.inv(_STAINS) @ (factor[:, :, None] * _STAINS)
+    offset = (bias @ _STAINS)[:, None]
+    density = -torch.log((images.permute(0, 2, 3, 1) + 1) / 256).flatten(1, 2)
+    density = torch.baddbmm(offset.to(images.device), density, matrix.to(images.device))
+    return (256 * torch.exp(-density) - 1).transpose(1, 2).view_as(images)
+
+
+def _blur(images: Tensor, draws: Tensor, config: Augment) -> Tensor:
+    """Blur the chosen images with a Gaussian, first along rows, then along columns."""
+    chosen = (draws[:, _BLUR] < config.blur).nonzero()[:, 0]
+    if not len(chosen):
+        return images
+    sigma = (config.blur_sigma * draws[chosen, _BLUR_SIGMA]).clamp(min=0.1)
+    reach = max(1, math.ceil(3 * config.blur_sigma))
+    x = torch.arange(-reach, reach + 1)
+    weights = torch.exp(-0.5 * (x / sigma[:, None]) ** 2)
+    weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(3, 0)
+    row = weights[:, None, None].to(images.device)
+    chosen = chosen.to(images.device)
+    planes = images[chosen].flatten(0, 1)[None]  # every channel of every image is a group
+    for kernel, padding in ((row, (reach, reach, 0, 0)), (row.mT, (0, 0, reach, reach))):
+        planes = F.conv2d(F.pad(planes, padding, mode="reflect"), kernel, groups=len(kernel))
+    return images.index_copy(0, chosen, planes.view(-1, *images.shape[1:]))
+
+
+def _noise(images: Tensor, draws: Tensor, config: Augment) -> Tensor:
+    """Add Gaussian noise to the chosen images, read from a fixed table at a drawn place."""
+    chosen = (draws[:, _NOISE] < config.noise).nonzero()[:, 0]
+    if not len(chosen):
+        return images
+    table = _noise_table(images.device)
+    start = (draws[chosen, _NOISE_PLACE] * len(table)).long().to(images.device)
+    place = torch.arange(images[0].numel(), device=images.device)
+    noise = table[(start[:, None] + place) % len(table)].view(-1, *images.shape[1:])
+    sigma = (config.noise_sigma * draws[chosen, _NOISE_SIGMA]).to(images.device)
+    return images.index_add(0, chosen.to(images.device), noise * sigma[:, None, None, None])
+
+
+@cache
+def _noise_table(device: torch.device) -> Tensor:
+    """Standard normal numbers, the same on every device."""
+    return torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(0)).to(device)

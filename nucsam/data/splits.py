@@ -1,0 +1,113 @@
+"""Folds: which images train, which choose the epoch, which are tested."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nucsam.config import Data
+from nucsam.data.folders import Record, find_records
+from nucsam.errors import UserError
+
+TRAIN, INNER, TEST = range(3)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Ascending indices into the records: to train on, to choose the epoch by, to test on."""
+
+    train: tuple[int, ...]
+    inner: tuple[int, ...]
+    test: tuple[int, ...]
+
+
+def _stratified(organs: np.ndarray, sizes: np.ndarray, parts: int, seed: int | tuple) -> np.ndarray:
+    """The part of each group, 0 to parts - 1.
+
+    Groups are dealt organ by organ, the largest first. A group goes to the part with the fewest
+    images of its organ; the fewest images of all break ties.
+    """
+    order = np.random.default_rng(seed).permutation(len(organs))
+    turn = {organs[group]: place for place, group in enumerate(order)}
+    part_of = np.empty(len(organs), int)
+    images = Counter()
+    for group in sorted(order, key=lambda group: (turn[organs[group]], -sizes[group])):
+        organ = organs[group]
+        least = min(range(parts), key=lambda part: (images[part, organ], images[part]))
+        part_of[group] = least
+        images[least, organ] += sizes[group]
+        images[least] += sizes[group]
+    return part_of
+
+
+def identity(records: Sequence[Record]) -> str:
+    """SHA-256 over organ, name and group of the records; equal identities are split alike."""
+    names = "\n".join(f"{record.organ}/{record.name}/{record.group}" for record in records)
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
+def split_records(
+    records: Sequence[Record],
+    *,
+    scheme: str = "official",
+    folds: int = 5,
+    fold: int | str = 0,
+    inner: float = 0.15,
+    seed: int = 19,
+) -> Split:
+    """Split records into training, inner validation and test; no group is ever separated.
+
+    Args:
+        records: the images, in their order.
+        scheme: "official" is scikit-learn's KFold(folds, shuffle=True, random_state=seed) over
+            the records, or over the sorted groups where a group has several images. "organ" gives
+            each fold its share of every organ.
+        folds: number of folds.
+        fold: the test fold; "all" tests on nothing.
+        inner: share of the training images that choose the epoch, 0 to 0.5. It is one part of
+            round(1 / inner), stratified by organ and drawn from (seed, fold). It is never empty
+            where there are two groups; 0 takes none.
+        seed: of the folds.
+
+    Raises:
+        UserError: there are more folds than groups.
+    """
+    images = Counter(record.group for record in records)
+    groups = list(images) if len(images) == len(records) else sorted(images)
+    organ_of = {record.group: record.organ for record in reversed(records)}
+    organs = np.array([organ_of[group] for group in groups])
+    sizes = np.array([images[group] for group in groups])
+    kind = np.full(len(groups), TRAIN)
+    if fold != "all":
+        if folds > len(groups):
+            raise UserError(f"folds: found {folds}, expected at most one per group: {len(groups)}")
+        if scheme == "official":
+            test = np.array_split(np.random.RandomState(seed).permutation(len(groups)), folds)[fold]
+        else:
+            test = _stratified(organs, sizes, folds, seed) == fold
+        kind[test] = TEST
+    rest = np.flatnonzero(kind == TRAIN)
+    if inner and len(rest) > 1:
+        number = folds if fold == "all" else fold
+        parts = _stratified(organs[rest], sizes[rest], round(1 / inner), (seed, number))
+        kind[rest[parts == 0]] = INNER
+    kind_of = dict(zip(groups, kind))
+    kinds = [kind_of[record.group] for record in records]
+    indices = (np.flatnonzero(np.equal(kinds, wanted)) for wanted in (TRAIN, INNER, TEST))
+    return Split(*(tuple(found.tolist()) for found in indices))
+
+
+def find_split(data: Data) -> tuple[list[Record], Split]:
+    """The images of a configuration and their split; training and scoring must agree on it."""
+    records = find_records(data.root, layout=data.layout, group=data.group)
+    split = split_records(
+        records,
+        scheme=data.split,
+        folds=data.folds,
+        fold=data.fold,
+        inner=data.inner,
+        seed=data.seed,
+    )
+    return records, split

@@ -1,0 +1,172 @@
+"""The model of a run, or of an adapter file and its base, as one file.
+
+- safetensors: stock MobileSAM's tensors with LoRA merged, the head's tensors, and as metadata what
+  prediction needs. nucsam predicts with it, or trains on from it.
+- mobile-sam: stock tensors alone, which stock `mobile_sam` loads with strict=True. Call `.eval()`
+  after loading: stock keeps the attention biases of the moment of that call. It is a torch file, or
+  safetensors by its suffix.
+- onnx: `graph.Graph`, LoRA merged.
+- adapter: what was trained alone, with the metadata of safetensors.
+
+No path of this machine goes into a file. Of the data folder it holds the name.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nucsam import __version__
+from nucsam.config import Config
+from nucsam.errors import UserError
+from nucsam.export import graph
+from nucsam.files import atomic
+from nucsam.model.network import Nucsam
+from nucsam.model.weights import Base
+from nucsam.run import checkpoint
+from nucsam.run.directory import RunDirectory
+
+FORMATS = {  # format -> `kind` in the metadata of a file with a head, and of one without
+    "safetensors": ("merged", "encoder"),
+    "mobile-sam": ("mobile-sam", "mobile-sam"),
+    "onnx": ("graph", ""),
+    "adapter": ("adapter", checkpoint.HEADLESS),
+}
+
+
+def export_run(
+    source: Path,
+    out: Path,
+    *,
+    format: str = "safetensors",
+    base: str = "",
+    without_head: bool = False,
+    force: bool = False,
+) -> str:
+    """Write the best weights of a finished run as one file.
+
+    Args:
+        source: a run directory, or a file of the format adapter.
+        out: the file.
+        format: one of `FORMATS`.
+        base: base weights of an adapter file, as `load_base` takes them; "" = auto.
+        without_head: of the format adapter, LoRA alone.
+        force: replace an existing file.
+
+    Returns:
+        A sentence about the file.
+
+    Raises:
+        UserError: arguments that do not fit each other, an existing file, a run without an adapter
+            or not finished, or an adapter on another base.
+        RuntimeError: onnxruntime gives other maps than PyTorch.
+    """
+    _check(source, out, format, base, without_head, force)
+    if source.is_file():
+        net, config, stock, metadata = checkpoint.open_adapter(source, base or "auto")
+    else:
+        net, config, stock, metadata = checkpoint.open_run(source)
+        metadata |= _finished(RunDirectory(source), config)
+    has_head = metadata["kind"] == "adapter" and not without_head
+    if format == "onnx" and not has_head:
+        raise UserError(f"{source}: found an adapter without a head, format onnx needs one")
+    tensors = _tensors(format, has_head, net, stock)
+    if not tensors:
+        raise UserError(f"without_head: {source} trained nothing but a head")
+    metadata = _portable(metadata, config) | {"kind": FORMATS[format][0 if has_head else 1]}
+    remark = _write(out, format, tensors, metadata, net, config)
+    values = sum(tensor.numel() for tensor in tensors.values())
+    size = out.stat().st_size / 2**20
+    return f"{out}: {len(tensors)} tensors, {values:,} values{remark}, {size:.2f} MiB"
+
+
+def _check(
+    source: Path, out: Path, format: str, base: str, without_head: bool, force: bool
+) -> None:
+    """Refuse what can be refused before the model is read."""
+    if format not in FORMATS:
+        raise UserError(f"format: found {format!r}, expected one of {', '.join(FORMATS)}")
+    if without_head and format != "adapter":
+        raise UserError(f"without_head: found format {format}, expected adapter")
+    if base and source.is_dir():
+        raise UserError(f"base: {source} is a run and names its base, expected an adapter file")
+    if format == "onnx":
+        graph.check_packages()
+    if out.is_dir():
+        raise UserError(f"{out}: found a folder, expected the name of a file")
+    if out.exists() and not force:
+        raise UserError(f"{out}: exists; force replaces it")
+
+
+def _finished(run: RunDirectory, config: Config) -> dict[str, Any]:
+    """The scores and versions of a run, for the metadata of its export.
+
+    Raises:
+        UserError: the run is not finished.
+    """
+    scores = run.read_scores()
+    if not run.is_finished(config):
+        scoreless = " and no scores" if scores is None else ""
+        raise UserError(
+            f"{run.path}: found an unfinished run, {run.epochs_done()} of {config.train.epochs} "
+            f"epochs{scoreless}; nucsam train {run.config_file} --out {run.path} --resume "
+            "finishes it"
+        )
+    if "headline" not in scores:
+        raise UserError(f"{run.scores_file}: found no headline, expected the scores of a run")
+    facts = {"scores": scores["headline"], "scores_of": scores.get("images_of")}
+    if environment := run.read_environment():
+        names = ("nucsam", "python", "packages")
+        facts["versions"] = {name: environment.get(name) for name in names}
+    return facts
+
+
+def _tensors(format: str, has_head: bool, net: Nucsam, stock: Base) -> dict[str, Tensor]:
+    if format == "adapter":
+        prefix = "" if has_head else checkpoint.ENCODER
+        return {name: p for name, p in net.trainable().items() if name.startswith(prefix)}
+    tensors = checkpoint.merged_tensors(net, stock)
+    if has_head and format != "mobile-sam":
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+
+
+def _write(
+    out: Path,
+    format: str,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, Any],
+    net: Nucsam,
+    config: Config,
+) -> str:
+    """Write the file, and return a remark on it."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"cannot be made ({error.strerror}), expected a folder"
+        raise UserError(f"{out.parent}: {reason}") from error
+    if format == "onnx":
+        with atomic(out) as partial:
+            onnx = graph.Graph(net.fold(), config.data.scale)
+            difference = graph.write_graph(partial, onnx, metadata)
+        return f", at most {difference:.1g} from PyTorch's maps in onnxruntime"
+    if format == "mobile-sam" and out.suffix != ".safetensors":
+        with atomic(out) as partial, partial.open("wb") as file:
+            torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    else:
+        checkpoint.write_tensors(out, tensors, metadata)
+    return ""
+
+
+def _portable(metadata: dict[str, Any], config: Config) -> dict[str, Any]:
+    """An adapter's metadata without the paths of this machine."""
+    data = replace(config.data, root=Path(config.data.root).resolve().name)
+    model = replace(config.model, weights=Path(config.model.weights).name)
+    return metadata | {
+        "version": __version__,
+        "config": replace(config, data=data, model=model).to_dict(),
+        "base": metadata["base"] | {"source": Path(metadata["base"]["source"]).name},
+        "data": data.root,
+    }

@@ -1,0 +1,320 @@
+"""Run the jobs of a cross-validation: the launched processes share them, then one table.
+
+    accelerate launch [options] -m nucsam.folds [CONFIG.toml] [table.key=value ...] --out RUNS
+        [--grid 'table.key=[a, b, c]' ...]
+
+A process claims a job and runs `nucsam.train --resume` on it in a child process. The system drops
+the claim once both are gone, so a process that dies blocks nobody. Nothing here loads torch, so a
+process that waits stays small.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.markup import escape
+from rich.table import Table
+
+from nucsam import config
+from nucsam.claims import Claim, is_claimed
+from nucsam.config import Config
+from nucsam.errors import UserError
+from nucsam.files import write_text
+from nucsam.folds.jobs import Job, child_environment, device_of, plan, variants
+from nucsam.folds.table import cross_validation, table_sections
+from nucsam.processes import is_first, launch_time
+from nucsam.run.directory import RunDirectory
+from nucsam.score.tables import COLUMNS, HEADLINE, percent, write_json
+
+POLL = 0.5  # s between looks at a child and at the other jobs
+
+TRAINER = (sys.executable, "-m", "nucsam.train")
+
+
+class Board:
+    """The jobs as their files and locks show them.
+
+    Args:
+        jobs: in the order in which they are taken.
+        since: s since 1970; a job that failed later is not tried again.
+        shown: whether this process also shows them to a person.
+    """
+
+    def __init__(self, jobs: Sequence[Job], *, since: float, shown: bool) -> None:
+        self.jobs = jobs
+        self.since = since
+        self.shown = shown
+        self.console = Console()
+        live = shown and self.console.is_terminal
+        self.live = Live(console=self.console, auto_refresh=False) if live else None
+        self.done: set[Job] = set()
+        self._told: dict[Job, tuple[str, int | None]] = {}
+
+    def say(self, text: str, style: str = "") -> None:
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def outcome(self, job: Job) -> str:
+        """Of a job that nobody holds: done, failed in this launch, or waiting."""
+        if job not in self.done and job.scores() is not None:
+            self.done.add(job)
+        if job in self.done:
+            return "done"
+        return "failed" if job.note().get("failed", 0) >= self.since else "waiting"
+
+    def state(self, job: Job) -> str:
+        """running, or the outcome."""
+        if job in self.done:
+            return "done"
+        return "running" if is_claimed(job.lock) else self.outcome(job)
+
+    def ended(self) -> bool:
+        return all(self.state(job) in ("done", "failed") for job in self.jobs)
+
+    def claim(self) -> tuple[Job, Claim] | None:
+        """The next job that waits, and the claim on it."""
+        for job in self.jobs:
+            claim = Claim.take(job.lock) if self.outcome(job) == "waiting" else None
+            if claim and self.outcome(job) == "waiting":
+                return job, claim
+            if claim:  # another process ended it meanwhile
+                claim.release()
+        return None
+
+    def refresh(self) -> None:
+        """Show the jobs: in a terminal a live table, elsewhere a line for each change."""
+        if not self.shown:
+            return
+        titles = [COLUMNS[name] for name in HEADLINE]
+        table = Table("job", "state", "epoch", *titles, "images/s", "time", box=SIMPLE)
+        for job in self.jobs:
+            state, note = self.state(job), job.note()
+            epochs, validated, speed = _progress(job)
+            where = f"{state}, {note['where']}" if state == "running" and note else state
+            epoch = f"{epochs} of {job.config.train.epochs}"
+            scores = [percent(validated[name]) if validated else "" for name in HEADLINE]
+            table.add_row(escape(job.name), where, epoch, *scores, speed, _duration(note))
+            news = (state, validated.get("epoch"))
+            if news == self._told.get(job, ("waiting", None)):
+                continue
+            self._told[job] = news
+            if state == "failed":
+                self.say(_failure(job, note), "red")
+            elif not self.live:
+                text = f"{job.name}: {where}, epoch {epoch}"
+                if validated:
+                    named = [f"{title} {score}" for title, score in zip(titles, scores)]
+                    text = ", ".join([text, *named, f"{speed} images/s"])
+                self.say(text)
+        if self.live:
+            self.live.update(table, refresh=True)
+
+
+def _progress(job: Job) -> tuple[int, dict[str, Any], str]:
+    """Epochs done, the last measurements with scores, and the last images/s."""
+    lines = job.directory.read_metrics()
+    if not lines:
+        return 0, {}, ""
+    validated = next((line for line in reversed(lines) if HEADLINE[0] in line), {})
+    speed = lines[-1].get("images_per_second")
+    return lines[-1]["epoch"], validated, f"{speed:.1f}" if speed else ""
+
+
+def _duration(note: dict[str, Any]) -> str:
+    seconds = note.get("ended", time.time()) - note["began"] if note else 0
+    return str(timedelta(seconds=int(seconds)))
+
+
+def _failure(job: Job, note: dict[str, Any]) -> str:
+    """How a job's child ended, and the last lines of its traceback or else of its output."""
+    status = note["status"]
+    end = f"ended with status {status}"
+    if status < 0:
+        end = f"was killed by {signal.Signals(-status).name}"
+    lines = job.log.read_bytes()[note["log_from"] :].decode(errors="replace").splitlines()
+    traces = [k for k, line in enumerate(lines) if line.startswith("Traceback ")]
+    tail = lines[traces[-1] if traces else 0 :][-20:]
+    return "\n".join([f"{job.name} {end}; a rerun resumes it. {job.log} ends with:", *tail])
+
+
+def cross_validate(
+    path: Path, overrides: Sequence[str], out: Path, grid: Sequence[str] = ()
+) -> int:
+    """Train and score every fold of every variant, with the other launched processes; tabulate.
+
+    Args:
+        path: the configuration file.
+        overrides: texts 'table.key=value'.
+        out: folder of the runs, of table.json and of table.md.
+        grid: as of `variants`.
+
+    Returns:
+        The exit status: 1 on the first process if a job has failed.
+
+    Raises:
+        UserError: before anything runs, for a wrong argument, or if `out` holds other runs.
+        SystemExit: 128 + signal, after SIGTERM or SIGINT, once the child has saved.
+    """
+    if any(text.partition("=")[0].strip() == "data.fold" for text in overrides):
+        raise UserError(
+            "data.fold: found it on the command line; folds trains every fold without it"
+        )
+    if "=" in str(out):
+        expected = "expected a path without =, which would read as table.key=value"
+        raise UserError(f"out: found {out}, {expected}")
+    base = config.load_config(path, overrides)
+    jobs = plan(variants(base, grid), out)
+    board = run_jobs(jobs, base, out)
+    if not is_first():
+        return 0  # the first one reports; a launcher would end the others on any other status
+    table = cross_validation(jobs, path.stem)
+    sections = table_sections(table)
+    write_json(out / "table.json", table)
+    write_text(out / "table.md", "\n".join(sections))
+    for section in reversed(sections):
+        board.console.print(Markdown(section))
+    failed = [job for job in jobs if job not in board.done]
+    for job in failed:
+        board.say(f"not done: {job.name}, see {job.log}", "red")
+    board.say(f"table: {out / 'table.md'}, {out / 'table.json'}")
+    return 1 if failed else 0
+
+
+def run_jobs(jobs: Sequence[Job], base: Config, out: Path) -> Board:
+    """Do the jobs with the other launched processes, until each is done or has failed.
+
+    Args:
+        jobs: in the order in which they are taken.
+        base: the configuration that they have in common.
+        out: folder of the runs.
+
+    Raises:
+        UserError, SystemExit: as of `cross_validate`.
+    """
+    environment = child_environment(os.environ, device_of(os.environ))
+    _prepare(out, base, jobs)
+    board = Board(jobs, since=launch_time(), shown=is_first())
+    with _Stop() as stop, board.live or nullcontext():
+        while not stop() and not board.ended():
+            if claimed := board.claim():
+                _work(*claimed, environment, stop, board)
+            else:
+                board.refresh()
+                time.sleep(POLL)
+        board.refresh()
+    if stop():
+        raise SystemExit(128 + stop.signal)
+    return board
+
+
+class _Stop:
+    """Context in which SIGTERM and SIGINT only ask to stop; calling it says whether one has.
+
+    A launcher that is gone asks as well: `accelerate launch` of one process forwards no signal.
+    """
+
+    def __enter__(self) -> "_Stop":
+        self.signal = 0
+        launchers = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+        launched = any(name in os.environ for name in launchers)
+        self.launcher = os.getppid() if launched else None
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self.handlers = {number: signal.signal(number, self._ask) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+
+    def __call__(self) -> bool:
+        if self.launcher and os.getppid() != self.launcher:
+            self.signal = self.signal or signal.SIGTERM
+        return bool(self.signal)
+
+
+def _work(job: Job, claim: Claim, environment: dict[str, str], stop: _Stop, board: Board) -> None:
+    """Run a claimed job's child to its end, and note how it ended."""
+    job.run.parent.mkdir(parents=True, exist_ok=True)
+    settings = job.run.with_name(f"{job.run.name}.toml")
+    write_text(settings, config.to_toml(job.config))
+    where = f"{socket.gethostname()} {environment['CUDA_VISIBLE_DEVICES'] or 'CPU'}"
+    with job.log.open("ab") as log:
+        note = {"began": time.time(), "where": where, "log_from": log.tell()}
+        claim.note(note)
+        child = subprocess.Popen(
+            [*(job.trainer or TRAINER), str(settings), "--out", str(job.run), "--resume"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=(claim.descriptor,),
+            start_new_session=True,  # Ctrl-C reaches this process only, which lets the child save
+            preexec_fn=_die_with_parent,
+        )
+    status = _wait(child, stop, board)
+    if job.scores() is None and not stop():
+        note |= {"failed": time.time(), "status": status}
+    claim.note(note | {"ended": time.time()})
+    claim.release()
+
+
+def _wait(child: subprocess.Popen, stop: _Stop, board: Board) -> int:
+    """The exit status of a child. A request to stop is forwarded to it, once."""
+    forwarded = False
+    while True:
+        try:
+            return child.wait(POLL)
+        except subprocess.TimeoutExpired:
+            board.refresh()
+        if stop() and not forwarded:
+            child.terminate()
+            forwarded = True
+
+
+def _die_with_parent() -> None:
+    """In the child: ask for SIGTERM, on which it saves, when its parent is gone (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
+    """Make `out`, or refuse one that holds runs of another configuration; a grid may grow."""
+    if RunDirectory(out).exists():
+        raise UserError(f"out: {out} is one run, expected a folder for the runs of all folds")
+    (out / ".locks").mkdir(parents=True, exist_ok=True)
+    with Claim.wait(out / ".locks" / "folds"):
+        common = out / "folds.toml"
+        wanted = {common: base} | {RunDirectory(job.run).config_file: job.config for job in jobs}
+        changed = [line for path, new in wanted.items() for line in _changed(path, new)]
+        if changed:
+            raise UserError(
+                "out: holds runs of another configuration (found -> wanted), expected the same, "
+                "or another folder:\n" + "\n".join(changed)
+            )
+        write_text(common, config.to_toml(base))
+
+
+def _changed(path: Path, wanted: Config) -> list[str]:
+    """A line for a configuration file that differs in what may not change."""
+    if not path.is_file():
+        return []
+    free = (*config.MAY_CHANGE, "data.fold:")
+    differences = config.differences(config.load_config(path), wanted)
+    lines = [line for line in differences if not line.startswith(free)]
+    return [f"{path}: {'; '.join(lines)}"] if lines else []

@@ -1,0 +1,233 @@
+"""Heads: from the encoder's features to dense maps, with the loss and the instances of those maps.
+
+Every head has `loss(maps, labels, counted, n, weights)` and `instances(maps, config)`.
+Maps are (B, C, H, W) logits at the resolution of the image.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from scipy.special import expit
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from nucsam.config import Instances, Loss
+from nucsam.model import instances, losses, targets
+from nucsam.model.encoder import Features
+
+NUCLEUS_WEIGHT = 3.0  # of a nucleus pixel in the distance loss; a background pixel has 1
+
+# A missed pixel costs as much as a false one: with CellViT's 0.7 and 0.3 crowded nuclei swell.
+TVERSKY = {"alpha": 0.5, "beta": 0.5}
+
+
+class Norm(nn.BatchNorm2d):
+    """BatchNorm over the batch of all processes, so that N processes train as one does.
+
+    Unlike `nn.SyncBatchNorm` it runs on CPUs too. Every process must hold equally many pixels.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.num_batches_tracked = None  # only a cumulative average would need the count
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        y = x.float()
+        variances_PC, means_PC = _gather(torch.stack(torch.var_mean(y, (0, 2, 3), correction=0)))
+        mean = means_PC.mean(0)
+        variance = variances_PC.mean(0) + (means_PC - mean).square().mean(0)
+        count = dist.get_world_size() * x.numel() // x.shape[1]
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        y = (y - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        return y.to(x.dtype)
+
+
+def _gather(pair: Tensor) -> tuple[Tensor, Tensor]:
+    """(2, C) of each of P processes -> two (P, C), with gradients, in one exchange."""
+    before = dist.get_rank()
+    after = dist.get_world_size() - 1 - before
+    padded = [pair.new_zeros(before, *pair.shape), pair[None], pair.new_zeros(after, *pair.shape)]
+    first, second = _Sum.apply(torch.cat(padded)).unbind(1)
+    return first, second
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over processes: of values in the forward pass, of gradients in the backward pass."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(_, gradient.contiguous())
+
+
+class Block(nn.Sequential):
+    """3 x 3 convolution, BatchNorm, ReLU.
+
+    GroupNorm in place of BatchNorm lost 4 AJI on slides from other laboratories.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        super().__init__(conv, Norm(outputs), nn.ReLU(inplace=True))
+
+    def fold(self) -> None:
+        """Put the norm into the convolution, in eval mode: equal to rounding, one pass less."""
+        self[0] = fuse_conv_bn_eval(self[0], self[1])
+        self[1] = nn.Identity()
+
+
+class InstanceHead(nn.Module):
+    """A small U-Net on the encoder's maps and on a convolution branch of its own.
+
+    The branch sees the image at strides 1, 2, 4 and 8. The encoder's maps at those strides were not
+    made for nuclei, and most of the layers before them stay frozen.
+
+    Maps (B, 4, H, W): logits of background, inside and boundary (`targets.classes`), and of the
+    depth (`targets.depth`).
+
+    Args:
+        width: channels at stride 16, a multiple of 32; fewer at the finer strides.
+    """
+
+    channels = 4
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        widths = (width, width * 3 // 4, width // 2, width // 4, width // 8)  # strides 16 to 1
+        self.stem = Block(3, widths[4])
+        self.branch = nn.ModuleList(
+            nn.Sequential(Block(a, b, stride=2), Block(b, b)) for a, b in pairwise(widths[:0:-1])
+        )
+        inputs = (160 + 320, 128 + widths[1], 64 + widths[2], 32 + widths[3], widths[4])
+        self.lateral = nn.ModuleList(nn.Conv2d(i, w, 1, bias=False) for i, w in zip(inputs, widths))
+        self.top_down = nn.ModuleList(nn.Conv2d(a, b, 1, bias=False) for a, b in pairwise(widths))
+        self.blocks = nn.ModuleList(nn.Sequential(Block(w, w), Block(w, w)) for w in widths[:4])
+        self.blocks.append(Block(widths[4], widths[4]))
+        self.out = nn.Conv2d(widths[4], self.channels, 1)
+
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        """Features of images in model px -> maps (B, 4, *size), image px."""
+        branch = [self.stem(features.image)]
+        for stage in self.branch:
+            branch.append(stage(branch[-1]))
+        maps = (
+            (features.s16, features.s16b),
+            (features.s8, branch[3]),
+            (features.s4, branch[2]),
+            (features.s2, branch[1]),
+            (branch[0],),
+        )
+        coarsest, *skips = (
+            lateral(torch.cat(parts, dim=1)) for lateral, parts in zip(self.lateral, maps)
+        )
+        x = self.blocks[0](coarsest)
+        for top_down, skip, block in zip(self.top_down, skips, self.blocks[1:], strict=True):
+            x = block(skip + F.interpolate(top_down(x), scale_factor=2.0, mode="bilinear"))
+        x = self.out(x)
+        return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear")
+
+    def loss(
+        self, maps: Tensor, labels: Tensor, counted: Tensor, n: int, weights: Loss
+    ) -> dict[str, Tensor]:
+        """The weighted loss terms of each image.
+
+        Args:
+            maps: (B, 4, H, W) of `forward`.
+            labels: nucleus ids int (B, H, W), 0 = background.
+            counted: bool (B, H, W); the other pixels have no part in the loss.
+            n: at least the largest id.
+            weights: of the terms, and of the boundary class.
+
+        Returns:
+            (B,) for each of cross_entropy, tversky and distance.
+        """
+        logits = maps[:, :3]
+        classes = targets.classes(labels)
+        depth = targets.depth(labels, classes, n)
+        nucleus = labels > 0
+        # The boundary is nucleus too.
+        probability = 1 - logits.softmax(1)[:, targets.BACKGROUND]
+        class_weights = logits.new_tensor([1.0, 1.0, weights.boundary])
+        pixel_weights = counted * torch.where(nucleus, NUCLEUS_WEIGHT, 1.0)
+        cross_entropy = losses.cross_entropy(logits, classes, counted, class_weights)
+        tversky = losses.focal_tversky(probability, nucleus, counted, **TVERSKY)
+        distance = losses.absolute(maps[:, 3].sigmoid(), depth, pixel_weights)
+        return {
+            "cross_entropy": weights.cross_entropy * cross_entropy,
+            "tversky": weights.tversky * tversky,
+            "distance": weights.distance * distance,
+        }
+
+    def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
+        """Maps (4, H, W) of one image -> label map int32 (H, W), 0 = background."""
+        # The probability of inside or boundary: 1 - softmax of the background.
+        foreground = expit(np.logaddexp(maps[1], maps[2]) - maps[0])
+        return instances.from_depth(
+            foreground,
+            expit(maps[3]),
+            threshold=config.foreground,
+            rise=config.seed_rise,
+            confidence=config.confidence,
+            area=config.area,
+        )
+
+
+class SamHead:
+    """MobileSAM's own mask decoder without prompts, split by watershed.
+
+    Maps (B, 1, H, W): one foreground logit. It is no module: the model that owns the two stock
+    modules keeps them under their stock names.
+    """
+
+    def __init__(self, prompt_encoder: nn.Module, mask_decoder: nn.Module) -> None:
+        self.prompt_encoder = prompt_encoder
+        self.mask_decoder = mask_decoder
+
+    def __call__(self, embedding: Tensor, size: tuple[int, int]) -> Tensor:
+        """Embedding (B, 256, h / 16, w / 16) of images in model px -> maps (B, 1, *size)."""
+        position = self.prompt_encoder.pe_layer(tuple(embedding.shape[-2:]))
+        logits, _ = self.mask_decoder(
+            image_embeddings=embedding,
+            image_pe=position[None].to(embedding.dtype),
+            sparse_prompt_embeddings=embedding.new_zeros(1, 0, embedding.shape[1]),
+            dense_prompt_embeddings=self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1),
+            multimask_output=False,
+        )
+        return F.interpolate(logits, size=size, mode="bilinear")
+
+    def loss(
+        self, maps: Tensor, labels: Tensor, counted: Tensor, n: int, weights: Loss
+    ) -> dict[str, Tensor]:
+        """As `InstanceHead.loss`, with maps (B, 1, H, W) and the terms cross_entropy and dice."""
+        logits = maps[:, 0]
+        nucleus = labels > 0
+        cross_entropy = losses.binary_cross_entropy(logits, nucleus, counted)
+        dice = losses.dice(logits.sigmoid(), nucleus, counted)
+        return {
+            "cross_entropy": weights.cross_entropy * cross_entropy,
+            "dice": weights.dice * dice,
+        }
+
+    def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
+        """Maps (1, H, W) of one image -> label map int32 (H, W), 0 = background."""
+        return instances.from_foreground(
+            expit(maps[0]),
+            threshold=config.foreground,
+            confidence=config.confidence,
+            area=config.area,
+        )

@@ -1,0 +1,246 @@
+"""Dense maps -> label map, without a loop over pixels or nuclei and without torch.
+
+`from_depth` floods the depth map from its h-maxima (Soille 2003, Morphological Image Analysis, 6.3
+and 9.2). An h-maximum is a maximum that rises at least h above its saddle, the lowest pixel on the
+highest path to a higher maximum. Here h is `rise`.
+
+1. `_basins`: from every pixel the steepest ascent leads to a maximum. The pixels that reach one
+   maximum are its basin.
+2. `_saddles`: the places where two basins touch.
+3. `_seeds`: a basin whose maximum is no h-maximum joins its neighbour beyond the saddle, until the
+   maximum of every basin is one.
+4. `_numbered`: nuclei that are too small or too unsure go, the others get their ids.
+
+Shape suffixes: H W rows and columns, N pixels of a flat image, P nucleus pixels in raster order,
+K basins, S saddles. A flat image has W + 1 columns. The last one is empty, so that the end of a row
+does not touch the start of the next one.
+"""
+
+import numpy as np
+from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from skimage.measure import label as label_pieces
+from skimage.segmentation import watershed
+
+
+def from_depth(
+    foreground_HW: np.ndarray,
+    depth_HW: np.ndarray,
+    *,
+    threshold: float = 0.5,
+    rise: float = 0.15,
+    confidence: float = 0.0,
+    area: int = 30,
+) -> np.ndarray:
+    """Nuclei by watershed of the depth from its h-maxima.
+
+    Args:
+        foreground_HW: probability of nucleus, float, 0..1.
+        depth_HW: map of `targets.depth`, float, 0..1.
+        threshold: a nucleus pixel has a higher foreground.
+        rise: h of the h-maxima: minimum height of a seed above its saddle, 0..1.
+        confidence: minimum mean foreground of a nucleus, 0..1.
+        area: minimum area of a nucleus, px.
+
+    Returns:
+        Label map int32 (H, W), ids 1.. in raster order, 0 = background.
+    """
+    H, W = foreground_HW.shape
+    nucleus_HW = foreground_HW > threshold
+    height = np.full((H, W + 1), -np.inf, np.float32)
+    np.copyto(height[:, :W], depth_HW, where=nucleus_HW)
+    basin_N, peak_K = _basins(height.ravel(), W + 1)
+    seed_K = _seeds(peak_K, *_saddles(basin_N, height.ravel(), W + 1), rise)
+
+    pixels_P = np.flatnonzero(nucleus_HW)
+    basin_P = basin_N.reshape(H, W + 1)[:, :W].ravel()[pixels_P]
+    foreground_P = foreground_HW.ravel()[pixels_P]
+    labels = np.zeros(H * W, np.int32)
+    labels[pixels_P] = _numbered(seed_K[basin_P], foreground_P, area=area, confidence=confidence)
+    return labels.reshape(H, W)
+
+
+def _basins(height_N: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """The basin of each pixel, by steepest ascent to one of its four neighbours.
+
+    A pixel without a higher neighbour is a maximum. So every pixel of a plateau is one; `_seeds`
+    joins them.
+
+    Args:
+        height_N: float32, -inf outside of the nuclei.
+        row: step to the next row.
+
+    Returns:
+        Basin of each pixel int32 (N,), 1.., 0 outside; height of each basin's maximum (K,), -inf
+        for basin 0.
+    """
+    steps = (1, -1, row, -row)
+    highest_N = height_N.copy()
+    for step in steps:
+        here, there = _neighbours(step)
+        np.maximum(highest_N[here], height_N[there], out=highest_N[here])
+    # Number of the step to the highest neighbour, the last one of a tie; 0 stays.
+    ascent_N = np.zeros(len(height_N), np.int8)
+    for number, step in enumerate(steps, 1):
+        here, there = _neighbours(step)
+        leads = (height_N[there] == highest_N[here]).view(np.int8)
+        np.maximum(ascent_N[here], leads * np.int8(number), out=ascent_N[here])
+    ascent_N *= highest_N > height_N
+
+    pixels_P = np.flatnonzero(height_N > -np.inf)
+    index_N = np.zeros(len(height_N), np.intp)
+    index_N[pixels_P] = np.arange(len(pixels_P))
+    step_P = np.array([0, *steps]).take(ascent_N.take(pixels_P))
+    top_P = _roots(index_N.take(pixels_P + step_P))
+    is_maximum = top_P == np.arange(len(pixels_P))
+    basin_N = np.zeros(len(height_N), np.int32)
+    basin_N[pixels_P] = np.cumsum(is_maximum)[top_P]
+    return basin_N, np.append(np.float32(-np.inf), height_N[pixels_P[is_maximum]])
+
+
+def _neighbours(step: int) -> tuple[slice, slice]:
+    """Slices of a flat image: the pixels that have a neighbour at `step`, and those neighbours."""
+    if step > 0:
+        return np.s_[:-step], np.s_[step:]
+    return np.s_[-step:], np.s_[:step]
+
+
+def _roots(parent: np.ndarray) -> np.ndarray:
+    """The root above each element, by pointer jumping: each round doubles the length of a jump."""
+    further = np.empty_like(parent)
+    while True:
+        # "clip" spares the check of the bounds: no parent lies outside.
+        np.take(parent, parent, out=further, mode="clip")
+        if np.array_equal(parent, further):
+            return parent
+        parent, further = further, parent
+
+
+def _saddles(
+    basin_N: np.ndarray, height_N: np.ndarray, row: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where basins touch: basin, neighbour and height there, (S,) each; every place both ways."""
+    places = []
+    for step in (1, row):
+        basin, neighbour = basin_N[:-step], basin_N[step:]
+        touch = np.flatnonzero((basin != neighbour) & (basin > 0) & (neighbour > 0))
+        basin, neighbour = basin[touch], neighbour[touch]
+        height = np.minimum(height_N[touch], height_N[touch + step])
+        places += [(basin, neighbour, height), (neighbour, basin, height)]
+    basin_S, neighbour_S, height_S = (np.concatenate(values) for values in zip(*places))
+    return basin_S, neighbour_S, height_S
+
+
+def _seeds(
+    peak_K: np.ndarray,
+    basin_S: np.ndarray,
+    neighbour_S: np.ndarray,
+    height_S: np.ndarray,
+    rise: float,
+) -> np.ndarray:
+    """The seed of each basin (K,): basins of one seed are one nucleus, and seed 0 is background.
+
+    In each round, every basin whose maximum rises less than `rise` above its highest saddle joins
+    the basin beyond it. The joined basins have the highest of their maxima, and other saddles.
+    Two basins may join each other, so that a round needs connected components.
+    """
+    seed_K = np.arange(len(peak_K))
+    while True:
+        numbers = np.arange(len(peak_K))
+        highest = np.full(len(peak_K), -np.inf, peak_K.dtype)
+        np.maximum.at(highest, basin_S, height_S)
+        is_highest = height_S == highest[basin_S]
+        shallow = np.flatnonzero(is_highest & (peak_K[basin_S] - height_S < rise))
+        if not shallow.size:
+            return seed_K
+        joins = numbers.copy()
+        joins[basin_S[shallow]] = neighbour_S[shallow]  # the last of a tie
+        graph = coo_array((np.ones(len(joins)), (numbers, joins)), shape=(len(joins), len(joins)))
+        # Basin 0 has no saddles: it stays alone, and its component is the first, 0.
+        count, joined = connected_components(graph, directed=False)
+        peaks = np.full(count, -np.inf, peak_K.dtype)
+        np.maximum.at(peaks, joined, peak_K)
+        peak_K, seed_K = peaks, joined[seed_K]
+        basin_S, neighbour_S = joined[basin_S], joined[neighbour_S]
+        apart = basin_S != neighbour_S
+        basin_S, neighbour_S, height_S = basin_S[apart], neighbour_S[apart], height_S[apart]
+
+
+def _numbered(
+    ids_P: np.ndarray, foreground_P: np.ndarray, *, area: int, confidence: float
+) -> np.ndarray:
+    """Ids 1.. in the order of their first pixels, int32 (P,); 0 for background.
+
+    Nuclei smaller than `area` px, or of a lower mean foreground than `confidence`, become 0.
+    """
+    size = np.bincount(ids_P, minlength=1)
+    total = np.bincount(ids_P, foreground_P, minlength=1)
+    first = np.zeros(len(size), np.int64)
+    first[ids_P[::-1]] = np.arange(len(ids_P))[::-1]  # of several values the last one stays
+    keep = (size >= max(area, 1)) & (total >= confidence * size)
+    keep[0] = False
+    kept = np.flatnonzero(keep)
+    number = np.zeros(len(size), np.int32)
+    number[kept[np.argsort(first[kept])]] = np.arange(1, len(kept) + 1)
+    return number[ids_P]
+
+
+def from_foreground(
+    foreground_HW: np.ndarray,
+    depth_HW: np.ndarray | None = None,
+    *,
+    threshold: float = 0.5,
+    sigma: float = 2.0,
+    reach: int = 5,
+    confidence: float = 0.0,
+    area: int = 30,
+) -> np.ndarray:
+    """Nuclei by watershed from the local maxima of a smoothed depth.
+
+    Args:
+        foreground_HW: probability of nucleus, float, 0..1.
+        depth_HW: any map of depth, float; None takes the distance to the background, px.
+        threshold: a nucleus pixel has a higher foreground.
+        sigma: of the Gaussian that smooths the depth, px.
+        reach: a seed is the highest pixel this far in rows and columns, px.
+        confidence: minimum mean foreground of a nucleus, 0..1.
+        area: minimum area of a nucleus, px.
+
+    Returns:
+        As `from_depth`.
+    """
+    nucleus = foreground_HW > threshold
+    depth = ndimage.distance_transform_edt(nucleus) if depth_HW is None else depth_HW
+    depth = ndimage.gaussian_filter(depth, sigma)
+    is_peak = (depth == ndimage.maximum_filter(depth, 2 * reach + 1)) & nucleus
+    seeds, _ = ndimage.label(is_peak, np.ones((3, 3), bool))
+    labels = watershed(-depth, seeds, mask=nucleus)
+    return whole(labels, foreground_HW, area=area, confidence=confidence)
+
+
+def whole(
+    labels_HW: np.ndarray, foreground_HW: np.ndarray, *, area: int, confidence: float
+) -> np.ndarray:
+    """The largest 4-connected piece of each nucleus, the last one of a tie.
+
+    Args:
+        labels_HW: nucleus ids, int, 0 = background.
+        foreground_HW: probability of nucleus, float, 0..1.
+        area: minimum area of a piece, px.
+        confidence: minimum mean foreground of a piece, 0..1.
+
+    Returns:
+        As `from_depth`.
+    """
+    pieces, count = label_pieces(labels_HW, connectivity=1, return_num=True)
+    size = np.bincount(pieces.ravel(), minlength=count + 1)
+    owner = np.zeros(count + 1, np.int64)
+    owner[pieces] = labels_HW
+    largest = np.zeros(owner.max() + 1, np.int64)
+    by_size = np.argsort(size, kind="stable")
+    largest[owner[by_size]] = by_size  # of several values the last one stays, the largest piece
+    numbers = np.arange(count + 1)
+    ids = np.where(largest[owner] == numbers, numbers, 0)[pieces]
+    labels = _numbered(ids.ravel(), foreground_HW.ravel(), area=area, confidence=confidence)
+    return labels.reshape(labels_HW.shape)

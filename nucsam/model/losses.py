@@ -1,0 +1,74 @@
+"""Losses on dense maps. Each returns one value per image, (B,), over that image's counted pixels.
+
+The training loss is the mean over images, so N processes equal one process with the N-fold batch.
+An image without counted pixels has loss 0.
+
+Shape suffixes: B images, C classes, H W rows and columns. Probabilities are 0..1; foreground and
+counted maps are bool.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(
+    logits_BCHW: Tensor, classes_BHW: Tensor, counted_BHW: Tensor, weights_C: Tensor
+) -> Tensor:
+    """Cross entropy, mean over pixels, each with the weight of its true class."""
+    loss_BHW = F.cross_entropy(logits_BCHW, classes_BHW, reduction="none")
+    return _mean(loss_BHW, weights_C[classes_BHW] * counted_BHW)
+
+
+def binary_cross_entropy(logits_BHW: Tensor, foreground_BHW: Tensor, counted_BHW: Tensor) -> Tensor:
+    """Cross entropy of one foreground logit, mean over pixels."""
+    loss_BHW = F.binary_cross_entropy_with_logits(
+        logits_BHW, foreground_BHW.float(), reduction="none"
+    )
+    return _mean(loss_BHW, counted_BHW.float())
+
+
+def dice(probability_BHW: Tensor, foreground_BHW: Tensor, counted_BHW: Tensor) -> Tensor:
+    """1 - soft Dice (Milletari et al., 2016), smoothed by one pixel."""
+    p_BHW = probability_BHW * counted_BHW
+    t_BHW = (foreground_BHW & counted_BHW).float()
+    return 1 - (2 * _sum(p_BHW * t_BHW) + 1) / (_sum(p_BHW) + _sum(t_BHW) + 1)
+
+
+def focal_tversky(
+    probability_BHW: Tensor,
+    foreground_BHW: Tensor,
+    counted_BHW: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    gamma: float = 0.75,
+) -> Tensor:
+    """(1 - Tversky index) to the power of gamma (Abraham and Khan, 2019), smoothed by one pixel.
+
+    Args:
+        probability_BHW, foreground_BHW, counted_BHW: as in `dice`.
+        alpha: weight of missed pixels.
+        beta: weight of false pixels.
+        gamma: focal power.
+    """
+    p_BHW = probability_BHW * counted_BHW
+    t_BHW = (foreground_BHW & counted_BHW).float()
+    hit = _sum(p_BHW * t_BHW)
+    missed = _sum(t_BHW - p_BHW * t_BHW)
+    false = _sum(p_BHW - p_BHW * t_BHW)
+    tversky = (hit + 1) / (hit + alpha * missed + beta * false + 1)
+    return (1 - tversky).clamp(min=1e-6) ** gamma  # the power has no gradient at 0
+
+
+def absolute(maps_BHW: Tensor, targets_BHW: Tensor, weights_BHW: Tensor) -> Tensor:
+    """Absolute error, mean over pixels by weight; a pixel of weight 0 does not count."""
+    return _mean((maps_BHW - targets_BHW).abs(), weights_BHW)
+
+
+def _mean(values_BHW: Tensor, weights_BHW: Tensor) -> Tensor:
+    return _sum(values_BHW * weights_BHW) / _sum(weights_BHW).clamp(min=1e-6)
+
+
+def _sum(values_BHW: Tensor) -> Tensor:
+    return values_BHW.flatten(1).sum(1, dtype=torch.float32)

@@ -1,0 +1,159 @@
+"""The model: encoder and head on base weights. Only this file decides which parameters train."""
+
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from nucsam.config import Instances, Loss, Model
+from nucsam.errors import UserError
+from nucsam.model import lora
+from nucsam.model.encoder import Encoder
+from nucsam.model.heads import Block, InstanceHead, SamHead
+from nucsam.model.weights import Base, build_sam, misfit, seeded, state_sha256
+
+# Parts of MobileSAM without a gradient: a foreground map without prompts does not depend on them.
+_UNREACHED = (
+    "prompt_encoder.",
+    "mask_decoder.iou_prediction_head.",
+    "mask_decoder.output_hypernetworks_mlps.1.",
+    "mask_decoder.output_hypernetworks_mlps.2.",
+    "mask_decoder.output_hypernetworks_mlps.3.",
+)
+
+
+class Nucsam(nn.Module):
+    """MobileSAM's encoder and a head; `build_model` adds weights and LoRA.
+
+    The parameters of MobileSAM have their stock names: `image_encoder.*`, and with the sam head
+    `prompt_encoder.*` and `mask_decoder.*`. Those of the instance head begin with `head.`.
+    """
+
+    def __init__(self, config: Model, checkpoint: bool = False) -> None:
+        super().__init__()
+        sam = build_sam()
+        moving = config.norms == "moving"
+        self.image_encoder = Encoder(sam.image_encoder, checkpoint=checkpoint, moving=moving)
+        if config.head == "sam":
+            self.prompt_encoder = sam.prompt_encoder
+            self.mask_decoder = sam.mask_decoder
+            self.head = SamHead(self.prompt_encoder, self.mask_decoder)
+        else:
+            self.head = InstanceHead(config.width)
+
+    def forward(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """Dense maps of images.
+
+        Args:
+            images: RGB float (B, 3, h, w), 0..255; h and w multiples of 32 model px.
+            size: rows and columns of the maps, image px.
+
+        Returns:
+            Logits (B, C, *size) of the head.
+        """
+        features = self.image_encoder(images)
+        if isinstance(self.head, SamHead):
+            features = self.image_encoder.embed(features)
+        return self.head(features, size)
+
+    def loss(
+        self, maps: Tensor, labels: Tensor, counted: Tensor, n: int, weights: Loss
+    ) -> dict[str, Tensor]:
+        """The head's weighted loss terms, each (B,), as `InstanceHead.loss`."""
+        return self.head.loss(maps, labels, counted, n, weights)
+
+    def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
+        """Maps (C, H, W) of one image -> label map int32 (H, W), 0 = background."""
+        return self.head.instances(maps, config)
+
+    def fold(self) -> "Nucsam":
+        """Make the model fast, for prediction only: merge LoRA, fold the norms of the head.
+
+        Returns:
+            The model itself; it must be in eval mode.
+        """
+        lora.merge(self)
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.fold()
+        return self
+
+    def trainable(self) -> dict[str, Tensor]:
+        """What training changes, by name: parameters that train, and statistics of moving norms."""
+        moving = ("head.", "image_encoder.") if self.image_encoder.moving else ("head.",)
+        weights = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        buffers = {name: b for name, b in self.named_buffers() if name.startswith(moving)}
+        return weights | {name: b for name, b in buffers.items() if ".running_" in name}
+
+
+def build_model(config: Model, base: Base, *, seed: int, checkpoint: bool = False) -> Nucsam:
+    """The model of a configuration on base weights.
+
+    A base that is a nucsam export brings its head.
+
+    Args:
+        config: table `model`.
+        base: weights of MobileSAM, and of the head if it is an export.
+        seed: the head and the adapters are drawn from it.
+        checkpoint: as in `Encoder`.
+
+    Raises:
+        UserError: the head of the base has another shape; no layer matches `config.pattern`.
+    """
+    with seeded(seed):
+        model = Nucsam(config, checkpoint)
+        _put_base(model, base, config)
+        if config.train == "lora":
+            lora.inject(model, config.pattern, rank=config.rank, alpha=config.alpha)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_trains(name, config))
+    return model
+
+
+def _put_base(model: Nucsam, base: Base, config: Model) -> None:
+    """Load the base's weights, and its head where it has one and the model has a place for it."""
+    expected = model.state_dict()
+    head = {name: tensor for name, tensor in expected.items() if name.startswith("head.")}
+    if head and base.extra and (problem := misfit(base.extra, head)):
+        raise UserError(
+            f"{base.source}: found another head, expected that of model.width = {config.width}: "
+            f"{problem}"
+        )
+    tensors = base.state | base.extra
+    tensors = {name: tensor for name, tensor in tensors.items() if name in expected}
+    missing, _ = model.load_state_dict(tensors, strict=False)
+    assert head.keys() >= set(missing)  # load_base has checked the MobileSAM part
+
+
+def _trains(name: str, config: Model) -> bool:
+    """Whether training changes a parameter."""
+    if name.startswith("head."):
+        return True
+    if name.startswith(_UNREACHED):
+        return False
+    if config.train == "lora":
+        return ".lora_" in name
+    if name.startswith("mask_decoder."):
+        return True
+    if name.startswith("image_encoder.neck.") and config.head == "instance":
+        return False  # the instance head takes the maps before the neck
+    return config.train == "full"
+
+
+def calibrated(base: Base, images: Tensor) -> Base:
+    """A random base with the BatchNorm statistics of some images.
+
+    Training leaves pinned BatchNorms alone, and mean 0 and variance 1 are not those of their input.
+
+    Args:
+        base: random weights.
+        images: RGB float (B, 3, H, W), 0..255.
+    """
+    sam = build_sam()
+    sam.load_state_dict(base.state)
+    encoder = Encoder(sam.image_encoder, moving=True)
+    update_bn([images], encoder)
+    calibration = {f"image_encoder.{name}": t for name, t in encoder.state_dict().items()}
+    state = base.state | calibration
+    return replace(base, state=state, sha256=state_sha256(state))

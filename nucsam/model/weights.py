@@ -1,0 +1,215 @@
+"""Base weights: MobileSAM's published file, another file of its tensors, or random ones.
+
+A base holds every tensor of stock `mobile_sam` under its stock name: `image_encoder.*`,
+`prompt_encoder.*` and `mask_decoder.*`. A nucsam export holds those and its head, `head.*`.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from nucsam.download import fetch, file_sha256
+from nucsam.errors import UserError
+from nucsam.files import shortened
+
+# MobileSAM's published file, in its authors' repository and on their page at Hugging Face.
+FILE = "mobile_sam.pt"
+FILE_BYTES = 40_728_226
+FILE_SHA256 = "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f"
+URLS = (
+    "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
+    "https://huggingface.co/ChaoningZhang/MobileSAM/resolve/main/mobile_sam.pt",
+)
+
+_ADVICE = ", or set model.weights to its path, or to 'none' for random weights"
+
+
+@dataclass(frozen=True)
+class Base:
+    """MobileSAM's weights and where they come from."""
+
+    state: dict[str, Tensor]  # stock names, CPU
+    sha256: str  # `state_sha256(state)`, whatever the format of the file
+    source: str  # a path, or "none (random, seed 0)"
+    extra: dict[str, Tensor] = field(default_factory=dict)  # `head.*` of a nucsam export
+    metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors file
+
+
+def load_base(spec: str | Path, *, cache: str | Path | None = None, seed: int = 0) -> Base:
+    """The base that `model.weights` names.
+
+    Args:
+        spec: "auto" for MobileSAM's published file, which is downloaded once; "none" for random
+            weights; or the path of a `.safetensors` or torch file.
+        cache: folder of the published file; None takes `default_cache()`.
+        seed: random weights are drawn from it.
+
+    Raises:
+        UserError: the file is missing, is no checkpoint, or does not fit stock MobileSAM.
+    """
+    if spec == "none":
+        return random_base(seed)
+    path = _published(Path(cache or default_cache())) if spec == "auto" else Path(spec)
+    if not path.is_file():
+        raise UserError(f"model.weights: no such file: {path}; expected a path, 'auto' or 'none'")
+    if path.suffix == ".safetensors":
+        tensors, metadata = read_safetensors(path)
+    else:
+        tensors, metadata = _read_torch(path), {}
+    head = {}
+    if "nucsam" in metadata:
+        head = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith("head.")}
+    if problem := misfit(tensors, build_sam().state_dict()):
+        raise UserError(
+            f"{path} does not fit MobileSAM (vit_t): {problem}. Expected MobileSAM's {FILE} or a "
+            "merged file of nucsam export, which merges an adapter with its base"
+        )
+    return Base(tensors, state_sha256(tensors), str(path), head, metadata)
+
+
+def random_base(seed: int) -> Base:
+    """The weights that `mobile_sam` starts from, drawn from `seed`."""
+    state = build_sam(seed).state_dict()
+    return Base(state, state_sha256(state), f"none (random, seed {seed})")
+
+
+def build_sam(seed: int = 0) -> nn.Module:
+    """The stock `mobile_sam` model (`vit_t`), in eval mode, with weights drawn from `seed`.
+
+    It silences the warnings of the package's import, and no others.
+    """
+    with warnings.catch_warnings():
+        timm = r"Importing from timm\.models\.(layers|registry) is deprecated"
+        registry = r"Overwriting tiny_vit_\w+ in registry with mobile_sam"
+        warnings.filterwarnings("ignore", timm, FutureWarning)
+        warnings.filterwarnings("ignore", registry, UserWarning)
+        from mobile_sam import build_sam_vit_t
+    with seeded(seed):
+        return build_sam_vit_t()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Context in which the CPU's random numbers come from `seed`; its state before comes back."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would seed the accelerators too, which fork_rng leaves alone here.
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the name, dtype, shape and bytes of each tensor, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def default_cache() -> Path:
+    """$NUCSAM_CACHE, else $XDG_CACHE_HOME/nucsam, else ~/.cache/nucsam."""
+    if folder := os.environ.get("NUCSAM_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nucsam"
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds NaN or infinity.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+            metadata = file.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected one that nucsam wrote") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+    _check_finite(tensors, path)
+    return tensors, metadata
+
+
+def misfit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Why tensors cannot take the place of `expected`; empty where they can.
+
+    They need the same names and shapes, and fractions where fractions are expected.
+    """
+    shapes, types = [], []
+    for name in sorted(found.keys() & expected.keys()):
+        have, want = found[name], expected[name]
+        if have.shape != want.shape:
+            shapes.append(f"{name} {tuple(have.shape)}, expected {tuple(want.shape)}")
+        if have.is_floating_point() != want.is_floating_point():
+            types.append(f"{name} {have.dtype}, expected {want.dtype}")
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": shapes,
+        "of another type": types,
+    }
+    return "; ".join(
+        f"{len(names)} tensors {problem}: {shortened(names)}"
+        for problem, names in problems.items()
+        if names
+    )
+
+
+def _published(cache: Path) -> Path:
+    """MobileSAM's published file in `cache`, downloaded if it is not there."""
+    path = cache / FILE
+    if not path.exists():
+        fetch(path, URLS, sha256=FILE_SHA256, size=FILE_BYTES, advice=_ADVICE)
+    digest = file_sha256(path)
+    if digest != FILE_SHA256:
+        raise UserError(
+            f"{path} is not MobileSAM's published {FILE}: found SHA-256 {digest}, expected "
+            f"{FILE_SHA256}. Delete it to download it again, or set model.weights to its path"
+        )
+    return path
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # garbage makes the unpickler raise anything
+        raise UserError(
+            f"{path} is not a whole checkpoint of tensors alone ({type(error).__name__}), and "
+            f"nucsam reads no file that would run code. Expected MobileSAM's {FILE} (download it "
+            "again) or a file of nucsam export"
+        ) from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
+    for name, value in state.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise UserError(
+                f"{path} holds a {type(value).__name__} under {name!r}, expected only tensors "
+                "under their names: save the weights alone"
+            )
+        if value.layout != torch.strided or value.is_meta:
+            raise UserError(f"{path} holds a tensor without dense values under {name!r}")
+    _check_finite(state, path)
+    return state
+
+
+def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    names = sorted(
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not tensor.isfinite().all()
+    )
+    if names:
+        raise UserError(
+            f"{path}: found NaN or infinity in {len(names)} tensors: {shortened(names)}"
+        )

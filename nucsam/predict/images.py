@@ -1,0 +1,376 @@
+"""Image files in, files of their nuclei out: `nucsam predict`.
+
+Several launched processes share the images by claims. Each takes the next image that nobody holds,
+predicts it, and notes the outcome in its claim. The system drops the claims of a process that dies,
+so that another one takes its images. One image stays with one process: no result depends on their
+number.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nucsam import __version__
+from nucsam.claims import Claim, read_note
+from nucsam.data.folders import list_folder
+from nucsam.data.images import IMAGES, open_image, read_mpp
+from nucsam.errors import UserError
+from nucsam.files import read_json, write_text
+from nucsam.model.weights import state_sha256
+from nucsam.predict import writers
+from nucsam.predict.predictor import Predictor, load
+from nucsam.predict.tiles import Tiles, Window
+from nucsam.processes import exit_on_sigterm, is_first, launch_time, process_count
+
+POLL = 0.5  # s between looks at the images that other processes hold
+UNRECORDED = ("nucsam", "model")  # entries of predict.json that may differ from run to run
+
+
+def predict_files(
+    model: Path,
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    formats: Sequence[str] = ("labels",),
+    mpp: float | None = None,
+    force: bool = False,
+    **options: Any,
+) -> int:
+    """Predict images into files of `out`, and return the exit status of this process.
+
+    Args:
+        model: a run directory, or a safetensors file of `nucsam export`.
+        paths: image files, and folders of them.
+        out: folder of the results, which are named by the images' stems.
+        formats: keys of `writers.FILES`.
+        mpp: microns per px of every image, instead of what its TIFF tags say.
+        force: predict also the images that have all their files.
+        options: of `predictor.load`; `scale` and `mpp` exclude each other.
+
+    Returns:
+        1 on the first process where an image failed, else 0.
+
+    Raises:
+        UserError: a mistake that concerns more than one image; nothing has been written.
+    """
+    _check_options(formats, options.get("scale"), mpp)
+    files = {
+        path: writers.output_files(out, path.stem, formats) for path in find_image_files(paths)
+    }
+    _check_files(files, out)
+    predictor = load(model, **options)
+    settings = _settings(model, predictor, mpp)
+    claims = out / ".claims" if process_count() > 1 else None
+    (claims or out).mkdir(parents=True, exist_ok=True)
+    with exit_on_sigterm():
+        with Claim.wait(claims / "predict.json") if claims else nullcontext():
+            _record(out / "predict.json", settings, files, force)
+        batch = Batch(predictor, files, mpp, force=force, claims=claims)
+        try:
+            return batch.run()
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"out of device memory: lower batch, then tile ({error})") from error
+
+
+def _check_options(formats: Sequence[str], scale: float | None, mpp: float | None) -> None:
+    unknown = [name for name in formats if name not in writers.FILES]
+    if unknown or not formats:
+        raise UserError(f"formats: found {unknown or 'none'}, expected {', '.join(writers.FILES)}")
+    if scale and mpp:
+        raise UserError("scale, mpp: found both, expected one")
+    if mpp is not None and mpp <= 0:
+        raise UserError(f"mpp: found {mpp:g}, expected a positive number")
+
+
+def find_image_files(paths: Sequence[Path]) -> list[Path]:
+    """The image files among `paths` and in the folders among them, each once.
+
+    Subfolders and hidden files are left out.
+
+    Raises:
+        UserError: names every path that is no image and every folder without one.
+    """
+    images: dict[Path, None] = {}
+    problems = []
+    for path in paths:
+        suffix = path.suffix.lower()
+        inside = [p for p in list_folder(path) if p.suffix.lower() in IMAGES and p.is_file()]
+        if path.is_dir() and not inside:
+            problems.append(f"{path}: found no image, expected {', '.join(IMAGES)}")
+        elif not path.exists():
+            problems.append(f"{path}: no such file or folder")
+        elif not path.is_dir() and suffix not in IMAGES:
+            problems.append(f"{path}: found {suffix or 'no'} suffix, expected {', '.join(IMAGES)}")
+        images |= dict.fromkeys(inside if path.is_dir() else [path])
+    if problems:
+        raise UserError("\n  ".join(problems))
+    return list(images)
+
+
+def _check_files(files: Mapping[Path, dict[str, Path]], out: Path) -> None:
+    """Refuse results that would overwrite those of another image, or lie beside the images."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out: {out} is a file, expected a folder")
+    owners: dict[Path, Path] = {}
+    for path, results in files.items():
+        for result in results.values():
+            owner = owners.setdefault(result, path)
+            if owner is not path:
+                raise UserError(
+                    f"{path}: has the stem of {owner}, expected another stem or another out"
+                )
+    folders = {out.resolve(), *(result.parent.resolve() for result in owners)}
+    for path in files:
+        if folders & {path.parent.resolve(), path.resolve().parent}:
+            raise UserError(
+                f"{path}: lies in a folder of results, which could overwrite it; expected another "
+                "out"
+            )
+
+
+def _settings(model: Path, predictor: Predictor, mpp: float | None) -> dict[str, Any]:
+    """What predict.json says about the results beside it."""
+    return {
+        "nucsam": __version__,
+        "model": str(model),
+        "weights_sha256": state_sha256(predictor.model.state_dict()),
+        "scale": predictor.scale / (predictor.ratio or 1.0),
+        "mpp_trained": predictor.mpp,
+        "mpp": mpp,
+        "tile": predictor.tile,
+        "overlap": predictor.overlap,
+        "tta": predictor.tta,
+        "instances": asdict(predictor.instances),
+    }
+
+
+def _record(
+    record: Path, settings: dict[str, Any], files: Mapping[Path, dict[str, Path]], force: bool
+) -> None:
+    """Write `settings` as predict.json. If the old ones differ, `force` removes their results."""
+    if record.is_file():
+        before = read_json(record.read_bytes(), str(record))
+        before |= {name: settings[name] for name in UNRECORDED}
+        changes = [
+            f"{name}: {before.get(name)!r} -> {value!r}"
+            for name, value in settings.items()
+            if before.get(name) != value
+        ]
+        if changes and not force:
+            raise UserError(
+                f"{record}: the results beside it have other settings: {'; '.join(changes)}; "
+                "expected another out, or force"
+            )
+        # Before predict.json changes: a run that is cut off must not leave results of both settings
+        if changes:
+            _remove_results(record.parent, files)
+    write_text(record, json.dumps(settings, indent=2) + "\n")
+
+
+def _remove_results(out: Path, files: Mapping[Path, dict[str, Path]]) -> None:
+    """Remove all results in `out`, if `files` replaces them all."""
+    results = [path for name in writers.FILES.values() for path in out.glob(name.format("*"))]
+    replaced = {file.resolve() for results in files.values() for file in results.values()}
+    kept = sorted(str(path) for path in results if path.resolve() not in replaced)
+    if kept:
+        raise UserError(
+            f"{out}: found {len(kept)} result(s) that force would not replace, such as {kept[0]}; "
+            "expected their images and formats too, or another out"
+        )
+    for path in results:
+        path.unlink()
+
+
+@dataclass(eq=False)
+class Batch:
+    """Images and their result files, shared by the launched processes.
+
+    Args:
+        predictor: the model and its tiles.
+        files: the result files by format, of each image.
+        mpp: microns per px of every image; None = by its TIFF tags.
+        force: predict also the images that have all their files.
+        claims: folder of the claims, one file per image; None where this process is alone.
+    """
+
+    predictor: Predictor
+    files: Mapping[Path, dict[str, Path]]
+    mpp: float | None = None
+    force: bool = False
+    claims: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.since = launch_time()
+        self.held: dict[Path, Claim | None] = {}
+        self.outcomes: dict[Path, dict[str, Any]] = {}  # of the images that have ended
+        for path in self.files:
+            self._has_ended(path)
+        self.skipped = len(self.outcomes)
+        self.warned = not is_first()  # of images without microns per px
+        self.console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+        self.bar = Progress(*columns, console=self.console, disable=not is_first())
+        self.bar.add_task("", total=len(self.files) - self.skipped)
+        self.task = self.bar.tasks[0]
+
+    def run(self) -> int:
+        """Predict the images until each has ended, on this process or another.
+
+        Returns:
+            1 on the first process where an image failed, else 0: a launcher ends all processes when
+            one has another status than 0.
+        """
+        if self.skipped and is_first():
+            self._say(f"{self.skipped} image(s) with results skipped; force replaces them")
+        with self.bar:
+            self._predict()
+            while len(self.outcomes) < len(self.files) and not self._is_over():
+                time.sleep(POLL)  # other processes hold the rest
+                self._predict()
+        if not is_first():
+            return 0
+        outcomes = [outcome for outcome in self.outcomes.values() if "skipped" not in outcome]
+        failed = sum("failed" in outcome for outcome in outcomes)
+        nuclei, tiles = (sum(o.get(key, 0) for o in outcomes) for key in ("nuclei", "tiles"))
+        out = next(iter(next(iter(self.files.values())).values())).parent
+        text = f"{out}: {len(outcomes) - failed} image(s), {nuclei:,} nuclei, {tiles} tiles in "
+        text += f"{self.task.elapsed:.1f} s" + (f"; {failed} failed" if failed else "")
+        self._say(text)
+        self._remove_claims()
+        return int(failed > 0)
+
+    def _has_ended(self, path: Path) -> bool:
+        """Whether an image has ended, in this launch or with all its results before it."""
+        note = read_note(self.claims / path.name) if self.claims else {}
+        if note.get("ended", 0) >= self.since:
+            self.outcomes[path] = note
+        elif not self.force and all(file.is_file() for file in self.files[path].values()):
+            self.outcomes[path] = {"skipped": True}
+        return path in self.outcomes
+
+    def _is_over(self) -> bool:
+        """Whether the first process has ended the launch: it removes the claims."""
+        return self.claims is not None and not self.claims.is_dir()
+
+    def _take(self) -> Iterator[Path]:
+        """The images that no process holds or has ended, claimed one by one."""
+        for path in [path for path in self.files if path not in self.outcomes]:
+            try:
+                claim = Claim.take(self.claims / path.name) if self.claims else None
+            except FileNotFoundError:
+                assert self._is_over()
+                return
+            if self.claims and claim is None:
+                continue
+            if claim and self._has_ended(path):
+                claim.release()
+                continue
+            self.held[path] = claim
+            yield path
+
+    def _end(self, path: Path, **outcome: Any) -> None:
+        """Note how an image has ended, and give it up."""
+        self.outcomes[path] = outcome | {"ended": time.time()}
+        if claim := self.held.pop(path):
+            claim.note(self.outcomes[path])
+            claim.release()
+        self._show()
+
+    def _predict(self) -> None:
+        """Predict the images that no other process holds.
+
+        The next image is read and goes through the model while the nuclei of one are extracted and
+        written.
+        """
+        opened: dict[Tiles, Path] = {}
+
+        def images() -> Iterator[Tiles]:
+            for path in self._take():
+                try:
+                    image = open_image(path)
+                    if 0 in image.shape:
+                        raise UserError(f"{path}: found no pixels")
+                    tiles = self.predictor.grid(image, mpp=self._mpp(path))
+                except (UserError, OSError) as error:
+                    self._fail(path, error)
+                    continue
+                opened[tiles] = path
+                yield tiles
+
+        results = _ahead(self.predictor.extract(images()))
+        for tiles, labels in groupby(results, key=lambda result: result[0]):
+            self._write(opened.pop(tiles), tiles, ((window, label) for _, window, label in labels))
+        for tiles, path in opened.items():  # not one of its windows could be read
+            self._fail(path, tiles.failed)
+
+    def _mpp(self, path: Path) -> float | None:
+        """Microns per px of an image. Warns once where an image or the training lacks them."""
+        mpp = self.mpp or read_mpp(path)
+        trained = self.predictor.mpp
+        lacking = (mpp is None) != (trained is None) and self.predictor.ratio is None
+        if lacking and not self.warned:
+            who = f"{path} has no" if mpp is None else "the model was trained without"
+            self._say(f"{who} microns per px: assuming the magnification of the training")
+            self.warned = True
+        return mpp
+
+    def _write(self, path: Path, tiles: Tiles, labels: Iterable[tuple[Window, np.ndarray]]) -> None:
+        def windows() -> Iterator[tuple[Window, np.ndarray]]:
+            for done, window in enumerate(labels, 1):
+                yield window
+                self._show(done / len(tiles.windows))
+            if tiles.failed:
+                raise tiles.failed
+
+        try:
+            nuclei = writers.write_files(self.files[path], tiles.image, windows(), self._mpp(path))
+        except (UserError, OSError) as error:
+            self._fail(path, error)
+        else:
+            self._end(path, nuclei=nuclei, tiles=len(tiles.asked))
+
+    def _fail(self, path: Path, error: Exception) -> None:
+        text = str(error) if str(path) in str(error) else f"{path}: {error}"
+        self._say(text, style="red")
+        self._end(path, failed=text)
+
+    def _say(self, text: str, style: str = "") -> None:
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+    def _show(self, part: float = 0.0) -> None:
+        """Show how many images have ended, and `part`, 0..1, of the one that is being written."""
+        ended = len(self.outcomes) - self.skipped
+        speed = self.predictor.tiles_done / self.task.elapsed
+        text = f"{ended}/{self.task.total} images, {speed:.1f} tiles/s"
+        self.bar.update(self.task.id, completed=ended + part, description=text)
+
+    def _remove_claims(self) -> None:
+        """Remove the claims that nobody holds; a rerun needs none of them."""
+        if not self.claims:
+            return
+        for path in list(self.claims.iterdir()):
+            if claim := Claim.take(path):
+                path.unlink()
+                claim.release()
+        with suppress(OSError):  # not empty: another launch works in the same folder
+            self.claims.rmdir()
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items; a thread makes the next one meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item

@@ -1,0 +1,235 @@
+"""The grid of tiles over an image, and the windows in which its nuclei are extracted.
+
+A seam between tiles: neighbours share at least `overlap` px. Each tile's maps are weighted by a
+ramp that rises from its edges over the overlap, and the weighted mean is taken. So one tile fades
+into the next. No seam cuts a nucleus, because nuclei are extracted from the stitched maps.
+
+A nucleus at a window's border: windows keep memory small. A window is a core and a margin around
+it. The cores cover the image without overlap. A window extracts the nuclei of core and margin, and
+keeps those whose centroid lies in its core. So a nucleus across a border is seen whole by each
+window beside it, and kept by one, if it reaches no farther than `margin` px from its centroid. One
+grid of tiles covers the whole image, so all windows see the same maps.
+
+A place is a pair of slices: rows, columns.
+"""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import pairwise, product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nucsam.errors import UserError
+
+STRIP = 8  # windows abreast: in a narrow strip, few maps wait for the next row of windows
+
+Place = tuple[slice, slice]
+Key = tuple[int, int, int]  # a tile's row and column, and the first window that it is run for
+
+
+class Window(NamedTuple):
+    """A core, and `outer`, the core with its margin as far as the image goes."""
+
+    core: Place
+    outer: Place
+
+
+def windows(size: tuple[int, int], core: int, margin: int) -> list[Window]:
+    """The windows of an image, in strips of `STRIP` columns.
+
+    Args:
+        size: height and width of the image, px.
+        core: longest side of a core, px.
+        margin: px around a core.
+    """
+    axes = []
+    for length in size:
+        edges = np.linspace(0, length, -(-length // core) + 1).round().astype(int).tolist()
+        axes.append(
+            [
+                (slice(low, high), slice(max(0, low - margin), min(length, high + margin)))
+                for low, high in pairwise(edges)
+            ]
+        )
+    rows, columns = axes
+    return [
+        Window((y, x), (y_outer, x_outer))
+        for first in range(0, len(columns), STRIP)
+        for (y, y_outer), (x, x_outer) in product(rows, columns[first : first + STRIP])
+    ]
+
+
+def side(size: int, scale: float) -> tuple[int, int]:
+    """The side of a tile over at least `size` image px: in image px, and in model px.
+
+    The encoder takes multiples of 32 model px, from 64.
+    """
+    model_px = 32 * max(2, math.ceil(round(size * scale / 32, 6)))
+    return round(model_px / scale), model_px
+
+
+def grid(size: int, tile: int, overlap: int, scale: float) -> tuple[list[int], int, int]:
+    """Tiles that cover an axis of `size` px evenly.
+
+    They are as few as possible, or one more where smaller tiles then have fewer px in all.
+
+    Args:
+        size: side of the image, px.
+        tile: longest side of a tile, px; `side` rounds it up.
+        overlap: least that neighbours share, px.
+        scale: model px per image px.
+
+    Returns:
+        The start of each tile, image px, and `side` of a tile.
+    """
+    largest, model_px = side(min(size, tile), scale)
+    if size <= largest:
+        return [0], largest, model_px
+    fewest = -(-(size - overlap) // (largest - overlap))
+    sides = {}
+    for count in (fewest, fewest + 1):
+        needed = -(-(size + (count - 1) * overlap) // count)
+        sides[count] = min((largest, model_px), side(needed, scale))
+    count = min(sides, key=lambda count: count * sides[count][0])
+    px, model_px = sides[count]
+    return [round(k * (size - px) / (count - 1)) for k in range(count)], px, model_px
+
+
+def ramp(side: int, overlap: int) -> np.ndarray:
+    """Weights float32 (side,) in 0..1 that rise from each end over `overlap` px and are never 0."""
+    distance = np.minimum(np.arange(side), np.arange(side)[::-1]) + 1
+    return np.minimum(distance / max(1, overlap), 1).astype(np.float32)
+
+
+def meet(start: int, length: int, place: slice) -> tuple[slice, slice]:
+    """The intersection of `length` px from `start` with `place`, counted from the start of each."""
+    low = max(start, place.start)
+    high = min(start + length, place.stop)
+    return slice(low - start, high - start), slice(low - place.start, high - place.start)
+
+
+class Tiles:
+    """Gives one image's tiles, takes their dense maps, and stitches the maps of each window.
+
+    The maps of a tile stay until the last window that needs them.
+
+    Args:
+        image: uint8 (H, W, 3), or what slices like it, such as `data.images.TiffWindows`.
+        scale: model px per image px.
+        tile: longest side of a tile, image px.
+        overlap: what neighbours share, image px.
+        windows: windows of this image, in the order in which they are asked for.
+    """
+
+    def __init__(
+        self, image: Any, *, scale: float, tile: int, overlap: int, windows: Sequence[Window]
+    ) -> None:
+        self.image = image
+        self.scale = scale
+        self.windows = windows
+        self.size = tuple(image.shape[:2])
+        grids = [grid(length, tile, overlap, scale) for length in self.size]
+        self.starts, self.sides, self.model_sides = zip(*grids)  # image px, image px, model px
+        self.ramps = [ramp(length, overlap) for length in self.sides]
+        self.failed: Exception | None = None  # why the image could not be read to its end
+        self.asked: set[Key] = set()  # tiles given so far
+        self._keys = self._plan()
+        self._last = {key: k for k, keys in enumerate(self._keys) for key in keys}
+        self._maps: dict[Key, np.ndarray] = {}
+
+    def ask(self, k: int) -> Iterator[tuple[Key, np.ndarray]]:
+        """Key and pixels uint8 (h, w, 3) of each tile that window k needs and that is still to run.
+
+        An image smaller than a tile is mirrored. Where the image cannot be read, `failed` is set
+        and the tiles end early.
+        """
+        height, width = self.sides
+        for key in self._keys[k]:
+            if key in self.asked:
+                continue
+            self.asked.add(key)
+            y, x = self.starts[0][key[0]], self.starts[1][key[1]]
+            try:
+                tile = self.image[y : y + height, x : x + width]
+            except (UserError, OSError) as error:
+                self.failed = error
+                return
+            missing = ((0, height - tile.shape[0]), (0, width - tile.shape[1]), (0, 0))
+            yield key, np.pad(tile, missing, mode="symmetric")
+
+    def add(self, key: Key, maps: np.ndarray) -> None:
+        """Take the dense maps float32 (C, h, w) of a tile."""
+        self._maps[key] = maps
+
+    def ready(self, k: int) -> bool:
+        """Whether the maps of all tiles of window k are there."""
+        return all(key in self._maps for key in self._keys[k])
+
+    def maps(self, k: int) -> np.ndarray:
+        """Dense maps float32 (C, h, w) of window k's outer place."""
+        outer = self.windows[k].outer
+        keys = self._keys[k]
+        weight = np.zeros([place.stop - place.start for place in outer], np.float32)
+        total = np.zeros((len(self._maps[keys[0]]), *weight.shape), np.float32)
+        for key in keys:
+            maps = self._maps.pop(key) if self._last[key] == k else self._maps[key]
+            (y, y_in), (x, x_in) = (
+                meet(starts[n], length, place)
+                for starts, n, length, place in zip(self.starts, key, self.sides, outer)
+            )
+            if len(self.starts[0]) == len(self.starts[1]) == 1:
+                return maps[:, y, x]
+            fade = self.ramps[0][y, None] * self.ramps[1][x]
+            total[:, y_in, x_in] += maps[:, y, x] * fade
+            weight[y_in, x_in] += fade
+        return total / weight
+
+    def _plan(self) -> list[list[Key]]:
+        """The keys of each window's tiles.
+
+        Two strips run the tiles between them twice: the maps of a strip's whole side would
+        otherwise wait for the next strip.
+        """
+        last: dict[tuple[int, int], tuple[int, int]] = {}  # tile -> last window, window it ran for
+        plan = []
+        for k, window in enumerate(self.windows):
+            keys = []
+            meeting = (
+                range(bisect_right(starts, place.start - length), bisect_left(starts, place.stop))
+                for starts, length, place in zip(self.starts, self.sides, window.outer)
+            )
+            for tile in product(*meeting):
+                before, run = last.get(tile, (k, k))
+                if k - before > STRIP + 1:
+                    run = k
+                last[tile] = k, run
+                keys.append((*tile, run))
+            plan.append(keys)
+        return plan
+
+
+def own_nuclei(label: np.ndarray, window: Window) -> np.ndarray:
+    """Remove the nuclei whose centroid lies outside a window's core.
+
+    Centroids are rounded down to whole px, so that all windows that see a nucleus whole agree.
+
+    Args:
+        label: int32 (h, w) of the window's outer place, 0 = background.
+        window: the window.
+
+    Returns:
+        The label map int32 (h, w) of the other nuclei, in the same order, ids 1, 2, ...
+    """
+    if window.core == window.outer:
+        return label
+    flat = label.ravel()
+    pixels = np.flatnonzero(flat)
+    area = np.bincount(flat[pixels], minlength=1)
+    inside = area > 0
+    for values, core, outer in zip(np.divmod(pixels, label.shape[1]), window.core, window.outer):
+        total = np.bincount(flat[pixels], values, len(area)).astype(np.int64)
+        centre = total // np.maximum(area, 1) + outer.start
+        inside &= (centre >= core.start) & (centre < core.stop)
+    return (np.cumsum(inside) * inside).astype(np.int32)[label]

@@ -1,0 +1,64 @@
+"""What a launcher (`accelerate launch`, `torchrun`, SLURM) says of this process."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+
+from nucsam.errors import UserError
+
+
+def process_count() -> int:
+    """How many processes the launcher has started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its launch, which writes and prints for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_joined(joined: int) -> None:
+    """Check that Accelerate has joined as many processes as the launcher started.
+
+    Raises:
+        UserError: it has not, and each process would run alone.
+    """
+    if process_count() != joined:
+        raise UserError(
+            f"WORLD_SIZE: the launcher started {process_count()} processes, Accelerate joined "
+            f"{joined}, so each would run alone; on CPUs set ACCELERATE_USE_CPU=true or use "
+            "launch/cpu2.yaml"
+        )
+
+
+def launch_time() -> float:
+    """When this launch began, s since 1970: the same on all of its processes.
+
+    Without a launcher it is now.
+    """
+    launchers = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID")
+    if "RANK" in os.environ and any(name in os.environ for name in launchers):
+        return psutil.Process(os.getppid()).create_time()
+    return time.time()
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit, which removes partial files on its way out.
+
+    Python sets signal handlers in the main thread only; elsewhere this changes nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,286 @@
+"""Charts of runs: curves of training, bars of organs, folds and variants.
+
+Series differ in colour and in marker, dash or hatch. matplotlib is imported inside functions: the
+end of a training imports this module, and must work without the extra `report`.
+"""
+
+import html
+import io
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from nucsam.files import atomic
+from nucsam.report.facts import SHOWN, by_organ, grouped
+from nucsam.run.directory import RunRecord
+from nucsam.score.tables import percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = {  # CSS variable of the page -> colour in a file
+    "ink": "#1b2733",
+    "muted": "#8a97a3",
+    "line": "#d5dce2",
+    "soft": "#eef2f5",
+    "s1": "#0b6fb8",
+    "s2": "#c04a00",
+    "s3": "#13805a",
+    "s4": "#8440a8",
+}
+SERIES = [COLOURS[name] for name in ("s1", "s2", "s3", "s4")]
+MARKERS = "os^DvPX"
+DASHES = ("-", "--", "-.", (0, (1, 1.5)))
+HATCHES = ("", "///", "...", "xxx")
+
+STYLE = {
+    "text.parse_math": False,  # a name may hold a $
+    "text.color": COLOURS["ink"],
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.labelcolor": COLOURS["ink"],
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["line"],
+    "xtick.color": COLOURS["ink"],
+    "ytick.color": COLOURS["ink"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "hatch.color": COLOURS["soft"],
+    "hatch.linewidth": 1.2,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "nucsam",  # the same chart gives the same file
+}
+
+Points = tuple[list[int], list[float]]  # epochs and values
+
+
+class Chart(NamedTuple):
+    figure: "Figure"
+    text: str  # what the chart shows, for readers who cannot see it
+
+
+# ---- what to draw ----
+
+
+def run_charts(runs: Sequence[RunRecord], all_runs: Sequence[RunRecord]) -> dict[str, Chart]:
+    """Every chart of a report, by name.
+
+    Args:
+        runs: the folds of the variant that the report shows.
+        all_runs: the folds of every variant.
+    """
+    rows = [row for run in runs for row in run.rows]
+    groups = by_organ(rows)
+    charts = training_charts([run for run in runs if run.epochs])
+    for metric, title in SHOWN.items() if rows else ():
+        values = {organ: [row[metric] for row in group] for organ, group in groups.items()}
+        charts[f"organs-{metric}"] = organs(values, title)
+    folds = _headlines(runs, "name")
+    if len(folds) > 1:
+        charts["folds"] = compare(folds, "Test scores by fold", "percent")
+    variants = _headlines(all_runs, "variant")
+    if len(variants) > 1:
+        charts["variants"] = compare(variants, "Test scores by variant", "percent; dots: folds")
+    return charts
+
+
+def training_charts(runs: Sequence[RunRecord]) -> dict[str, Chart]:
+    """Loss, learning rate and scores by epoch: a line per term of one run, or a line per run."""
+    if not runs:
+        return {}
+    first = runs[0]
+    validation = f"{first.config.data.select} split"
+    mark = 0
+    if len(runs) == 1:
+        terms = ["loss", *sorted(key for key in first.epochs[-1] if key.startswith("loss_"))]
+        # "loss" is the total, "loss_cross_entropy" is labelled "cross entropy".
+        losses = {term[5:].replace("_", " ") or "total": _points(first, term) for term in terms}
+        scores = {title: _points(first, metric, 100) for metric, title in SHOWN.items()}
+        if first.scores:
+            mark = first.scores["epoch"]
+    else:
+        best = first.config.train.best
+        losses = {run.name: _points(run, "loss") for run in runs}
+        scores = {run.name: _points(run, best, 100) for run in runs}
+        validation = f"{SHOWN[best]}, {validation}"
+    rates = {first.name: _points(first, "lr")}
+    charts = {
+        "loss": curves(losses, "Training loss", "loss", ".3g"),
+        "rate": curves(rates, "Learning rate", "rate at the end of the epoch", ".2g"),
+        "validation": curves(scores, f"Validation: {validation}", "percent", ".1f", mark),
+    }
+    return {name: chart for name, chart in charts.items() if chart}
+
+
+def _points(run: RunRecord, key: str, factor: float = 1) -> Points:
+    epochs = [epoch for epoch in run.epochs if key in epoch]
+    return [epoch["epoch"] for epoch in epochs], [factor * epoch[key] for epoch in epochs]
+
+
+def _headlines(runs: Sequence[RunRecord], attribute: str) -> dict[str, list[dict[str, float]]]:
+    """Value of the runs' attribute -> headline scores of its runs."""
+    groups = grouped([run for run in runs if run.scores], attrgetter(attribute))
+    return {name: [run.scores["headline"] for run in group] for name, group in groups.items()}
+
+
+# ---- drawing ----
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """The style of the charts, without a warning for each letter that the measuring font lacks."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield
+
+
+def _axes(width: float, height: float, title: str, y: str = "") -> tuple["Figure", Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot(title=title, ylabel=y)
+
+
+@_style()
+def curves(
+    series: Mapping[str, Points], title: str, y: str, form: str, mark: int = 0
+) -> Chart | None:
+    """Lines by epoch, or None without a point.
+
+    Args:
+        series: label -> points of its line.
+        title: of the chart.
+        y: label of the vertical axis.
+        form: format of values in the chart's text.
+        mark: epoch whose weights are kept; 0 = none.
+    """
+    series = {label: points for label, points in series.items() if points[0]}
+    if not series:
+        return None
+    figure, axes = _axes(4.3, 3.1, title, y)
+    axes.set_xlabel("epoch")
+    for k, (label, (epochs, values)) in enumerate(series.items()):
+        marker = MARKERS[k % len(MARKERS)] if len(epochs) < 40 else ""
+        look = {"color": SERIES[k % 4], "linestyle": DASHES[k % 4], "marker": marker}
+        axes.plot(epochs, values, label=label, markersize=4, **look)
+    if mark:
+        axes.axvline(mark, color=COLOURS["ink"], linewidth=0.8, linestyle=":")
+        top = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+        axes.annotate("kept", (mark, 1), fontsize=8, **top)
+    axes.locator_params(axis="x", integer=True)
+    if len(series) > 1:
+        figure.legend(loc="outside lower center", ncols=2 if len(series) < 7 else 3, fontsize=9)
+    spans = (f"{name} {ys[0]:{form}} to {ys[-1]:{form}}" for name, (_, ys) in series.items())
+    return Chart(figure, f"{title} by epoch: {'; '.join(spans)}")
+
+
+@_style()
+def organs(values: Mapping[str, Sequence[float]], metric: str) -> Chart:
+    """A bar per organ, the lowest mean first, over a dot per image.
+
+    Args:
+        values: organ -> scores of its images, 0..1.
+        metric: its title.
+    """
+    means = {organ: fmean(scores) for organ, scores in values.items()}
+    order = sorted(means, key=lambda organ: (means[organ], organ))
+    labels = [textwrap.fill(organ, 20, break_on_hyphens=False) for organ in order]
+    height = 0.19 * sum(max(2, label.count("\n") + 1) for label in labels) + 0.9
+    figure, axes = _axes(4.6, height, f"{metric} by organ")
+    axes.set_xlabel("percent; bar: mean, dots: images")
+    places = range(len(order))
+    lengths = [100 * means[organ] for organ in order]
+    look = {"color": COLOURS["line"], "edgecolor": COLOURS["muted"]}
+    axes.barh(places, lengths, height=0.62, tick_label=labels, **look)
+    for place, organ in enumerate(order):
+        scores = 100 * np.sort(values[organ])
+        spread = 0.09 if len(scores) > 3 else 0
+        heights = place + spread * (np.arange(len(scores)) % 5 - 2)
+        axes.scatter(scores, heights, s=14, color=COLOURS["s1"], alpha=0.75, linewidths=0)
+        axes.text(102, place, percent(means[organ]), va="center", fontsize=9)
+    axes.set_xlim(0, 112)
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.set_xticks(range(0, 101, 20))
+    axes.grid(axis="y", visible=False)
+    text = ", ".join(f"{organ} {percent(means[organ])}" for organ in order)
+    return Chart(figure, f"Mean {metric} by organ: {text}")
+
+
+@_style()
+def compare(groups: Mapping[str, Sequence[Mapping[str, float]]], title: str, y: str) -> Chart:
+    """Bars side by side: the mean of each metric in each group, with a dot per run of several.
+
+    Args:
+        groups: name -> headline scores of its runs, 0..1.
+        title: of the chart.
+        y: label of the vertical axis.
+    """
+    width = 0.8 / len(SHOWN)
+    figure, axes = _axes(max(4.3, 1.1 * len(groups) + 1), 3.3, title, y)
+    dots = {"s": 14, "facecolor": COLOURS["soft"], "edgecolor": COLOURS["ink"]}
+    texts = dict.fromkeys(groups, "")
+    for k, (metric, label) in enumerate(SHOWN.items()):
+        places = np.arange(len(groups)) + (k - (len(SHOWN) - 1) / 2) * width
+        values = [[100 * scores[metric] for scores in group] for group in groups.values()]
+        means = [fmean(scores) for scores in values]
+        axes.bar(places, means, 0.9 * width, color=SERIES[k], hatch=HATCHES[k], label=label)
+        for name, x, mean, scores in zip(groups, places, means, values):
+            if len(scores) > 1:
+                axes.scatter([x] * len(scores), scores, **dots)
+            axes.text(x, max(scores) + 2.5, f"{mean:.1f}", ha="center", va="bottom", fontsize=8)
+            texts[name] += f" {label} {mean:.1f}"
+    axes.set_xticks(range(len(groups)), [textwrap.fill(name, 16) for name in groups])
+    axes.set_ylim(0, 108)
+    axes.grid(axis="x", visible=False)
+    figure.legend(loc="outside lower center", ncols=len(SHOWN), fontsize=9)
+    text = "; ".join(f"{name}:{numbers}" for name, numbers in texts.items())
+    return Chart(figure, f"{title}: {text}")
+
+
+# ---- on a page and as files ----
+
+
+@_style()
+def svg(chart: Chart, name: str) -> str:
+    """The chart as an <svg> element that takes on the page's colours.
+
+    Args:
+        chart: with the text that describes it.
+        name: prefix of the element's ids.
+    """
+    file = io.StringIO()
+    chart.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
+    text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    for variable, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{variable})")
+    element = re.search(r'<svg [^>]*?viewBox="([\d. ]+)"[^>]*>(.*)', text, re.DOTALL)
+    box, content = element.groups()
+    return f'<svg role="img" aria-label="{html.escape(chart.text)}" viewBox="{box}">{content}'
+
+
+@_style()
+def write_chart(chart: Chart, path: Path) -> list[Path]:
+    """Write PATH.svg and PATH.png, 200 dots an inch, on white, and return both paths. Atomic."""
+    paths = [path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png")]
+    for file in paths:
+        with atomic(file) as partial:
+            chart.figure.savefig(partial, format=file.suffix[1:], dpi=200, facecolor="white")
+    return paths

@@ -1,0 +1,170 @@
+"""The page of a run or of a cross-validation, which needs no network to be read.
+
+Its numbers come from the run directories; only the images of the gallery are predicted again. Needs
+the extra `report` (matplotlib, jinja2).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from nucsam.config import Config, differences
+from nucsam.data.draw import overlay, write_png
+from nucsam.data.folders import Record
+from nucsam.data.summary import EXAMPLES, draw_examples
+from nucsam.errors import UserError
+from nucsam.files import printable, write_text
+from nucsam.report import facts
+from nucsam.report.charts import Chart, run_charts, svg, write_chart
+from nucsam.report.gallery import SHAPES, find_records, make_gallery, picks, scaled
+from nucsam.run.directory import RunDirectory, RunRecord, read_runs
+from nucsam.score.metrics import OUTCOMES
+from nucsam.score.tables import percent
+
+SWATCH = 3.5  # px: size of a shape in the legend of the gallery
+
+
+def write_report(folder: Path, *, root: str = "", figures: Path | None = None) -> list[Path]:
+    """Write the page of a run or of a cross-validation, and its charts and pictures as files.
+
+    Of several variants, the page shows the one with the highest mean AJI in detail. Without weights
+    or images the page has no gallery, and says why.
+
+    Args:
+        folder: run directory, or folder of `nucsam folds`.
+        root: folder of the images, if it has moved.
+        figures: folder for the charts, the pictures and a contact sheet; None = page only.
+
+    Returns:
+        The paths written, the page first.
+
+    Raises:
+        UserError: a package is missing, `folder` holds no run, or a file of a run is damaged.
+    """
+    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"a report needs {' and '.join(missing)}: pip install 'nucsam[report]' installs them"
+        )
+    all_runs = read_runs(folder)
+    runs = max(
+        facts.by_variant(all_runs).values(),
+        key=lambda runs: facts.summary(runs)["mean"]["aji"] or -1,
+    )
+    charts = run_charts(runs, all_runs)
+    notices = facts.notices(folder, all_runs)
+    pictures, network = [], []
+    try:
+        pictures, net = make_gallery(picks(_rows(runs)), runs, root)
+        network = facts.network_table(net)
+    except (UserError, OSError) as error:
+        notices.append(
+            f"The page has no pictures: {error}. If the images have moved, run "
+            f"nucsam report {folder} --data FOLDER."
+        )
+    text = _render(
+        **_contents(folder, runs, all_runs, pictures),
+        notices=notices,
+        charts={name: svg(chart, name) for name, chart in charts.items()},
+        pictures=pictures,
+        network=network,
+    )
+    page = RunDirectory(folder).report_file
+    write_text(page, printable(text))
+    if figures is None:
+        return [page]
+    return [page, *_write_figures(figures, charts, pictures, runs[0], root)]
+
+
+def finish(folder: Path) -> str:
+    """Write the page after a training, which it never fails, and return a line that says so."""
+    try:
+        return f"report: {write_report(folder)[0]}"
+    except Exception as error:  # even a bug: the training is done and its files are written
+        return f"no report ({type(error).__name__}: {error}); to try again: nucsam report {folder}"
+
+
+def _rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """The scored images of runs, the lowest AJI first."""
+    rows = [row for run in runs for row in run.rows]
+    return sorted(rows, key=lambda row: (row["aji"], row["name"]))
+
+
+def _contents(
+    folder: Path,
+    runs: Sequence[RunRecord],
+    all_runs: Sequence[RunRecord],
+    pictures: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """What the page takes from the run directories, and the places of its pictures."""
+    rows = _rows(runs)
+    places = {picture["row"]["name"]: picture["id"] for picture in pictures}
+    return {
+        "title": folder.resolve().name,
+        "cross": all_runs[0].folder != folder,
+        "summaries": [facts.summary(folds) for folds in facts.by_variant(all_runs).values()],
+        "best": facts.summary(runs),
+        "runs": runs,
+        "all_runs": all_runs,
+        "findings": facts.findings(runs, places),
+        "organs": facts.organ_table(rows),
+        "rows": rows,
+        "places": places,
+        "others": facts.other_protocols(runs),
+        "cost": facts.training_cost(runs),
+        "changed": differences(Config(), runs[0].config),
+        "toml": RunDirectory(runs[0].folder).config_file.read_text(encoding="utf-8"),
+        "pages": [RunDirectory(run.folder).report_file.relative_to(folder) for run in all_runs],
+    }
+
+
+def _render(**values: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("nucsam.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    shapes = {name: scaled(shape, SWATCH) for name, shape in SHAPES.items()}
+    template = environment.get_template("report.html")
+    return template.render(shown=facts.SHOWN, outcomes=OUTCOMES, shapes=shapes, **values)
+
+
+def _write_figures(
+    folder: Path,
+    charts: Mapping[str, Chart],
+    pictures: Sequence[dict[str, Any]],
+    run: RunRecord,
+    root: str,
+) -> list[Path]:
+    """Write every chart, every picture of the gallery and a contact sheet of the data set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, chart in charts.items():
+        paths += write_chart(chart, folder / name)
+    for picture in pictures:
+        sample = picture["sample"]
+        paths.append(folder / f"{picture['kind']}-rank{picture['rank']}.png")
+        write_png(paths[-1], overlay(sample.image, sample.label, picture["pred"]))
+    try:
+        records = find_records(run, root)
+    except UserError:  # the page names the problem
+        return paths
+    paths.append(folder / "samples.png")
+    _write_sheet(paths[-1], records.values())
+    return paths
+
+
+def _write_sheet(path: Path, records: Iterable[Record]) -> None:
+    """Write a contact sheet of images with their ground truth, taken from the organs in turn."""
+    organs = facts.grouped(records, lambda record: record.organ)
+    turns = chain.from_iterable(zip_longest(*organs.values()))
+    chosen = [record for record in turns if record][:EXAMPLES]
+    examples = [(record.name, record.image, record.label) for record in chosen]
+    draw_examples({"examples": examples}, path)

@@ -1,0 +1,319 @@
+"""Tensors on disk: adapter, random base and resumable state of a run, and the model they make.
+
+Every file is safetensors with one metadata entry, `nucsam`, which is a JSON document. Nothing is
+ever unpickled, and every write is atomic.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from nucsam.config import Config
+from nucsam.errors import UserError
+from nucsam.files import atomic, read_json
+from nucsam.model import lora
+from nucsam.model.network import Nucsam, build_model
+from nucsam.model.weights import Base, load_base, misfit, read_safetensors
+from nucsam.run.directory import RunDirectory
+
+ENCODER = "image_encoder."
+HEADLESS = "adapter of the encoder"  # kind of an adapter file without a head
+LORA_SETTINGS = ("train", "rank", "alpha", "pattern")  # of [model]; shapes do not tell all of them
+_START_AGAIN = "delete it to start the run again"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors and a JSON document to `path`, or leave what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    document = {"format": "pt", "nucsam": json.dumps(metadata)}
+    with atomic(path) as partial:  # safetensors' save_file leaves its own partial file when killed
+        partial.write_bytes(save(values, metadata=document))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the JSON document of a file of `write_tensors`.
+
+    Raises:
+        UserError: the file is missing, damaged, or not one that nucsam wrote.
+    """
+    tensors, entries = read_safetensors(path)
+    if "nucsam" not in entries:
+        raise UserError(f"{path}: found no `nucsam` metadata, expected a file that nucsam wrote")
+    return tensors, read_json(entries["nucsam"], f"{path}: `nucsam` metadata")
+
+
+# ---- adapter ----
+
+
+def save_adapter(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write what was trained: LoRA and head, or every trained tensor with `model.train = "full"`.
+
+    Args:
+        path: file to write.
+        weights: `Nucsam.trainable()` of the model, or an average of it.
+        metadata: must hold `config` (the run's tables) and `base` (sha256 and source).
+    """
+    assert {"config", "base"} <= metadata.keys()
+    write_tensors(path, weights, {"kind": "adapter", **metadata})
+
+
+def load_adapter(path: Path, model: Nucsam, base: Base) -> dict[str, Any]:
+    """Copy an adapter file's weights into `model`, which is built on `base`; return its metadata.
+
+    Raises:
+        UserError: the adapter was trained on another base, or does not fit the model.
+    """
+    weights, metadata = _read_adapter(path, ("adapter",))
+    _apply_adapter(path, weights, metadata, model, base)
+    return metadata
+
+
+def open_adapter(path: Path, weights: str = "auto") -> tuple[Nucsam, Config, Base, dict[str, Any]]:
+    """The model of an exported adapter file.
+
+    Args:
+        path: adapter file of `nucsam export`. One of the kind HEADLESS leaves the head random.
+        weights: names the base, as in `load_base`.
+
+    Returns:
+        As `open_run`.
+    """
+    tensors, metadata = _read_adapter(path, ("adapter", HEADLESS))
+    config = Config.from_dict(metadata["config"], f"{path}: configuration")
+    base = load_base(weights)
+    net = build_model(config.model, base, seed=config.train.seed)
+    _apply_adapter(path, tensors, metadata, net, base)
+    return net.eval(), config, base, metadata
+
+
+def put_weights(
+    model: Nucsam, weights: Mapping[str, Tensor], source: Path, prefix: str = ""
+) -> None:
+    """Copy trained weights into the model, in place.
+
+    Args:
+        model: the model to change.
+        weights: exactly the model's trainable tensors whose names start with `prefix`.
+        source: file named in an error.
+        prefix: "" for all trainable tensors.
+
+    Raises:
+        UserError: names, shapes or types differ.
+    """
+    targets = {name: p for name, p in model.trainable().items() if name.startswith(prefix)}
+    if problem := misfit(weights, targets):
+        raise UserError(f"{source}: weights do not fit the model: {problem}")
+    with torch.no_grad():
+        for name, parameter in targets.items():
+            parameter.copy_(weights[name])
+
+
+def _read_adapter(path: Path, kinds: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    weights, metadata = read_tensors(path)
+    if metadata.get("kind") not in kinds:
+        raise UserError(
+            f"{path}: found a file of kind {metadata.get('kind')!r}, expected {kinds[0]!r}"
+        )
+    match metadata:
+        case {"base": {"sha256": str(), "source": str()}, "config": {"model": dict()}}:
+            return weights, metadata
+    raise UserError(f"{path}: found metadata without base and config, expected an adapter's")
+
+
+def _apply_adapter(
+    path: Path, weights: dict[str, Tensor], metadata: dict[str, Any], model: Nucsam, base: Base
+) -> None:
+    trained_on = metadata["base"]
+    if trained_on["sha256"] != base.sha256:
+        raise UserError(
+            f"{path}: trained on the base {trained_on['sha256'][:12]} ({trained_on['source']}), "
+            f"found the base {base.sha256[:12]} ({base.source})"
+        )
+    put_weights(model, weights, path, prefix=ENCODER if metadata["kind"] == HEADLESS else "")
+
+
+# ---- base, and the model of a run ----
+
+
+def save_random_base(run: RunDirectory, base: Base) -> None:
+    """Keep a random base with its run: nobody else has it."""
+    write_tensors(run.base_file, base.state, {"kind": "base", "source": base.source})
+
+
+def run_base(run: RunDirectory, config: Config) -> Base:
+    """The base of a run: the one that `model.weights` names, or the random one it keeps.
+
+    Raises:
+        UserError: the file is missing, damaged, or no base.
+    """
+    if config.model.weights != "none":
+        return load_base(config.model.weights)
+    base = load_base(run.base_file)
+    source = f"{run.base_file}: `nucsam` metadata"
+    metadata = read_json(base.metadata.get("nucsam", "null"), source)
+    if metadata.get("kind") != "base":
+        raise UserError(
+            f"{run.base_file}: found a file of kind {metadata.get('kind')!r}, expected 'base'"
+        )
+    return replace(base, source=str(metadata.get("source")))
+
+
+def open_run(path: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
+    """The model of a run directory.
+
+    Returns:
+        The model in eval mode with the weights of the best epoch, the run's configuration, its
+        base, and the adapter's metadata.
+
+    Raises:
+        UserError: a file is missing or damaged, or the adapter was trained with other LoRA
+            settings than those in the configuration.
+    """
+    run = RunDirectory(path)
+    config = run.read_config()
+    if not run.adapter_file.is_file():
+        raise UserError(
+            f"{run.adapter_file}: no such file: the run has not reached its first validation; "
+            "resume it with nucsam train --resume"
+        )
+    base = run_base(run, config)
+    net = build_model(config.model, base, seed=config.train.seed)
+    metadata = load_adapter(run.adapter_file, net, base)
+    trained, configured = metadata["config"]["model"], config.to_dict()["model"]
+    changes = [
+        f"model.{key}: {trained[key]!r} -> {configured[key]!r}"
+        for key in LORA_SETTINGS
+        if trained.get(key, configured[key]) != configured[key]
+    ]
+    if changes:
+        raise UserError(
+            f"{run.adapter_file}: trained with other settings than {run.config_file} says: "
+            f"{'; '.join(changes)}"
+        )
+    return net.eval(), config, base, metadata
+
+
+def merged_tensors(model: Nucsam, base: Base) -> dict[str, Tensor]:
+    """Stock MobileSAM's tensors with LoRA merged, and the head's (`head.*`).
+
+    Starts from the base's own tensors (unfolded BatchNorms, unused classifier, mask decoder) and
+    replaces only what was trained.
+    """
+
+    def stock_name(name: str) -> str:
+        layer, adapter, _ = name.rpartition(".lora_")
+        return f"{layer}.weight" if adapter else name
+
+    trained = {stock_name(name) for name in model.trainable()}
+    state = lora.merged_state_dict(model)
+    return base.state | {
+        name: state[name] for name in state if name in trained or name.startswith("head.")
+    }
+
+
+# ---- resumable state ----
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what its state file holds beside tensors."""
+
+    step: int = 0  # optimizer steps done
+    images: int = 0  # seen by this process since the epoch began
+    sums: dict[str, float] = field(default_factory=dict)  # of each loss term over those images
+    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
+    best: dict[str, Any] = field(default_factory=dict)  # the line whose weights are kept
+
+    @property
+    def epochs(self) -> int:
+        """Epochs done, each with its line in the history."""
+        return self.history[-1]["epoch"] if self.history else 0
+
+
+def save_state(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    metadata: dict[str, Any],
+) -> None:
+    """Write everything that resuming needs.
+
+    Args:
+        path: file to write.
+        weights: the trainable tensors, by name.
+        average: their running average; empty where there is none.
+        optimizer: an Adam of these weights.
+        metadata: JSON values to keep with the tensors.
+    """
+    tensors = {f"weights.{name}": p for name, p in weights.items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
+    for name, p in weights.items():
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[p].items()}
+    write_tensors(path, tensors, {"kind": "state", **metadata})
+
+
+def load_state(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Any]:
+    """Put a state file's tensors where `save_state` took them from, and return its metadata.
+
+    Raises:
+        UserError: the file is damaged or of another run. Nothing is changed then.
+    """
+    tensors, metadata = _read_state(path)
+    targets = {f"weights.{name}": p for name, p in weights.items()}
+    targets |= {f"average.{name}": tensor for name, tensor in average.items()}
+    for name, p in weights.items():
+        moments = {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
+        entries = {f"optimizer.{name}.{key}": tensor for key, tensor in moments.items()}
+        if entries.keys() & tensors.keys():  # Adam has no state before the first step
+            targets |= entries
+    if problem := misfit(tensors, targets):
+        raise UserError(f"{path}: does not fit this run: {problem}; {_START_AGAIN}")
+    with torch.no_grad():
+        for name, p in weights.items():
+            p.copy_(tensors.pop(f"weights.{name}"))
+        for name, tensor in average.items():
+            tensor.copy_(tensors.pop(f"average.{name}"))
+    for key, tensor in tensors.items():
+        name, _, entry = key.removeprefix("optimizer.").rpartition(".")
+        p = weights[name]
+        optimizer.state[p][entry] = tensor if entry == "step" else tensor.to(p.device)
+    return metadata
+
+
+def read_progress(path: Path, metadata: dict[str, Any]) -> Progress:
+    """The progress in a state file's metadata.
+
+    Raises:
+        UserError: it is missing or of another form.
+    """
+    values = metadata.get("progress")
+    kinds = {"step": int, "images": int, "sums": dict, "history": list, "best": dict}
+    if isinstance(values, dict) and {key: type(v) for key, v in values.items()} == kinds:
+        return Progress(**values)
+    raise UserError(f"{path}: found no progress of a run; {_START_AGAIN}")
+
+
+def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        tensors, metadata = read_tensors(path)
+    except UserError as error:
+        raise UserError(f"{error}; {_START_AGAIN}") from None
+    if metadata.get("kind") != "state":
+        raise UserError(
+            f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'state'; "
+            f"{_START_AGAIN}"
+        )
+    return tensors, metadata

@@ -1,0 +1,259 @@
+"""Folders of label maps, of any tool: files matched by stem and scored."""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nucsam.config import compiled
+from nucsam.data import folders
+from nucsam.data.images import IMAGES, LABELS, read_image, read_label
+from nucsam.data.samples import attempt, read_nuclei
+from nucsam.errors import UserError
+from nucsam.files import shortened
+from nucsam.progress import with_bar
+from nucsam.score.metrics import Protocol, protocol_named, score_maps
+from nucsam.score.tables import image_row, scored
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The files of one image; `name` is the stem, or `ORGAN_STEM` where organs share a stem."""
+
+    name: str
+    organ: str
+    truth: Path
+    pred: Path
+    vague: Path | None
+
+
+class _File(NamedTuple):
+    organ: str
+    stem: str
+    path: Path
+    vague: Path | None = None
+
+    @property
+    def long_name(self) -> str:
+        return f"{self.organ}_{self.stem}"
+
+
+def _label_files(folder: Path, suffixes: Sequence[str]) -> dict[str, _File]:
+    """Name -> file, of a folder and of its sub-folders, which are organs."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected a folder of label maps")
+    organs = {"": folder} | {
+        path.name: path for path in folders.list_folder(folder) if path.is_dir()
+    }
+    problems: list[str] = []
+    files = [
+        _File(organ, stem, path)
+        for organ, place in organs.items()
+        for stem, path in folders.files_by_stem([place], suffixes, problems).items()
+    ]
+    if not files:
+        kinds = ", ".join(suffixes)
+        raise UserError(f"{folder}: found no {kinds} file in it or in its sub-folders")
+    stems = Counter(file.stem for file in files)
+    by_name: dict[str, _File] = {}
+    for file in files:
+        name = file.long_name if file.organ and stems[file.stem] > 1 else file.stem
+        first = by_name.setdefault(name, file)
+        if first is not file:
+            problems.append(f"{file.path}: found the image of {first.path} again")
+    folders.raise_problems(folder, problems)
+    return by_name
+
+
+def _by_any_name(files: dict[str, _File]) -> dict[str, _File]:
+    """Name or ORGAN_STEM -> file: the other folder may need the organ where this one does not."""
+    return {file.long_name: file for file in files.values()} | files
+
+
+def _truth_files(folder: Path) -> dict[str, _File]:
+    """Name -> file, of a data set as `nucsam train` takes it or of a folder of label maps."""
+    plain = (folder / "labels").is_dir() or (folder / "annotations").is_dir()
+    if plain or any(folder.glob("*/label masks*")):
+        records = folders.find_records(folder)
+        return {r.name: _File(r.organ, r.name, r.label, r.vague) for r in records}
+    return _label_files(folder, LABELS)
+
+
+def find_pairs(
+    truth: str | Path, pred: str | Path, vague: str | Path | None = None, *, organ: str = ""
+) -> tuple[list[Pair], list[str], list[str]]:
+    """Pair the files that have the same stem.
+
+    Args:
+        truth: folder of .tif, .tiff, .png or .npy label maps, flat or with a sub-folder for each
+            organ; or a data set in NuInsSeg's or the plain layout, with its vague areas. Outlines
+            in `annotations` are taken to be of an image of the prediction's size.
+        pred: folder of label maps, flat or with sub-folders.
+        vague: folder of masks, nonzero = vague.
+        organ: regular expression searched in the name; its first group, or else the whole match,
+            is the organ.
+
+    Returns:
+        The pairs, names of truths without a prediction, and names of predictions without a truth.
+
+    Raises:
+        UserError: a folder is missing or empty, files clash, or no names match.
+    """
+    pattern = compiled("organ", organ)
+    truths, predictions = _truth_files(Path(truth)), _label_files(Path(pred), LABELS)
+    masks = _label_files(Path(vague), tuple({*IMAGES, *LABELS})) if vague else {}
+    predicted, unsure = _by_any_name(predictions), _by_any_name(masks)
+    missing = sorted(truths.keys() - predicted.keys())
+    used = {predicted[name] for name in truths.keys() & predicted.keys()}
+    extra = sorted(name for name, file in predictions.items() if file not in used)
+    if not used:
+        names = f"found {shortened(extra)}, expected {shortened(missing)}"
+        raise UserError(f"no file of {pred} has the stem of one in {truth}: {names}")
+    pairs = []
+    for name in sorted(truths.keys() & predicted.keys()):
+        file = truths[name]
+        place = folders.first_group(pattern, name) or file.organ
+        mask = unsure[name].path if name in unsure else file.vague
+        pairs.append(Pair(name, place, file.path, predicted[name].path, mask))
+    return pairs, missing, extra
+
+
+def read_vague(path: str | Path) -> np.ndarray:
+    """bool (H, W): the nonzero pixels of an image file or of a .npy label map."""
+    if Path(path).suffix.lower() == ".npy":
+        return read_label(path) != 0
+    return read_image(path).any(axis=-1)
+
+
+def score_pair(pair: Pair, protocols: Sequence[Protocol], connected: bool = False) -> list[dict]:
+    """A row of one image for each protocol.
+
+    Raises:
+        UserError: the files cannot be read or scored; names them.
+    """
+    pred = read_label(pair.pred)
+    truth = read_nuclei(pair.truth, pred.shape)
+    vague = read_vague(pair.vague) if pair.vague else None
+    rows = []
+    for protocol in protocols:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                score = score_maps(truth, pred, vague=vague, protocol=protocol, connected=connected)
+            except UserError as error:
+                raise UserError(f"{pair.pred} against {pair.truth}: {error}") from error
+        warned = [f"{pair.name}: {warning.message}" for warning in caught]
+        rows.append(image_row(pair.name, pair.organ, score, warned))
+    return rows
+
+
+def protocols_for(
+    protocol: str,
+    *,
+    vague: bool = False,
+    iou: float | None = None,
+    at_least: bool = False,
+    zone: int | None = None,
+) -> list[Protocol]:
+    """The named protocol and, where vague areas are known, its variant without them.
+
+    Args:
+        protocol: name in PROTOCOLS.
+        vague: whether vague areas are known.
+        iou: matching threshold instead of the protocol's, 0..1.
+        at_least: match at IoU >= iou rather than >.
+        zone: `zone_width` instead of the protocol's, px.
+
+    Raises:
+        UserError: there is no such protocol, or a number is out of range.
+    """
+    protocols = [protocol_named(protocol)]
+    if vague and protocols[0].without_vague:
+        protocols.append(protocol_named(protocols[0].without_vague))
+    changes = {"iou": iou, "strict": False if at_least else None, "zone_width": zone}
+    changes = {rule: value for rule, value in changes.items() if value is not None}
+    if not changes:
+        return protocols
+    return [replace(rules, name=f"{rules.name} (changed)", **changes) for rules in protocols]
+
+
+def score_folders(
+    truth: str | Path,
+    pred: str | Path,
+    *,
+    vague: str | Path | None = None,
+    protocol: str = "nuinsseg",
+    iou: float | None = None,
+    at_least: bool = False,
+    zone: int | None = None,
+    connected: bool = False,
+    organ: str = "",
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Score a folder of predicted label maps against a folder of true ones.
+
+    Args:
+        truth, pred, vague, organ: as of `find_pairs`.
+        protocol, iou, at_least, zone: as of `protocols_for`.
+        connected: as of `score_maps`.
+        workers: processes; 0 = one for each core, at most 8, and only one for a few images.
+
+    Returns:
+        {"scores": [a `scored` dict for each protocol], "missing": names, "extra": names,
+        "warnings": texts}
+
+    Raises:
+        UserError: names every file that cannot be scored.
+    """
+    pairs, missing, extra = find_pairs(truth, pred, vague, organ=organ)
+    known = any(pair.vague for pair in pairs)
+    protocols = protocols_for(protocol, vague=known, iou=iou, at_least=at_least, zone=zone)
+    if workers < 0:
+        raise UserError(f"workers: found {workers}, expected 0 or more")
+    workers = workers or min(os.cpu_count() or 1, 8, 1 + len(pairs) // 16)
+    score = partial(score_pair, protocols=protocols, connected=connected)
+    results = list(with_bar(_score_all(score, pairs, workers), len(pairs), "Scoring"))
+    problems = [str(result) for result in results if isinstance(result, UserError)]
+    folders.raise_problems(f"{len(pairs)} images", problems)
+    return {
+        "scores": [scored(rows, rules) for rows, rules in zip(zip(*results), protocols)],
+        "missing": missing,
+        "extra": extra,
+        "warnings": [warning for rows in results for warning in rows[0]["warnings"]],
+    }
+
+
+def _score_all(
+    score: Callable[[Pair], list[dict]], pairs: Sequence[Pair], workers: int
+) -> Iterator[list[dict] | UserError]:
+    """The rows of each pair, or its error, in order, from `workers` processes."""
+    work = partial(attempt, score)
+    if workers == 1:
+        yield from map(work, pairs)
+        return
+    # A forked child of a process with threads, such as the bar's, may hang.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as executor:
+        yield from executor.map(work, pairs, chunksize=max(1, len(pairs) // (8 * workers)))
+
+
+def remarks(results: dict) -> list[str]:
+    """What `score_folders` left out or warned of, one sentence each, for a person."""
+    beside = f"are not scored, beside {len(results['scores'][0]['images'])} images that are"
+    left_out = {
+        "true label maps without a prediction": results["missing"],
+        "predictions without a true label map": results["extra"],
+    }
+    sentences = [
+        f"{len(names)} {kind} {beside}: {shortened(names, 20)}"
+        for kind, names in left_out.items()
+        if names
+    ]
+    return sentences + results["warnings"]

@@ -1,0 +1,211 @@
+"""Scores of a model on images of its data set: in training, and of a finished run."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from nucsam.config import Config
+from nucsam.data.draw import overlay, write_png
+from nucsam.data.samples import Samples
+from nucsam.data.splits import find_split, identity
+from nucsam.errors import UserError
+from nucsam.model.network import build_model
+from nucsam.predict.devices import autocast_dtype, find_device, uses_gpu
+from nucsam.predict.predictor import Predictor
+from nucsam.run.checkpoint import open_run
+from nucsam.run.directory import RunDirectory
+from nucsam.score.metrics import score_maps
+from nucsam.score.pairs import protocols_for
+from nucsam.score.tables import HEADLINE, image_row, scored
+
+PROTOCOL = "nuinsseg"
+SMALLEST_TILE = 1024  # px: images of the usual data sets are one tile, so that no seam is scored
+
+
+def score_images(
+    net: nn.Module,
+    config: Config,
+    samples: Samples,
+    indices: Sequence[int],
+    accelerator: Accelerator,
+    *,
+    tta: bool = False,
+) -> list[dict[str, Any]]:
+    """Scores of images by each variant of NuInsSeg's protocol.
+
+    The processes share the images round-robin; each image is scored once.
+
+    Args:
+        net: the model, on the accelerator's device.
+        config: its configuration.
+        samples: images with labels.
+        indices: of the samples to score.
+        accelerator: of this launch.
+        tta: average over the eight flips and turns.
+
+    Returns:
+        One dict of `nucsam.score.tables.scored` per protocol, the same on every process.
+    """
+    indices = list(indices)
+    share = indices[accelerator.process_index :: accelerator.num_processes]
+    vague = any(samples.records[i].vague for i in indices)
+    protocols = protocols_for(PROTOCOL, vague=vague)
+    was_training = net.training
+    net.eval()
+    rows = []
+    predictor = scoring_predictor(net, config, tta=tta)
+    for index, label in zip(share, predictor.predict_many(samples[i].image for i in share)):
+        record, sample = samples.records[index], samples[index]
+        for protocol in protocols:
+            score = score_maps(sample.label, label, vague=sample.vague, protocol=protocol)
+            rows.append((index, image_row(record.name, record.organ, score)))
+    net.train(was_training)
+    if accelerator.num_processes > 1:
+        rows = gather_object(rows)
+    place = {index: k for k, index in enumerate(indices)}
+    rows = [row for _, row in sorted(rows, key=lambda pair: place[pair[0]])]
+    return [scored(rows[k :: len(protocols)], protocol) for k, protocol in enumerate(protocols)]
+
+
+def headline(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Mean over images of Dice, AJI and PQ by the first protocol, 0 to 1."""
+    return {name: results[0]["summary"]["mean"][name] for name in HEADLINE}
+
+
+def score_run(
+    path: Path, *, untrained: bool = False, root: str = "", overlays: Path | None = None
+) -> dict[str, Any]:
+    """Score a run's test images with the weights of its best epoch.
+
+    With `data.fold = "all"` the inner split is scored. Writes scores.json if the run is scored as
+    it stands: trained, on the images where they were.
+
+    Args:
+        path: run directory.
+        untrained: score the model as it was before the first step.
+        root: folder of the images, if it has moved.
+        overlays: folder for one PNG per image, with contours of ground truth and prediction.
+
+    Returns:
+        The content of scores.json.
+
+    Raises:
+        UserError: a file is missing or damaged, or the images are not those of the training.
+    """
+    net, config, base, metadata = open_run(path)
+    if untrained:
+        net = build_model(config.model, base, seed=config.train.seed)
+    data = replace(config.data, root=root or config.data.root)
+    try:
+        records, split = find_split(data)
+    except UserError as error:
+        hint = "" if root else "; where the images have moved: --data FOLDER"
+        raise UserError(f"{error}{hint}") from None
+    images = identity(records)
+    if metadata.get("images", images) != images:
+        raise UserError(
+            f"{data.root}: found other images than {path} was split on, so that test images may "
+            "have been trained on; expected the same names, organs and groups"
+        )
+    indices = split.test or split.inner
+    samples = Samples([records[i] for i in indices], memory_gib=data.memory)
+    accelerator = scoring_accelerator(metadata)
+    net = accelerator.prepare_model(net, evaluation_mode=True)  # as training scores it
+    results = score_images(net, config, samples, range(len(samples)), accelerator)
+    scores = describe_scores(
+        results, metadata, of="test" if split.test else "inner", untrained=untrained
+    )
+    if overlays is not None:
+        _write_overlays(net, config, samples, overlays)
+    if not untrained and not root:
+        RunDirectory(path).write_scores(scores)
+    return scores
+
+
+def describe_scores(
+    results: list[dict[str, Any]], metadata: dict[str, Any], *, of: str, untrained: bool
+) -> dict[str, Any]:
+    """The content of scores.json: what a reader must know of the scores, then the scores.
+
+    Args:
+        results: of `score_images`.
+        metadata: the adapter's.
+        of: "test" or "inner", the split that was scored.
+        untrained: whether the model was scored as it was before the first step.
+    """
+    config = metadata["config"]
+    return {
+        "images_of": of,
+        "untrained": untrained,
+        "epoch": 0 if untrained else metadata["selected"]["epoch"],
+        "epoch_chosen_by": f"{config['train']['best']} on the {config['data']['select']} split",
+        "base": metadata["base"],
+        "split": {key: config["data"][key] for key in ("split", "folds", "fold", "group", "seed")},
+        "seed": config["train"]["seed"],
+        "headline": headline(results),
+        "scores": results,
+    }
+
+
+def scores_sentence(scores: dict[str, Any]) -> str:
+    """The headline scores in percent, with what a reader must know of them."""
+    numbers = [f"{name.upper()} {100 * value:.1f}" for name, value in scores["headline"].items()]
+    images = f"{scores['images_of']} images"
+    if scores["untrained"]:
+        return f"untrained model, {images}: {', '.join(numbers)}"
+    on_test = scores["epoch_chosen_by"].endswith("test split")
+    warning = ", THE IMAGES SCORED HERE" if on_test else ""
+    return (
+        f"epoch {scores['epoch']} (chosen by {scores['epoch_chosen_by']}{warning}), {images}, "
+        f"one seed, base {scores['base']['source']}: {', '.join(numbers)}"
+    )
+
+
+def scoring_accelerator(metadata: dict[str, Any]) -> Accelerator:
+    """An accelerator in the precision of a run's training; fp32 for fp16 on a CPU."""
+    on_gpu = uses_gpu()
+    precision = metadata.get("precision", "no")
+    if precision == "fp16" and not on_gpu:
+        precision = "no"
+    return Accelerator(cpu=not on_gpu, mixed_precision=precision)
+
+
+def scoring_predictor(net: nn.Module, config: Config, *, tta: bool = False) -> Predictor:
+    """The predictor that scores a run."""
+    return Predictor(
+        net,
+        scale=config.data.scale,
+        instances=config.instances,
+        tile=max(SMALLEST_TILE, config.data.crop),
+        batch=config.train.batch,
+        tta=tta,
+    )
+
+
+def open_predictor(path: Path) -> Predictor:
+    """The predictor that scored the run in `path`, in the precision of its training.
+
+    Raises:
+        UserError: a file of the run is missing or damaged.
+    """
+    net, config, _, metadata = open_run(path)
+    device = find_device("auto")
+    predictor = scoring_predictor(net.to(device), config)
+    predictor.autocast = autocast_dtype(metadata.get("precision"), device)
+    return predictor
+
+
+def _write_overlays(net: nn.Module, config: Config, samples: Samples, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    net.eval()
+    images = (samples[i].image for i in range(len(samples)))
+    labels = scoring_predictor(net, config).predict_many(images)
+    for index, label in enumerate(labels):
+        record, sample = samples.records[index], samples[index]
+        name = f"{record.organ}_{record.name}" if record.organ else record.name
+        write_png(folder / f"{name}.png", overlay(sample.image, sample.label, label))

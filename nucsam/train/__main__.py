@@ -1,0 +1,8 @@
+"""`accelerate launch -m nucsam.train`: the command `nucsam train` in each launched process."""
+
+import sys
+
+from nucsam.cli import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command(["train", *sys.argv[1:]]))

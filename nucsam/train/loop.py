@@ -1,0 +1,235 @@
+"""The training loop of one fold, from top to bottom: fit, epoch, step, validate."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nucsam.config import Config, Train, load_config
+from nucsam.data.augment import augment
+from nucsam.errors import UserError
+from nucsam.model.network import build_model
+from nucsam.run.checkpoint import load_adapter, put_weights
+from nucsam.score.runs import describe_scores, headline, score_images, scores_sentence
+from nucsam.train.progress import StepBar, console, epoch_speed, print_epoch, warn_if_worse
+from nucsam.train.signals import Sigterm
+from nucsam.train.training import Training
+
+CHECK_STEPS = 20  # optimizer steps between checks of the loss, each of which waits for the device
+
+
+def fit(
+    config: Config | str | Path,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    build: Callable[..., nn.Module] = build_model,
+) -> dict[str, Any]:
+    """Train one fold, keep its best epoch, and score its test images.
+
+    Args:
+        config: a configuration, or the path of a TOML file.
+        out: run directory; new or empty, unless `resume` is on.
+        resume: continue the run in `out`, or start it where there is none.
+        build: makes the model from `(config.model, base, seed=, checkpoint=)`. The model must have
+            the methods of `nucsam.model.network.Nucsam`.
+
+    Returns:
+        The content of scores.json. With `data.fold = "all"` the inner split is scored.
+
+    Raises:
+        UserError: a setting, an image or a file is wrong; a loss is not finite; the device has too
+            little memory.
+        SystemExit: SIGTERM has arrived; the state is saved.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config)
+    training = Training(config, Path(out), resume=resume, build=build)
+    progress = training.progress
+    if training.base.extra and not progress.step and not progress.history:
+        # The base is a trained model: epoch 0 shows later whether training made it worse.
+        training.log({"epoch": 0, "step": 0, **validate(training)}, validated=True)
+    training.net.train()
+    bar = StepBar(
+        steps=training.steps,
+        done=progress.step,
+        step_images=_step_images(training),
+        shown=training.accelerator.is_main_process,
+    )
+    with bar, Sigterm() as sigterm, _memory_advice(config):
+        while progress.epochs < config.train.epochs:
+            epoch(training, bar, sigterm)
+    scores = score_best(training)
+    _leave(training)
+    return scores
+
+
+def epoch(training: Training, bar: StepBar, sigterm: Sigterm) -> None:
+    """Run the steps of an epoch that are not done yet, validate if it is time, and log."""
+    t = training.config.train
+    batches = training.batches
+    progress = training.progress
+    accelerator = training.accelerator
+    number = progress.epochs
+    done = progress.step - number * batches.steps  # all of them, if only the log line is missing
+    batches.set_epoch(number, skip=done * t.accumulate)
+    micro_batches = iter(training.loader)
+    began = time.monotonic()
+    for _ in range(done, batches.steps):
+        step(training, micro_batches)
+        bar.show(progress.step, f"epoch {number + 1}/{t.epochs}")
+        if progress.step % CHECK_STEPS == 0:
+            training.check_losses()
+        if sigterm.stop_requested(accelerator):
+            training.save()
+            raise SystemExit(128 + signal.SIGTERM)
+        if time.monotonic() - training.saved_at > 60 * t.save_minutes:
+            training.save()
+
+    seconds = time.monotonic() - began
+    line = {"epoch": number + 1, "step": progress.step, **training.take_mean_losses()}
+    peak = training.optimizer.param_groups[-1]["peak"]
+    line["lr"] = peak * rate(progress.step - 1, training.steps, batches.steps, t)
+    images = (batches.steps - done) * _step_images(training)
+    line |= epoch_speed(accelerator.device, seconds, images)
+    validated = (number + 1) % t.validate_every == 0 or number + 1 == t.epochs
+    if validated:
+        line |= validate(training)
+    training.log(line, validated=validated)
+    accelerator.log({k: v for k, v in line.items() if k != "step"}, step=progress.step)
+    if accelerator.is_main_process:
+        print_epoch(line)
+
+
+def step(training: Training, micro_batches: Iterator[dict[str, Tensor]]) -> None:
+    """One optimizer step over `train.accumulate` micro-batches."""
+    d, t = training.config.data, training.config.train
+    accelerator = training.accelerator
+    progress = training.progress
+
+    # Set the learning rate.
+    factor = rate(progress.step, training.steps, training.batches.steps, t)
+    for group in training.optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+    # Accumulate gradients; processes exchange them with the last micro-batch only.
+    for micro in range(t.accumulate):
+        images, labels, counted, largest_id = _augmented(training, next(micro_batches))
+        last = micro == t.accumulate - 1
+        with nullcontext() if last else accelerator.no_sync(training.ddp):
+            maps = training.ddp(images, (d.crop, d.crop))
+            terms = training.net.loss(maps, labels, counted, largest_id, training.config.loss)
+            accelerator.backward(sum(terms.values()).mean() / t.accumulate)
+        training.add_losses(terms)
+
+    # Clip, step, average.
+    accelerator.clip_grad_norm_(list(training.weights.values()), t.clip)
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    progress.step += 1
+    if training.average:
+        decay = min(t.ema, (1 + progress.step) / (10 + progress.step))
+        _update_average(training.average, training.weights, decay)
+
+
+def validate(training: Training) -> dict[str, float]:
+    """Mean Dice, AJI and PQ of the weights to keep on the selecting images, 0 to 1."""
+    current = {name: p.detach().clone() for name, p in training.weights.items()}
+    put_weights(training.net, training.average or current, training.run.path)
+    scored = score_images(
+        training.net,
+        training.config,
+        training.samples,
+        training.select,
+        training.accelerator,
+    )
+    put_weights(training.net, current, training.run.path)
+    training.net.train()
+    return headline(scored)
+
+
+def score_best(training: Training) -> dict[str, Any]:
+    """Score the best epoch on the test images, and write and print the scores."""
+    config = training.config
+    accelerator = training.accelerator
+    accelerator.wait_for_everyone()  # the main process has written the adapter
+    metadata = load_adapter(training.run.adapter_file, training.net, training.base)
+    scored = score_images(training.net, config, training.samples, training.score, accelerator)
+    scores = describe_scores(scored, metadata, of=training.scored_split, untrained=False)
+    if accelerator.is_main_process:
+        training.run.write_scores(scores)
+        warn_if_worse(training.progress.history, config.train.best)
+        console.print(scores_sentence(scores))
+    return scores
+
+
+def rate(step: int, steps: int, epoch_steps: int, t: Train) -> float:
+    """The learning rate of an optimizer step as a fraction of its peak.
+
+    Args:
+        step: optimizer step, from 0.
+        steps: optimizer steps of the whole training.
+        epoch_steps: optimizer steps of an epoch.
+        t: schedule, warm-up and decay.
+    """
+    if t.schedule == "step":
+        return t.gamma ** (step // (t.step_epochs * epoch_steps))
+    warmup = max(1, round(t.warmup * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _augmented(training: Training, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Images, label maps and counted pixels on the device; the largest id, found on the CPU."""
+    d = training.config.data
+    largest_id = int(batch["label"].max())
+    device = training.accelerator.device
+    windows = [batch[k].to(device, non_blocking=True) for k in ("image", "label", "counted")]
+    crops = augment(
+        *windows, batch["draws"], crop=d.crop, scale=d.scale, config=training.config.augment
+    )
+    return *crops, largest_id
+
+
+@torch.no_grad()
+def _update_average(average: dict[str, Tensor], weights: dict[str, Tensor], decay: float) -> None:
+    current = [p.detach() for p in weights.values()]
+    torch._foreach_lerp_(list(average.values()), current, 1 - decay)
+
+
+def _step_images(training: Training) -> int:
+    """Images of all processes per optimizer step."""
+    t = training.config.train
+    return t.batch * t.accumulate * training.accelerator.num_processes
+
+
+@contextmanager
+def _memory_advice(config: Config) -> Iterator[None]:
+    """Turn running out of device memory into a UserError with the settings that help."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        d, t = config.data, config.train
+        raise UserError(
+            f"out of device memory with train.batch={t.batch} crops of data.crop={d.crop} px, "
+            f"{round(d.crop * d.scale)} px to the model (data.scale={d.scale:g}), "
+            f"train.checkpoint={str(t.checkpoint).lower()}. Try, in this order: "
+            f"train.precision=fp16; train.batch={max(1, t.batch // 2)} "
+            f"train.accumulate={2 * t.accumulate}, the same training with half the images at a "
+            f"time; train.checkpoint=true; data.crop={d.crop // 2}. ({error})"
+        ) from error
+
+
+def _leave(training: Training) -> None:
+    """End trackers and processes. Without the barrier gloo sometimes aborts at interpreter exit."""
+    training.accelerator.end_training()
+    if torch.distributed.is_initialized():
+        training.accelerator.wait_for_everyone()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,76 @@
+"""What a training prints: a progress bar, speed and memory, a line per epoch."""
+
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nucsam.score.tables import HEADLINE
+
+console = Console()
+
+
+class StepBar(Progress):
+    """A progress bar over optimizer steps with the rate in images; shown by one process only."""
+
+    def __init__(self, *, steps: int, done: int, step_images: int, shown: bool) -> None:
+        counts = TextColumn("{task.completed}/{task.total} steps, {task.fields[rate]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), counts, TimeRemainingColumn())
+        super().__init__(*columns, console=console, disable=not shown)
+        self.task = self.add_task("", total=steps, completed=done, rate="")
+        self.step_images = step_images
+
+    def show(self, step: int, text: str) -> None:
+        speed = self.tasks[0].speed
+        rate = f"{speed * self.step_images:.1f} images/s" if speed else ""
+        self.update(self.task, completed=step, description=text, rate=rate)
+
+
+def epoch_speed(device: torch.device, seconds: float, images: int) -> dict[str, float]:
+    """Time and memory of an epoch.
+
+    Memory is the peak allocated on a GPU; on a CPU it is what is resident at the end.
+    """
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+    return {
+        "seconds": round(seconds, 3),
+        "images_per_second": round(images / seconds, 3),
+        "memory_gib": round(memory / 2**30, 3),
+    }
+
+
+def print_start(facts: dict[str, Any], device: torch.device) -> None:
+    """One line about what trains on what, from the facts of environment.json."""
+    images = ", ".join(f"{count} {name}" for name, count in facts["images"].items())
+    console.print(
+        f"trains {facts['parameters_trainable']:,} of {facts['parameters']:,} parameters on base "
+        f"{facts['base']}; images: {images}; {facts['processes']} process(es) on {device.type}, "
+        f"{facts['precision']}"
+    )
+    if facts["base"].startswith("none"):
+        print_warning("random base weights: the scores say nothing about MobileSAM")
+
+
+def print_epoch(line: dict[str, Any]) -> None:
+    """One line of metrics.jsonl for a person: loss, speed and, where validated, percent scores."""
+    speed = f"{line['images_per_second']:.1f} images/s"
+    scores = [f"{name.upper()} {100 * line[name]:.1f}" for name in HEADLINE if name in line]
+    text = f"epoch {line['epoch']}: loss {line['loss']:.3f}, {speed}"
+    console.print(f"{text}; {', '.join(scores)}" if scores else text)
+
+
+def print_warning(text: str) -> None:
+    console.print(text, style="yellow", markup=False)
+
+
+def warn_if_worse(history: list[dict[str, Any]], metric: str) -> None:
+    """Warn where a run that started from a trained model ends below it."""
+    first, last = history[0], history[-1]
+    if first["epoch"] == 0 and last[metric] < first[metric]:
+        print_warning(
+            f"training made it worse: {metric} {100 * first[metric]:.1f} at epoch 0, "
+            f"{100 * last[metric]:.1f} at the end; the kept weights are those of the best epoch"
+        )

@@ -1,0 +1,377 @@
+"""What one training holds: set up from a configuration, then logged, saved and restored."""
+
+import atexit
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import LoggerType
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from nucsam import __version__
+from nucsam.config import Config, Train
+from nucsam.data.augment import window
+from nucsam.data.folders import Record
+from nucsam.data.images import read_mpp
+from nucsam.data.samples import Crops, EpochBatches, Samples
+from nucsam.data.splits import find_split, identity
+from nucsam.errors import UserError
+from nucsam.model.network import calibrated
+from nucsam.model.weights import Base, load_base
+from nucsam.predict.devices import uses_gpu
+from nucsam.processes import check_joined
+from nucsam.run import checkpoint
+from nucsam.run.checkpoint import Progress
+from nucsam.run.directory import RunDirectory
+from nucsam.train.progress import print_start, print_warning
+from nucsam.train.signals import ignore_sigterm, kill_workers
+
+CALIBRATION_IMAGES = 16  # crops that set a random base's BatchNorm statistics
+PACKAGES = "torch torchvision timm accelerate safetensors numpy scipy scikit-image"
+
+
+class Training:
+    """One training. Every process counts and reads; only the main one writes.
+
+    Attributes:
+        config, run, accelerator: settings, directory, devices.
+        samples: decoded images. `train`, `select` and `score` index those to train on, to choose
+            the epoch by, and to score at the end; `scored_split` is "test" or "inner".
+        batches, loader: crops of an epoch in optimizer steps.
+        base, net, ddp: base weights, the model, and the model as the accelerator prepares it.
+        weights: trainable tensors of `net`, by name. `average`: their running average; empty where
+            EMA is off.
+        facts: JSON values of the adapter's metadata. Resuming needs the same.
+        progress: how far the run has come. `loss_sums`: of each term over the epoch's images.
+    """
+
+    def __init__(
+        self, config: Config, out: Path, *, resume: bool, build: Callable[..., nn.Module]
+    ) -> None:
+        """Set up, and restore where the run resumes.
+
+        Checks everything that a user can get wrong before it writes anything. Arguments and errors
+        are those of `nucsam.train.loop.fit`.
+        """
+        self.config = config
+        self.accelerator = _accelerator(config.train, out)
+        self.run = RunDirectory(out)
+        self.run.check(config, resume=resume)
+        self._load_images()
+        self._load_model(build)
+        self.progress = Progress()
+        self.loss_sums: dict[str, Tensor] = {}
+        self.saved_at = time.monotonic()
+        if resume and self.run.state_file.is_file():
+            self.restore()
+        elif resume and self.accelerator.is_main_process:
+            print_warning(f"resume: {out} holds no saved state; a new run starts")
+        self._write_start()
+        self.accelerator.init_trackers("nucsam", config.flat())
+
+    def _load_images(self) -> None:
+        d = self.config.data
+        main = self.accelerator.is_main_process
+        records, split = find_split(d)
+        on_test = d.select == "test"
+        self.train = split.train + split.inner if on_test else split.train
+        self.select = split.test if on_test else split.inner
+        self.score = split.test or split.inner
+        self.scored_split = "test" if split.test else "inner"
+        if not self.train or not self.select:
+            raise UserError(
+                f"data.root: found {len(records)} images in {d.root}, of which {len(self.train)} "
+                f"are left to train on and {len(self.select)} to choose the epoch by; expected at "
+                "least one of each"
+            )
+        self.samples = Samples(records, memory_gib=d.memory, progress=main)
+        if not any(self.samples[i].label.any() for i in self.train):
+            raise UserError(
+                f"data.root: found no nucleus in the {len(self.train)} images of {d.root} to train "
+                "on, expected label maps with an id per nucleus; nucsam inspect "
+                f"{d.root} counts them"
+            )
+        side = max(min(size) for size in self.samples.sizes)
+        if main and d.crop > side:
+            print_warning(
+                f"data.crop: found {d.crop} px, but no image with a shorter side over {side} px; a "
+                "smaller crop is faster"
+            )
+
+    def _load_model(self, build: Callable[..., nn.Module]) -> None:
+        """Batches, base, model and optimizer."""
+        d, t = self.config.data, self.config.train
+        accelerator = self.accelerator
+        crops = Crops(self.samples, window=window(d.crop, self.config.augment), seed=t.seed)
+        self.batches = EpochBatches(
+            self.train,
+            batch=t.batch,
+            rank=accelerator.process_index,
+            processes=accelerator.num_processes,
+            accumulation=t.accumulate,
+            seed=t.seed,
+        )
+        self.loader = DataLoader(
+            crops,
+            batch_sampler=self.batches,
+            num_workers=d.workers,
+            persistent_workers=d.workers > 0,
+            pin_memory=uses_gpu(),
+            worker_init_fn=ignore_sigterm,
+        )
+        if d.workers:
+            atexit.register(kill_workers)
+        first_crops = [crops[0, i] for i in self.train[:CALIBRATION_IMAGES]]
+        self.base = _load_base(self.config, self.run, first_crops, accelerator)
+        self.net = build(self.config.model, self.base, seed=t.seed, checkpoint=t.checkpoint)
+        self.ddp = accelerator.prepare(self.net)
+        # After `prepare`, which replaces the buffers of processes on CPUs.
+        self.weights: dict[str, Tensor] = self.net.trainable()
+        self.average: dict[str, Tensor] = {}
+        if t.ema:
+            self.average = {name: p.detach().clone() for name, p in self.weights.items()}
+        groups = _parameter_groups(self.weights, t)
+        self.optimizer = accelerator.prepare(torch.optim.AdamW(groups, betas=(0.9, 0.99)))
+        self.facts = {
+            "mpp": d.mpp or _median_mpp(self.samples.records),
+            "images": identity(self.samples.records),
+            "processes": accelerator.num_processes,
+            "precision": accelerator.mixed_precision,
+        }
+
+    def _write_start(self) -> None:
+        """Write what stands in a run directory before the first step, and print it."""
+        accelerator = self.accelerator
+        random_base = self.config.model.weights == "none"
+        accelerator.wait_for_everyone()  # no process may take what is written now for an older run
+        if accelerator.is_main_process:
+            self.run.prepare(self.config)
+            if random_base:
+                checkpoint.save_random_base(self.run, self.base)
+        accelerator.wait_for_everyone()
+        if random_base:  # the main process's: calibration differs in the last bit between machines
+            self.base = checkpoint.run_base(self.run, self.config)
+        if accelerator.is_main_process:
+            facts = self._environment()
+            self.run.write_environment(facts)
+            print_start(facts, accelerator.device)
+
+    def _environment(self) -> dict[str, Any]:
+        device = self.accelerator.device
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        parameters = list(self.net.parameters())
+        images = {"train": len(self.train), self.config.data.select: len(self.select)}
+        images["test"] = len(self.score) if self.scored_split == "test" else 0
+        return {
+            "nucsam": __version__,
+            "python": platform.python_version(),
+            "packages": {name: version(name) for name in PACKAGES.split()},
+            "platform": platform.platform(),
+            "device": gpu or platform.processor() or "CPU",
+            "threads": torch.get_num_threads(),
+            "command": sys.argv,
+            "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            "parameters": sum(p.numel() for p in parameters),
+            "base": self.base.source,
+            "base_sha256": self.base.sha256,
+            "processes": self.accelerator.num_processes,
+            "precision": self.accelerator.mixed_precision,
+            "images": images,
+        }
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.batches.steps * self.config.train.epochs
+
+    @property
+    def weights_to_keep(self) -> dict[str, Tensor]:
+        """What is validated and kept: the running average, or the weights where EMA is off."""
+        return self.average or self.weights
+
+    # ---- losses ----
+
+    def add_losses(self, terms: dict[str, Tensor]) -> None:
+        """Add a batch's loss terms, each (B,), without waiting for the device."""
+        for name, term in terms.items():
+            self.loss_sums[name] = self.loss_sums.get(name, 0) + term.detach().sum()
+        self.progress.images += len(next(iter(terms.values())))
+
+    def check_losses(self) -> None:
+        """Raise UserError if a loss since the epoch began is not finite. Waits for the device."""
+        totals = {name: float(total) for name, total in self.loss_sums.items()}
+        if broken := {name: t for name, t in totals.items() if not math.isfinite(t)}:
+            raise self._not_finite(f"the loss {broken}")
+
+    def take_mean_losses(self) -> dict[str, float]:
+        """Means of the loss terms over the epoch's images of all processes; starts the next sum."""
+        self.check_losses()
+        means = torch.stack([*self.loss_sums.values()]) / self.progress.images
+        means = self.accelerator.reduce(means, "mean").tolist()
+        terms = {f"loss_{name}": value for name, value in zip(self.loss_sums, means)}
+        self.loss_sums = {}
+        self.progress.images = 0
+        return {"loss": sum(terms.values()), **terms}
+
+    def _not_finite(self, what: str) -> UserError:
+        return UserError(
+            f"{what} is not finite at or before step {self.progress.step}. Lower train.lr_head and "
+            "train.lr_adapter, or use train.precision=bf16 or fp32; --resume continues from the "
+            "last saved state"
+        )
+
+    # ---- files ----
+
+    def save(self) -> None:
+        """Write the resumable state.
+
+        Raises:
+            UserError: a loss or a weight is not finite. Nothing is written then.
+        """
+        self.check_losses()
+        if not all(bool(p.isfinite().all()) for p in self.weights.values()):
+            raise self._not_finite("a weight")
+        self.saved_at = time.monotonic()
+        if not self.accelerator.is_main_process:
+            return
+        self.progress.sums = {name: float(total) for name, total in self.loss_sums.items()}
+        scaler = self.accelerator.scaler
+        metadata = {
+            "progress": asdict(self.progress),
+            "about": self.facts,
+            "scaler": {} if scaler is None else scaler.state_dict(),
+        }
+        checkpoint.save_state(
+            self.run.state_file, self.weights, self.average, self.optimizer, metadata
+        )
+
+    def restore(self) -> None:
+        """Continue where `save` stopped.
+
+        Raises:
+            UserError: the state is damaged, of another run, or was saved with other images,
+                processes or precision.
+        """
+        path = self.run.state_file
+        metadata = checkpoint.load_state(path, self.weights, self.average, self.optimizer)
+        self.progress = checkpoint.read_progress(path, metadata)
+        saved = metadata.get("about", {})
+        for name, value in self.facts.items():
+            if saved.get(name, value) != value:
+                raise UserError(
+                    f"{path}: cannot resume with another {name}: found {saved[name]!r}, wanted "
+                    f"{value!r}; resume with the same images, number of processes and precision"
+                )
+        device = self.accelerator.device
+        self.loss_sums = {
+            name: torch.tensor(total, device=device) for name, total in self.progress.sums.items()
+        }
+        if self.accelerator.scaler is not None and metadata["scaler"]:  # empty in a state of fp32
+            self.accelerator.scaler.load_state_dict(metadata["scaler"])
+
+    def log(self, line: dict[str, Any], *, validated: bool) -> None:
+        """Add an epoch's line to metrics.jsonl, keep the weights if it is the best, and save."""
+        metric = self.config.train.best
+        progress = self.progress
+        progress.history.append(line)
+        main = self.accelerator.is_main_process
+        if validated and line[metric] > progress.best.get(metric, -1.0):
+            progress.best = line
+            if main:
+                self._save_adapter()
+        if main:
+            self.run.write_metrics(progress.history)
+        self.save()
+
+    def _save_adapter(self) -> None:
+        best = self.progress.best
+        metadata = {
+            "version": __version__,
+            "config": self.config.to_dict(),
+            "base": {"sha256": self.base.sha256, "source": self.base.source},
+            "epoch": best["epoch"],
+            **self.facts,
+            "selected": {"by": self.config.train.best, "on": self.config.data.select, **best},
+        }
+        checkpoint.save_adapter(self.run.adapter_file, self.weights_to_keep, metadata)
+
+
+def _accelerator(t: Train, out: Path) -> Accelerator:
+    on_gpu = uses_gpu()
+    trackers = LoggerType.list()
+    if t.log_with and t.log_with not in trackers:
+        raise UserError(
+            f"train.log_with: found {t.log_with!r}, expected one of {', '.join(trackers)} or ''"
+        )
+    accelerator = Accelerator(
+        cpu=not on_gpu,
+        mixed_precision=_precision(t.precision, on_gpu),
+        log_with=t.log_with or None,
+        project_dir=out,
+    )
+    check_joined(accelerator.num_processes)
+    if t.log_with and not accelerator.log_with:
+        raise UserError(
+            f"train.log_with: {t.log_with} is not installed; expected one that is, or ''"
+        )
+    return accelerator
+
+
+def _precision(setting: str, on_gpu: bool) -> str | None:
+    """Accelerate's name of a precision. A CPU computes fp16 in fp32, which a warning says."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    name = {"auto": launched, "fp32": "no"}.get(setting, setting)
+    if name == "fp16" and not on_gpu:
+        warnings.warn(
+            "train.precision: fp16 needs a GPU; computing in fp32 on this CPU", stacklevel=5
+        )
+        return "no"
+    return name
+
+
+def _load_base(
+    config: Config, run: RunDirectory, crops: list[dict[str, Tensor]], accelerator: Accelerator
+) -> Base:
+    """The base weights. Random ones that the run does not hold yet are calibrated on `crops`."""
+    if config.model.weights != "none" or run.base_file.is_file():
+        with accelerator.main_process_first():  # one process downloads
+            return checkpoint.run_base(run, config)
+    side = max(64, round(config.data.crop * config.data.scale) // 32 * 32)
+    images = torch.stack([crop["image"] for crop in crops]).float()
+    images = nn.functional.interpolate(images, size=(side, side), mode="bilinear")
+    return calibrated(load_base("none", seed=config.train.seed), images)
+
+
+def _median_mpp(records: list[Record]) -> float | None:
+    """Microns per image px: the median of what the image files say; None where none says it."""
+    values = [mpp for record in records if (mpp := read_mpp(record.image))]
+    return statistics.median(values) if values else None
+
+
+def _parameter_groups(weights: dict[str, Tensor], t: Train) -> list[dict[str, Any]]:
+    """Adapter (or encoder) and head, each with its peak rate; norms and biases do not decay."""
+    groups = []
+    for head, peak in ((False, t.lr_adapter), (True, t.lr_head)):
+        part = [p for name, p in weights.items() if _of_head(name) == head]
+        for vectors, decay in ((False, t.weight_decay), (True, 0.0)):
+            parameters = [p for p in part if (p.ndim < 2) == vectors]
+            group = {"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay}
+            if parameters:
+                groups.append(group)
+    return groups
+
+
+def _of_head(name: str) -> bool:
+    return name.startswith(("head.", "mask_decoder.")) and ".lora_" not in name

@@ -1,0 +1,154 @@
+"""Charts: what they show, in the colours of the page, and the sentences beside them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
+
+from nucsam.config import Config, override
+from nucsam.report import charts
+from nucsam.report.facts import findings
+from nucsam.run.directory import RunRecord
+
+
+def image(name, aji, organ="liver", **changes):
+    """A row of a run's scores: 50 true and 50 predicted nuclei but for `changes`."""
+    counts = {key: changes.pop(key, 0) for key in ("fn", "fp", "merges", "splits")}
+    numbers = {"n_truth": 50, "n_pred": 50, "dq": 0.6, "sq": 0.7, "dice": 0.8, "pq": 0.4}
+    return {"name": name, "organ": organ, "aji": aji, "counts": counts, **numbers, **changes}
+
+
+def record(images=(), epochs=(), config=None, **changes):
+    headline = {"dice": 0.8, "aji": 0.5, "pq": 0.4}
+    scores = {"epoch": 2, "headline": headline, "scores": [{"images": list(images)}]}
+    config = config or Config()
+    return RunRecord(Path("run"), config, list(epochs), {}, scores if images else None, **changes)
+
+
+def fold(number):
+    return override({}, [f"data.fold={number}"])
+
+
+def sentences(images, epochs=()):
+    return [finding.text for finding in findings([record(images, epochs)], {})]
+
+
+def test_findings_of_misses_and_merges():
+    images = [
+        image("a", 0.2, fn=20, fp=2, merges=9, n_pred=20),
+        image("b", 0.4, fn=4, splits=1),
+        image("c", 0.9, "skin", merges=1),
+    ]
+    assert sentences(images) == [
+        "The worst organ is liver with a mean AJI of 30.0 (2 images); "
+        "the images of all other organs have 90.0.",
+        "24 of 150 true nuclei (16 %) and 2 of 120 predicted ones (2 %) have no match: "
+        "more nuclei are missed than are false.",
+        "120 nuclei are predicted for 150 true ones: 20 % too few.",
+        "Predictions that merge nuclei: 10; nuclei that are split: 1. "
+        "This is under-segmentation, where nuclei touch. Most merges: 9 in liver, 9 in a.",
+        "Mean DQ is 60.0 and mean SQ is 70.0: finding nuclei (DQ) costs more than outlining them "
+        "(SQ).",
+        "The worst image is a with AJI 20.0; the median over images is 40.0.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"fn": 9, "fp": 10}, "(18 %) and 10 of 50 predicted ones (20 %) have no match: about as"),
+        ({"fp": 5, "fn": 3}, "more nuclei are false than are missed"),
+        ({"n_truth": 0, "fp": 50}, "0 of 0 true nuclei (–) and 50 of 50"),
+        ({"n_pred": 100}, "100 % too many"),
+        ({"n_pred": 52}, "true ones: about as many"),
+        ({"splits": 9}, "This is over-segmentation. Most splits: 9 in a."),
+        ({"merges": 2, "splits": 1}, "Both happen. Most merges: 2 in a."),
+        ({"merges": 1, "splits": 2}, "Both happen. Most splits: 2 in a."),
+        ({"dq": 0.9}, "outlining nuclei (SQ) costs more"),
+    ],
+)
+def test_findings_weigh_numbers(changes, expected):
+    texts = sentences([image("a", 0.5, **changes)])
+    assert expected in " ".join(texts)
+    assert any("true ones" in text for text in texts) == ("n_truth" not in changes)
+    assert any("merge" in text for text in texts) == bool({"merges", "splits"} & {*changes})
+
+
+def test_one_image_of_an_organ_tells_little():
+    worst = sentences([image("a", 0.2), image("b", 0.4, ""), image("c", 0.6, "")])[0]
+    assert "20.0 (1 image: too few to tell); the images of all other organs have 50.0" in worst
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([(1, 0.2), (10, 0.3)], ["The last epoch, 10, is the best (AJI 30.0 on the inner split)"]),
+        ([(1, 0.2), (9, 0.3), (10, 0.2)], []),
+        ([(4, 0.2), (6, 0.5), (10, 0.3)], ["The best epoch is 6 of 10 (AJI 50.0 on the inner"]),
+        ([(0, 0.5), (10, 0.3)], ["The best epoch is 0 of 10", "worse: AJI 50.0 at epoch 0, 30.0"]),
+        ([(1, 0.5), (10, 0.3)], ["The best epoch is 1 of 10"]),
+        ([(1, 0.2)], []),
+    ],
+)
+def test_findings_of_the_training(values, expected):
+    epochs = [{"epoch": epoch, "aji": aji} for epoch, aji in values] + [{"epoch": 11}]
+    texts = sentences([], epochs)
+    assert len(texts) == len(expected)
+    assert all(words in text for words, text in zip(expected, texts))
+
+
+def test_a_finding_points_to_its_place_and_its_fold():
+    epochs = [{"epoch": 1, "aji": 0.1}, {"epoch": 2, "aji": 0.2}]
+    runs = [record([image("a", 0.2)], epochs, fold(0)), record([image("b", 0.5)], [], fold(1))]
+    *_, worst, training = findings(runs, {"a": "image-0"})
+    assert worst.place == "image-0" and training.place == "curves"
+    assert training.text.startswith("Fold 0: The last epoch, 2, ")
+    assert findings(runs, {})[-2].place == "images"
+
+
+def test_charts_of_one_run():
+    epochs = [
+        {"epoch": 0, "dice": 0.1, "aji": 0.2, "pq": 0.3},
+        {"epoch": 1, "loss": 3.0, "loss_b": 1.0, "loss_a_c": 2.0, "lr": 0.01},
+        {"epoch": 2, "loss": 2.0, "loss_b": 0.5, "loss_a_c": 1.5, "lr": 0.0, "aji": 0.4},
+    ]
+    run = record([image("a", 0.25), image("b", 0.75), image("c", 0.1, "skin")], epochs)
+    texts = {name: chart.text for name, chart in charts.run_charts([run], [run]).items()}
+    assert texts == {
+        "loss": "Training loss by epoch: total 3 to 2; a c 2 to 1.5; b 1 to 0.5",
+        "rate": "Learning rate by epoch: fold 0 0.01 to 0",
+        "validation": "Validation: inner split by epoch: "
+        "Dice 10.0 to 10.0; AJI 20.0 to 40.0; PQ 30.0 to 30.0",
+        "organs-dice": "Mean Dice by organ: liver 80.0, skin 80.0",
+        "organs-aji": "Mean AJI by organ: skin 10.0, liver 50.0",
+        "organs-pq": "Mean PQ by organ: liver 40.0, skin 40.0",
+    }
+    drawn = charts.svg(charts.run_charts([run], [run])["validation"], "v")
+    assert ">kept<" in drawn
+    unscored = record([], epochs[:1])
+    assert list(charts.run_charts([unscored], [unscored])) == ["validation"]
+    assert charts.run_charts([record()], [record()]) == {}
+
+
+def test_charts_of_folds_and_variants():
+    epochs = [{"epoch": k, "loss": 3.0 - k, "lr": 0.1, "aji": k / 4} for k in (1, 2)]
+    runs = [record([image("a", 0.5)], epochs, fold(k), variant="x") for k in (0, 1)]
+    other = record([image("a", 0.5)], epochs, fold(0), variant="y")
+    runs[1].scores["headline"]["aji"] = 0.7
+    drawn = charts.run_charts(runs, [*runs, other, record(variant="z")])
+    assert drawn["loss"].text == "Training loss by epoch: fold 0 2 to 1; fold 1 2 to 1"
+    assert drawn["validation"].text.startswith("Validation: AJI, inner split by epoch: fold 0 25.0")
+    assert "fold 0: Dice 80.0 AJI 50.0 PQ 40.0; fold 1: Dice 80.0 AJI 70.0" in drawn["folds"].text
+    assert "x: Dice 80.0 AJI 60.0 PQ 40.0; y: Dice 80.0 AJI 50.0" in drawn["variants"].text
+
+
+def test_a_chart_takes_the_colours_of_the_page_and_its_own_ids():
+    chart = charts.organs({"a $x$ <b>": [0.1, 0.3], 'c"': [0.5]}, "AJI")
+    texts = [charts.svg(chart, name) for name in ("a", "b")]
+    assert "a $x$ &lt;b&gt;" in texts[0] and ">20.0<" in texts[0] and ">50.0<" in texts[0]
+    assert 'aria-label="Mean AJI by organ: a $x$ &lt;b&gt; 20.0, c&quot; 50.0"' in texts[0]
+    assert not re.search("#[0-9a-f]{6}", texts[0]) and "var(--s1)" in texts[0]
+    ids = [set(re.findall(r'id="([^"]+)"', text)) for text in texts]
+    assert len(ids[0]) > 10 and not ids[0] & ids[1]

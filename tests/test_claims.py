@@ -1,0 +1,86 @@
+"""Claims: one process holds a job, its children with it, and its death lets go."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from nucsam import claims
+from nucsam.claims import Claim, is_claimed, read_note
+from nucsam.errors import UserError
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from nucsam.claims import Claim
+claim = Claim.take(Path(sys.argv[1]))
+print(claim is not None, flush=True)
+time.sleep(60)
+"""
+
+
+def start_holder(path) -> tuple[subprocess.Popen, bool]:
+    """A process that takes the claim and keeps it, and whether it got it."""
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return holder, holder.stdout.readline() == "True\n"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "job.lock"
+
+
+def test_only_one_process_holds_a_claim_and_its_death_lets_go(path):
+    holder, holds = start_holder(path)
+    assert holds
+    assert is_claimed(path) and Claim.take(path) is None
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert not is_claimed(path)
+    with Claim.wait(path):
+        other, holds = start_holder(path)
+        assert not holds
+        other.kill()
+        other.wait()
+
+
+def test_a_child_holds_the_claim_of_its_parent(path):
+    claim = Claim.take(path)
+    child = subprocess.Popen(["sleep", "60"], pass_fds=(claim.descriptor,))
+    os.close(claim.descriptor)  # as the death of the parent would
+    assert is_claimed(path)
+    child.kill()
+    child.wait()
+    assert not is_claimed(path)
+
+
+def test_release_lets_go_although_a_child_lives(path):
+    claim = Claim.take(path)
+    child = subprocess.Popen(["sleep", "60"], pass_fds=(claim.descriptor,))
+    claim.release()
+    assert not is_claimed(path)
+    child.kill()
+    child.wait()
+
+
+def test_the_last_note_is_read_while_the_claim_is_held_and_after(path):
+    assert read_note(path) == {}
+    with Claim.wait(path) as claim:
+        assert read_note(path) == {}
+        claim.note({"began": 1.5, "where": "a machine with a long name"})
+        claim.note({"began": 2})
+        assert read_note(path) == {"began": 2}
+    assert read_note(path) == {"began": 2}
+
+
+@pytest.mark.parametrize("system", ["one without fcntl", "a file system without locks"])
+def test_where_there_are_no_locks_the_file_is_named(path, monkeypatch, system):
+    if system == "one without fcntl":
+        monkeypatch.setattr(claims, "fcntl", None)
+    else:
+        monkeypatch.setattr(claims.fcntl, "flock", lambda *_: os.open("/nowhere", os.O_RDONLY))
+    with pytest.raises(UserError, match=r"job\.lock"):
+        Claim.take(path)

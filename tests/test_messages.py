@@ -1,0 +1,682 @@
+"""The wording of every message, pinned here and nowhere else.
+
+`...` stands for any text, and a line break for a space. The data set `plain` is in order. TINY are
+the settings of a run of seconds, PLAIN the same on `plain`; SAME scores `plain` by itself.
+"""
+
+import errno
+import importlib.util
+import json
+import os
+import re
+import shutil
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from conftest import TINY, snapshot
+from PIL import Image
+from safetensors.torch import save_file
+
+from nucsam.cli import run_command
+from nucsam.data.folders import find_records
+from nucsam.data.images import open_image, read_image, read_label
+from nucsam.data.samples import read_nuclei
+from nucsam.errors import UserError
+from nucsam.export.merged import export_run
+from nucsam.predict.predictor import load
+from nucsam.run import checkpoint
+from nucsam.score.metrics import score_maps
+
+SETTINGS = [f"{table}.{key}={value}" for table in TINY for key, value in TINY[table].items()]
+WORDS = {
+    "TINY": SETTINGS,
+    "PLAIN": ["data.root=plain", *SETTINGS],
+    "SAME": ["--truth", "plain/labels", "--pred", "plain/labels", "--workers", "1"],
+}
+
+# A command line, what the user did, and the message. Capital words are of WORDS and SCENES.
+COMMANDS = """
+$ train data.root=nowhere TINY  # a folder that is not there
+nowhere: found no data set (no such folder), expected ... (nuinsseg) or images (plain) in it
+$ train  # no data where the default looks
+data/NuInsSeg: found no data set (no such folder), ...
+$ inspect .  # a folder too high
+.: found no data set, expected ...; did you mean binary?
+$ inspect page.pt  # an archive
+page.pt: found no data set (a file; unpack it), ...
+$ inspect flat  # images without folders
+flat: found no data set, expected ORGAN/tissue images (nuinsseg) or images (plain) in it
+$ inspect plain --layout tiles  # no layout of ours
+layout: found 'tiles', expected auto, nuinsseg or plain
+$ inspect plain --group (  # half a regular expression
+group: found '(', expected a regular expression: missing ), unterminated subpattern at position 0
+$ train PLAIN data.group=human  # a group that not every name has
+plain: found ... problem(s) plain/images/mouse_fat_1.png: ... that group='human' does not match ...
+$ train data.root=masks TINY  # labels in a folder of another name
+masks: found 12 problem(s) masks/images/human_bladder_1.png: found no label of this stem, expected
+one in masks/labels or masks/annotations ...
+$ train data.root=twice TINY  # two labels for an image
+twice: found 3 problem(s) twice/images/mouse_fat_1.tif: found the stem of mouse_fat_1.png again
+...mouse_fat_1.geojson: found twice/labels/mouse_fat_1.tif too, expected one of them ...
+$ train data.root=links TINY  # an image twice
+links: found 1 problem(s) links/images/mouse_liver_1.png: found the file of links/images/link.png
+again, expected each image once
+$ train data.root=binary TINY  # masks of 0 and 255
+12 images: found 8 problem(s) binary/labels/...: found a binary mask (... components that all have
+the value 255), expected one id per nucleus, as of skimage.measure.label ...
+$ train data.root=colour TINY  # colour masks
+12 images: ... colour/labels/...: found uint8 of shape (96, 96, 3), expected integer ids (H, W)
+$ train data.root=cut TINY  # masks of another size
+...: found 64x64 px, expected 96x96 as in cut/images/...
+$ train data.root=tiny TINY data.folds=2  # images too small
+4 images: found 4 problem(s) ...: found 40x40 px, expected at least 64 px a side ...
+$ train data.root=empty TINY  # no nuclei
+data.root: found no nucleus in the 5 images of empty ... nucleus; nucsam inspect empty counts them
+$ train data.root=few TINY data.folds=2  # too few images
+data.root: found 2 images in few, of which 1 are left to ... epoch by; expected at least one of each
+$ train PLAIN data.folds=20  # more folds than images
+folds: found 20, expected at most one per group: 12
+$ train train.epoch=3  # a typo in a key
+command line: unknown key train.epoch; did you mean train.epochs?
+$ train trian.epochs=3  # a typo in a table
+command line: unknown table [trian]; did you mean train?
+$ train scalar.toml  # a value in place of a table
+scalar.toml: found train = 3, expected a table [train]
+$ train model.head=sma  # a typo in a choice
+command line: model.head: found 'sma', expected one of 'instance', 'sam'; did you mean sam?
+$ train train.epochs=many  # a word for a number
+command line: train.epochs: found 'many' (str), expected a whole number
+$ train train.epochs=0  # no epochs
+train.epochs: found 0, expected at least 1
+$ train train.epochs=3000000000  # too many epochs
+train.epochs: found 3000000000, expected at most 2147483647
+$ train model.width=100  # a width that does not divide
+model.width: found 100, expected a positive multiple of 32
+$ train model.pattern=(  # half a pattern
+model.pattern: found '(', expected a regular expression: missing ), ...
+$ train data.crop=50 data.scale=1  # a crop that fits no stride
+data.crop * data.scale: found 50 px, expected a multiple of 32
+$ train TINY data.fold=3  # a fold out of range
+data.fold: found 3, expected 0 to 2 or 'all'
+$ train data.fold=all data.select=test  # all folds, chosen on the test images
+data.select: found 'test' with data.fold = 'all', expected 'inner'
+$ train model.norms=moving  # statistics that cannot move
+model.norms: found 'moving', expected it only with model.train = 'full' and train.checkpoint = false
+$ train augment.scale_min=2  # a range upside down
+augment.scale_max: found 1.3, expected at least scale_min = 2.0
+$ train train.epochs=3  # a validation that never comes
+train.validate_every: found 5, expected at most epochs = 3
+$ train PLAIN train.log_with=board  # no such tracker
+train.log_with: found 'board', expected one of ..., tensorboard, ... or ''
+$ train PLAIN train.log_with=aim  # a tracker that is not installed
+train.log_with: aim is not installed; expected one that is, or ''
+$ train --epochs 3  # settings as options
+no such option: --epochs (--help lists them); a setting is table.key=value, such as train.epochs=10
+$ train plain  # the folder as argument
+override: found 'plain', expected table.key=value, such as data.root=my_folder or train.epochs=10
+$ train mine.toml  # no such configuration
+mine.toml: no such configuration file
+$ train yaml.toml  # YAML
+yaml.toml: not a readable TOML file: ...
+$ train a.toml b.toml  # two configurations
+found 2 configurations (a.toml, b.toml), expected one
+$ train PLAIN model.weights=sam.pth  # weights that are not there
+model.weights: no such file: sam.pth...expected a path, 'auto' or 'none'...
+$ train PLAIN model.weights=other.pt  # weights of another model
+other.pt does not fit MobileSAM (vit_t)...unexpected: ... mobile_sam.pt or ... of nucsam export...
+$ train PLAIN model.weights=page.pt  # a web page saved as weights
+page.pt is not a whole checkpoint of tensors alone (UnpicklingError)... would run code ... Expected
+MobileSAM's mobile_sam.pt (download it again) or a file of nucsam export
+$ train PLAIN model.weights=all.pt  # a checkpoint of a training
+all.pt holds a dict under 'model', expected only tensors...: save the weights alone
+$ train PLAIN model.weights=list.pt  # a list of weights
+list.pt holds a list, expected a dict of tensors
+$ train PLAIN model.weights=sparse.pt  # sparse weights
+sparse.pt holds a tensor without dense values under 'weight'...
+$ train PLAIN model.weights=nan.pt  # weights that are not numbers
+nan.pt: found NaN or infinity in 1 tensors: weight
+$ train PLAIN model.weights=run/adapter.safetensors  # an adapter as base
+run/adapter.safetensors does not fit MobileSAM ... nucsam export...
+$ train PLAIN model.weights=auto  # no network
+mobile_sam.pt: no address serves it. https://...: <urlopen error Name or service not known> ... Put
+the file there yourself: cache/mobile_sam.pt, or set model.weights to its path, or to 'none' ...
+$ NUCSAM_CACHE=cached train PLAIN model.weights=auto  # another file in the cache
+cached/mobile_sam.pt is not MobileSAM's published ... to download it again, or ... path...
+$ WORLD_SIZE=2 train PLAIN  # processes that are not joined
+WORLD_SIZE: the launcher started 2 processes, Accelerate joined 1, so each would run alone; on CPUs
+set ACCELERATE_USE_CPU=true or use launch/cpu2.yaml
+$ predict run flat --out p --device gpu  # no such device
+...device: found 'gpu', expected auto, cpu, cuda or cuda:N
+$ predict run flat --out p --device cuda:99  # no such GPU
+...device: found 'cuda:99', but PyTorch sees ... GPU(s), so no cuda:99; expected cpu
+$ WORLD_SIZE=2 predict run flat --out p --device cuda:0  # one GPU for two processes
+...device: found 'cuda:0' for 2 processes, expected ...
+$ FULL synth full --images 1 --size 64  # a full disk
+...: [Errno 28] No space left on device; what was there before is unharmed
+$ train PLAIN model.pattern=x  # a pattern that matches nothing
+...pattern...'x'...linear layer...
+$ train PLAIN model.width=64 model.weights=merged.safetensors  # a head of another width
+merged.safetensors: found another head...model.width = 64...
+$ NUCSAM_CACHE=page.pt train PLAIN model.weights=auto  # a file for the cache
+page.pt/mobile_sam.pt: cannot be written (...), or set model.weights to its path, or to 'none' ...
+$ GPUS LOCAL_RANK=2 folds PLAIN --out OUT/f  # more processes than GPUs
+LOCAL_RANK: found 2 with the GPUs 0, 1, expected at ... CUDA_VISIBLE_DEVICES=0,0 puts two on one
+$ UNLOCKED folds PLAIN --out OUT/f  # a file system without locks
+...: cannot be locked ([Errno 37] No locks available); expected a file system with locks
+$ MEMORY predict run flat --out OUT/p  # a batch that the GPU cannot hold
+out of device memory: lower ...batch, then ...tile (no memory)
+$ MEMORY train PLAIN --out OUT/run  # a training that the GPU cannot hold
+out of device memory with train.batch=2 crops ... train.checkpoint=true; data.crop=32. (no memory)
+$ train PLAIN train.lr_head=1e30 train.ema=0 --out OUT/run  # a learning rate far too high
+the loss {...} is not finite at or before step ... Lower ... continues from the last saved state
+$ BARE export run --format onnx --out m  # the packages are not installed
+...format onnx: onnx, onnxscript, onnxruntime not installed; pip install 'nucsam[onnx]' ...
+$ BARE report run  # the packages are not installed
+...matplotlib and ...jinja2...pip install 'nucsam[report]' ...
+$ predict foreign.safetensors flat --out p  # tensors of another program
+foreign.safetensors: found no `nucsam` metadata, expected a file that nucsam wrote
+$ export run/state/last.safetensors --out m  # a state for an adapter
+run/state/last.safetensors: found a file of kind 'state', expected 'adapter'
+$ export unnamed.safetensors --out m  # an adapter without a base
+unnamed.safetensors: found metadata without base and config, expected an adapter's
+$ export lora.safetensors --out m --base none  # an adapter of another base
+lora.safetensors: trained on the base ... (none (random, seed 0)), found the base ... (none ...)
+$ export lora.safetensors --out m --base run/base.safetensors --format onnx  # no head
+lora.safetensors: found an adapter without a head,... format onnx ...
+$ export heads --out m --format adapter --without-head  # nothing but a head
+...without...head: heads trained nothing but a head
+$ evaluate wide  # the head of another width
+wide/adapter.safetensors: weights do not fit the model: ... tensors of another shape: head...
+$ evaluate baseless  # another program's tensors for the base
+baseless/base.safetensors: found a file of kind None, expected 'base'
+$ train PLAIN --out torn --resume  # a state cut off
+torn/state/last.safetensors: not a readable ...; delete it to start the run again
+$ train PLAIN --out swapped --resume  # an adapter for a state
+swapped/state/last.safetensors: found a file of kind 'adapter', expected 'state'; delete it to ...
+$ train PLAIN --out unlike --resume  # a state of another model
+unlike/state/last.safetensors: does not fit this ... weights...; delete it to start the run again
+$ train PLAIN --out stuck --resume  # a state without its progress
+stuck/state/last.safetensors: found no progress of a run; delete it to start the run again
+$ train PLAIN --out run  # a run directory that exists
+run: found files, expected a new or empty folder; give ... --resume to continue the run there
+$ train PLAIN train.seed=1 --out run --resume  # resuming with another setting
+run/config.toml: cannot resume with another ... settings, or another --out for a new run
+$ train PLAIN data.root=fewer --out run --resume  # resuming with other images
+run/state/last.safetensors: cannot resume with another ... images, number of processes and precision
+$ evaluate plain  # a folder without a run
+plain: found no config.toml, expected a run directory of nucsam train
+$ evaluate old  # a run of another version
+old/config.toml: unknown key loss.hover; known: ...
+$ evaluate begun  # a run that has just begun
+begun/adapter.safetensors: no such file: the run has not ... resume it with nucsam train --resume
+$ evaluate edited  # a run whose settings were edited
+edited/adapter.safetensors: trained with other ... edited/config.toml says: model.alpha: 8.0 -> 4.0
+$ evaluate moved  # data that has moved
+nowhere: found no data set ...; where the images have moved: --data FOLDER
+$ evaluate run --data fewer  # other data
+fewer: found other images than run was split on, so ... expected the same names, organs and groups
+$ folds data.fold=1 --out f  # a fold for all folds
+data.fold: found it on the command line; folds trains every fold without it
+$ folds PLAIN --out a=b  # an override as folder
+out: found a=b, expected a path without =, which would read as table.key=value
+$ folds PLAIN --out run  # folds in a run
+out: run is one run, expected a folder for the runs of all folds
+$ folds PLAIN --out others  # folds of another configuration
+out: holds runs of another configuration (found -> ... others/folds.toml: train.seed: 3 -> 0
+$ folds PLAIN --out f --grid model.rank=4  # a grid of one value
+grid: found 'model.rank=4', expected 'table.key=[a, b, c]' in TOML's notation, strings quoted
+$ folds PLAIN --out f --grid data.fold=[0,1]  # a grid of folds
+grid: found data.fold, expected each key once, and not data.fold
+$ folds PLAIN --out f --grid model.alpha=[8,8.0]  # a value twice in a grid
+grid: found model.alpha=8.0 twice
+$ report plain  # a report of no run
+plain: found no config.toml in it or in its sub-folders, ... train or the folder of nucsam folds
+$ report half  # a report of half a file
+half/scores.json: not JSON (Expecting ...)
+$ report listed  # a report of another document
+listed/scores.json: found a list, expected a dict
+$ evaluate --pred plain/labels  # nothing to score
+evaluate: expected either RUN, or both --truth and --pred
+$ evaluate --truth plain/labels --pred page.pt  # no folder of predictions
+page.pt: expected a folder of label maps
+$ evaluate --truth plain/labels --pred old  # a folder without label maps
+old: found no .tif, .tiff, .png, .npy file in it or in its sub-folders
+$ evaluate --truth plain/labels --pred other  # predictions of other names
+no file of other has the stem of one in plain/labels: found x, expected human_bladder_1, ...
+$ evaluate --truth plain/labels --pred double  # two files for an image
+double: found 1 problem(s) double/x.tif: found the stem of x.png again
+$ evaluate --truth plain/labels --pred cut/labels --workers 1  # predictions of another size
+12 images: found 12 problem(s) ...: found different shapes: truth (96, 96), prediction (64, 64) ...
+$ evaluate --truth flat --pred flat --protocol nuinseg  # a typo in the protocol
+protocol: found 'nuinseg', expected one of nuinsseg, nuinsseg-no-vague, nuceval, plain
+$ evaluate SAME --iou 50  # a percentage for a threshold of overlap
+protocol nuinsseg (changed): found iou 50, min_area 50, ... 0 to 1 and no other number below 0
+$ evaluate SAME --organ (  # half a pattern of organs
+organ: found '(', expected a regular expression: missing ), ...
+$ evaluate SAME --workers -1  # fewer than no processes
+workers: found -1, expected 0 or more
+$ evaluate SAME --json flat  # scores into a folder
+flat: [Errno 21] Is a directory: ...; what was there before is unharmed
+$ predict model flat --out p  # no such model
+model: found no such file, expected a run directory or a safetensors file of nucsam export
+$ predict other.pt flat --out p  # a file that is no model
+other.pt: found a .pt file, expected ... a run directory...
+$ predict run/adapter.safetensors flat --out p  # an adapter as model
+run/adapter.safetensors: found a file of kind 'adapter', expected 'merged'; ... export ...
+$ predict run none.png --out p  # no such image
+none.png: no such file or folder
+$ predict run old --out p  # a folder without images
+old: found no image, expected .png, .tif, .tiff, .jpg, .jpeg, .bmp...
+$ predict run drawing.svg --out p  # a drawing
+drawing.svg: found .svg suffix, expected .png, .tif, .tiff, .jpg, .jpeg, .bmp...
+$ predict run flat --out page.pt  # a file for a folder of results
+...out: page.pt is a file, expected a folder
+$ predict run plain/labels --out plain/labels  # results over the images
+plain/labels/human_bladder_1.tif: ...over...; expected another ...out...
+$ predict run flat plain/images --out p  # images of one stem
+plain/images/human_bladder_1.png: ...the stem of flat/human_bladder_1.png...expected ...
+$ predict run flat --out p --formats label  # a typo in the formats
+...formats: found ['label'], expected labels, geojson, csv, overlay
+$ predict run flat --out p --scale 2 --mpp 0.5  # two magnifications
+...scale, ...mpp: found both, expected one
+$ predict run flat --out p --mpp 0  # no magnification
+...mpp: found 0, expected a positive number
+$ predict run flat --out p --tile 3  # a tile too small
+...tile: found 3, expected at least 64 px
+$ predict run flat --out results  # results of other settings
+results/predict.json: ...other...: tta: True -> False; expected another ...out, or ...force
+$ predict run flat/human_bladder_1.png --out results --force  # fewer images than there are results
+results: found 1 result(s) that ...force would ..., such as results/human_bladder_2.tif; ...
+$ export run --out m --format pickle  # no such format
+...format: found 'pickle', expected one of safetensors, mobile-sam, onnx, adapter
+$ export run --out m --without-head  # a head too many
+...without... found ...format safetensors, expected adapter
+$ export run --out m --base auto  # a base too many
+...base: ...run...names its base...expected an adapter file
+$ export run --out flat  # export into a folder
+flat: found a folder, expected the name of a file
+$ export run --out other.pt  # export over a file
+other.pt: exists; ...force replaces it
+$ export run --out page.pt/m  # export under a file
+page.pt: cannot be made (...), expected a folder
+$ export unfinished --out m  # an unfinished run
+unfinished: found an unfinished run, 1 of 2 epochs; nucsam ... --out unfinished --resume finishes it
+$ export headless --out m  # scores of something else
+headless/scores.json: found no headline, expected the scores of a run
+$ synth plain  # synthetic images over others
+plain: found files there, expected a new or empty folder
+"""
+
+# A call on a file or an argument, what is wrong with it, and the message.
+CALLS = """
+> read_image none.png  # no such image
+none.png: cannot be read (FileNotFoundError: ...), expected a whole .png file
+> read_image plain  # a folder of images
+plain: found no suffix, expected .png, .tif, .tiff, .jpg, .jpeg, .bmp
+> read_image folder.png  # a folder of an image's name
+folder.png: cannot be read (found a folder or device), expected a whole .png file
+> read_image float.tif  # real numbers
+float.tif: found float64 in 0.0..0.5 of shape (9, 9), ... 16 bits in (H, W) or (H, W, 1 to 4)
+> read_image animated.png  # two frames
+animated.png: cannot be read (found 2 frames, expected one image), expected a whole .png file
+> read_image two.tif  # two images
+two.tif: cannot be read (found 2 images, expected one), expected a whole .tif file
+> read_image stack.tif  # a stack
+stack.tif: cannot be read (found axes ... of shape (5, 9, 9), expected one image), expected ...
+> read_image channels.tif  # white is zero, and each channel a page
+channels.tif: cannot be read (found a page a channel in ..., <...MINISWHITE: 0>), expected ...
+> read_image tableless.tif  # the end cut off
+tableless.tif: cannot be read (found 1 page(s) and no end of the page table), expected ...
+> read_image short.tif  # pixels cut off
+short.tif: cannot be read (found ... of ... bytes), expected a whole .tif file
+> read_image pageless.tif  # all cut off
+pageless.tif: cannot be read (found no page), expected a whole .tif file
+> SMALL read_windows palette.tif  # a large palette
+palette.tif: cannot be read by windows (found uint8 in 1 ... expected grey or RGB of 8 or 16 bits)
+> read_label negative.npy  # negative ids
+negative.npy: found ids in -1..-1, expected 0..2147483647
+> read_outlines none.geojson  # no such outlines
+none.geojson: cannot be read ([Errno 2] No such file or directory: ...), expected GeoJSON
+> read_outlines 3  # JSON, but no GeoJSON
+3.geojson: expected a FeatureCollection, a list of Features or a Feature
+> read_outlines circle  # a shape that GeoJSON lacks
+circle.geojson: feature 1: found the geometry {'type': 'Circle'}, expected a Polygon or MultiPolygon
+> read_outlines geometry  # a geometry without its Feature
+geometry.geojson: feature 1: expected a Feature with a geometry
+> read_outlines numbers  # a ring of numbers
+numbers.geojson: feature 1: found a ring that is no list of points [x, y] (...)
+> read_outlines open  # a ring that is not closed
+open.geojson: feature 1: found a ring of 3 points, expected a closed one of 4 or more
+> read_outlines far  # a coordinate of another planet
+far.geojson: feature 1: found a coordinate that is not finite or over 1e+09 px
+> read_outlines outside  # coordinates of another image
+outside.geojson: found no pixel of 9x9 px in any of 1 nuclei, expected coordinates in px
+> find_records  # an empty name
+root: found an empty path, expected a folder of images and label maps
+> find_records null  # a null byte in a name
+a\0b: cannot be listed (embedded null byte), expected a folder
+> score flat  # one dimension
+truth: found shape (9,), expected a 2-D label map (H, W)
+> score real  # probabilities
+truth: found dtype float64, expected integer ids
+> score negative  # negative ids
+truth: found ids from -1 to 0, expected 0 to 2**63 - 1
+> read_tensors none  # no such file of tensors
+none: no such file; expected one that nucsam wrote
+> forward 50  # an image of a side that no stride divides
+...50 x 64 px, expected multiples of 32...
+> magnify 99  # an image far larger than those trained on
+...found 0.0... times the magnification trained on...expected 0.125 to 8 times
+> predict floats  # an image of real numbers
+image: found float64 of shape (9, 9), expected uint8 (H, W, 3)
+"""
+
+# Command lines that succeed, and what they remark on.
+REMARKS = """
+$ train PLAIN data.crop=128 train.epochs=1 train.precision=fp16 --out OUT/new --resume  # doubtful
+data.crop: found 128 px, but no image with a shorter side over 96 px; a smaller crop is faster
+resume: OUT/new holds no saved state; a new run starts
+trains ... of ... parameters on base none (random, seed 0); images: 5 train, 3 inner, 4 test; 1
+random base weights: the scores say nothing about MobileSAM
+epoch 1: loss ..., ... images/s; DICE ..., AJI ..., PQ ...
+epoch 1 (chosen by aji on the inner split), test images, one seed, base none (random, seed 0): DICE
+warning: train.precision: fp16 needs a GPU; computing in fp32 on this CPU
+$ evaluate run --untrained  # before the first step
+untrained model, test images: DICE ..., AJI ..., PQ ...
+$ evaluate --truth plain/labels --pred binary/labels --workers 1  # masks for label maps
+human_bladder_1: prediction: found a 0/255 mask with ... connected components, scored as ONE object;
+$ evaluate --truth few/labels --pred mixed --workers 1  # predictions of other images
+1 true label maps without a prediction are not scored, beside 1 images that are: human_bladder_2
+1 predictions without a true label map are not scored, beside 1 images that are: x
+$ inspect unused --sheet OUT/sheet.png  # labels of other images
+unused: 1 labels without an image, not used; first: unused/labels/x.tif
+contact sheet: OUT/sheet.png
+$ inspect summed --sheet OUT/sheet.png  # NuInsSeg's first labels
+summed: 12 labels from 'label masks', where overlaps are sums of ids: expect spurious nuclei; first:
+$ predict run few/images --out OUT  # two images
+OUT: 2 image(s), ... nuclei, ... tiles in ... s
+$ predict run few/images --out again  # the same again
+2 image(s) with results skipped; ...force replaces them
+$ export run --out OUT/m.safetensors  # a model
+OUT/m.safetensors: ... tensors, ... values, ... MiB
+$ synth OUT/new --images 1 --size 64  # an image
+OUT/new: 1 images of 64 px
+"""
+
+
+def failing(error: Exception) -> Callable:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+def without_extras(name: str, *_: object) -> object:
+    extras = ("onnx", "onnxscript", "onnxruntime", "matplotlib", "jinja2")
+    return None if name in extras else FIND_SPEC(name)
+
+
+FIND_SPEC = importlib.util.find_spec
+NO_MEMORY = failing(torch.OutOfMemoryError("no memory"))
+SPECS = ("importlib.util.find_spec", "nucsam.report.page.find_spec")
+STEPS = ("nucsam.predict.predictor.Predictor.extract", "nucsam.train.loop.step")
+LIMITS = ("nucsam.data.images.WHOLE", "nucsam.data.images.MOST")
+SCENES = {  # what stands in for what, where a line begins with the word
+    "BARE": dict.fromkeys(SPECS, without_extras),
+    "FULL": {"tifffile.imwrite": failing(OSError(errno.ENOSPC, "No space left on device"))},
+    "GPUS": {"os.environ": os.environ | {"ACCELERATE_USE_CPU": "", "CUDA_VISIBLE_DEVICES": "0, 1"}},
+    "MEMORY": dict.fromkeys(STEPS, NO_MEMORY),
+    "SMALL": dict.fromkeys(LIMITS, 3),
+    "UNLOCKED": {"fcntl.flock": failing(OSError(errno.ENOLCK, "No locks available"))},
+}
+ZEROS = np.zeros((9, 9), int)
+GREY = np.zeros((64, 64, 1), np.uint8)
+MAPS = {"flat": ZEROS[0], "real": ZEROS / 2, "negative": ZEROS - 1}
+FUNCTIONS = {
+    "read_image": read_image,
+    "read_label": read_label,
+    "read_windows": open_image,
+    "read_outlines": lambda name: read_nuclei(Path(name).with_suffix(".geojson"), (9, 9)),
+    "read_tensors": lambda name: checkpoint.read_tensors(Path(name)),
+    "find_records": lambda name="": find_records(name and "a\0b"),
+    "score": lambda name: score_maps(MAPS[name], ZEROS),
+    "forward": lambda _: load("run").model(torch.zeros(1, 3, 50, 64), (50, 64)),
+    "magnify": lambda scale: load("run", scale=float(scale)).predict(np.repeat(GREY, 3, 2)),
+    "predict": lambda _: load("run").predict(ZEROS / 2),
+}
+
+
+@pytest.fixture(scope="module")
+def place(folder, tmp_path_factory) -> Path:
+    """The folder in which the lines run."""
+    place = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        make_data_sets(folder)
+        make_files()
+        make_runs()
+    return place
+
+
+def make_data_sets(folder: Path) -> None:
+    """Data sets gone wrong in one way each."""
+    names = "plain/images plain/labels flat other double mixed cached"
+    for name in names.split():
+        Path(name).mkdir(parents=True)
+    for image in folder.glob("*/tissue images/*.png"):
+        label = image.parents[1] / "label masks modify" / f"{image.stem}.tif"
+        for file, copy in ((image, "flat"), (image, "plain/images"), (label, "plain/labels")):
+            shutil.copy(file, copy)
+    most = {"fewer": ["mouse_liver_1.*"], "few": ["mouse_*", "human_[ks]*"]}
+    for name in ("twice", "links", "masks", "fewer", "few"):
+        shutil.copytree("plain", name, ignore=shutil.ignore_patterns(*most.get(name, [])))
+    changes = {
+        "binary": lambda label: (label > 0).astype(np.uint8) * 255,
+        "colour": lambda label: np.stack([label * 40, label * 90, label * 7], -1).astype(np.uint8),
+        "cut": lambda label: label[:64, :64],
+        "empty": np.zeros_like,
+    }
+    for name, change in changes.items():
+        shutil.copytree("plain", name)
+        for path in Path(name, "labels").iterdir():
+            Image.fromarray(change(tifffile.imread(path))).save(path.with_suffix(".png"))
+            path.unlink()
+    shutil.copytree("few", "unused")
+    shutil.copytree(folder, "summed")
+    for path in Path("summed").glob("*/label masks modify"):
+        path.rename(path.with_name("label masks"))
+    assert run_command(["synth", "tiny", "--images", "4", "--size", "40"]) == 0
+    Path("masks/labels").rename("masks/masks")
+    Path("twice/annotations").mkdir()
+    for name in ("images/mouse_fat_1.tif", "annotations/mouse_fat_1.geojson"):
+        Path("twice", name).touch()
+    shutil.copy("plain/images/mouse_fat_1.png", "twice/images/link.png")
+    Path("links/images/link.png").symlink_to("mouse_liver_1.png")
+    shutil.copy("plain/labels/mouse_liver_1.tif", "links/labels/link.tif")
+    names = "other/x.tif double/x.tif double/x.png mixed/x.tif unused/labels/x.tif"
+    for name in names.split():
+        shutil.copy("plain/labels/mouse_fat_1.tif", name)
+    shutil.copy("plain/labels/human_bladder_1.tif", "mixed")
+
+
+def make_files() -> None:
+    """Files that are not what their names say."""
+    tensor = torch.ones(3)
+    for name, content in {
+        "other.pt": {"image_encoder.weight": tensor},
+        "all.pt": {"model": {"weight": tensor}, "epoch": 3},
+        "list.pt": [tensor],
+        "sparse.pt": {"weight": tensor.to_sparse()},
+        "nan.pt": {"weight": tensor / 0 * 0},
+    }.items():
+        torch.save(content, name)
+    for name in ("page.pt", "page.safetensors", "drawing.svg", "yaml.toml", "cached/mobile_sam.pt"):
+        Path(name).write_text("<!DOCTYPE html>: 404")
+    Path("scalar.toml").write_text("train = 3")
+    save_file({"x": tensor}, "foreign.safetensors")
+    checkpoint.write_tensors(Path("unnamed.safetensors"), {"x": tensor}, {"kind": "adapter"})
+    for name, document in {
+        "3": 3,
+        "circle": [{"type": "Feature", "geometry": {"type": "Circle"}}],
+        "geometry": [{"type": "Polygon"}],
+        "numbers": [polygon([1, 2])],
+        "open": [polygon([(0, 0), (1, 1), (0, 0)])],
+        "far": [polygon([(0, 0), (1e10, 1), (1, 0), (0, 0)])],
+        "outside": [polygon([(50, 50), (60, 50), (60, 60), (50, 50)])],
+    }.items():
+        Path(f"{name}.geojson").write_text(json.dumps(document))
+    Path("folder.png").mkdir()
+    grey = np.zeros((9, 9), np.uint8)
+    frame = Image.fromarray(grey)
+    frame.save("animated.png", save_all=True, append_images=[Image.fromarray(grey + 9)])
+    frame.convert("P").save("palette.tif")
+    tifffile.imwrite("float.tif", grey + 0.5)
+    tifffile.imwrite("two.tif", grey)
+    tifffile.imwrite("two.tif", grey[:5], append=True)
+    tifffile.imwrite("stack.tif", np.stack([grey] * 5), photometric="minisblack")
+    channels = {"photometric": "miniswhite", "metadata": {"axes": "CYX"}}
+    tifffile.imwrite("channels.tif", np.zeros((3, 70, 90), np.uint8), ome=True, **channels)
+    pages = Path("channels.tif").read_bytes()
+    Path("tableless.tif").write_bytes(pages[: len(pages) // 2])
+    Path("short.tif").write_bytes(Path("float.tif").read_bytes()[:-9])
+    Path("pageless.tif").write_bytes(struct.pack("<4sHH", b"II*\0", 16, 0))
+    np.save("negative.npy", grey.astype(int) - 1)
+
+
+def polygon(ring: list) -> dict:
+    return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}}
+
+
+def make_runs() -> None:
+    """A run, its exports, and copies in which one thing is wrong."""
+    assert run_command(["train", *WORDS["PLAIN"], "--out", "run"]) == 0
+    run, state = Path("run"), "state/last.safetensors"
+    export_run(run, Path("merged.safetensors"))
+    export_run(run, Path("lora.safetensors"), format="adapter", without_head=True)
+    assert run_command(["predict", "run", "few/images", "--out", "again"]) == 0
+    shutil.copytree("again", "results")
+    record = json.loads(Path("results/predict.json").read_text())
+    Path("results/predict.json").write_text(json.dumps(record | {"tta": True}))
+    settings = (run / "config.toml").read_text()
+    for name, old, new in (
+        ("old", "[loss]", "[loss]\nhover = 1.0"),
+        ("edited", "alpha = 8.0", "alpha = 4.0"),
+        ("moved", 'root = "plain"', 'root = "nowhere"'),
+        ("wide", "width = 32", "width = 64"),
+        ("heads", 'train = "lora"', 'train = "head"'),
+    ):
+        shutil.copytree("run", name)
+        Path(name, "config.toml").write_text(settings.replace(old, new))
+    Path("others/.locks").mkdir(parents=True)
+    Path("others/.locks/folds").touch()
+    Path("others/folds.toml").write_text(settings.replace("\nseed = 0", "\nseed = 3"))
+    names = "begun half listed unfinished headless baseless torn swapped unlike stuck"
+    for name in names.split():
+        shutil.copytree("run", name)
+    Path("begun/adapter.safetensors").unlink()
+    Path("half/scores.json").write_text("{")
+    Path("listed/scores.json").write_text("[]")
+    Path("headless/scores.json").write_text("{}")
+    Path("unfinished/metrics.jsonl").write_text('{"epoch": 1}')
+    Path("torn", state).write_text("half of it")
+    shutil.copy("run/adapter.safetensors", Path("swapped", state))
+    rewrite("heads/adapter.safetensors", keep_the_head)
+    rewrite("baseless/base.safetensors", lambda _, document: document.clear())
+    rewrite(f"unlike/{state}", lambda tensors, _: tensors.pop(max(tensors)))
+    rewrite(f"stuck/{state}", lambda _, document: document.pop("progress"))
+
+
+def rewrite(name: str, change: Callable[[dict, dict], object]) -> None:
+    tensors, document = checkpoint.read_tensors(Path(name))
+    change(tensors, document)
+    checkpoint.write_tensors(Path(name), tensors, document)
+
+
+def keep_the_head(tensors: dict, document: dict) -> None:
+    for name in [name for name in tensors if not name.startswith("head.")]:
+        del tensors[name]
+    document["config"]["model"]["train"] = "head"
+
+
+# ---- the tests ----
+
+
+def cases(transcript: str) -> list:
+    """Line and message of each entry, and what the user did as its id."""
+    entries = re.findall(r"^[$>] (.*)  # (.*)\n((?:(?![$>] ).*\n)+)", transcript, re.MULTILINE)
+    return [pytest.param(line, message, id=title) for line, title, message in entries]
+
+
+def says(text: str, message: str) -> bool:
+    """Whether a text is the message, with any text for `...`."""
+    parts = re.split(r" ?\.\.\. ?", " ".join(message.split()))
+    return bool(re.fullmatch(".*".join(map(re.escape, parts)), " ".join(text.split())))
+
+
+@pytest.fixture
+def scene(place, tmp_path, monkeypatch) -> Callable[[str], list[str]]:
+    """Prepares what the capital words of a line name, and gives its other words."""
+
+    def prepared(line: str) -> list[str]:
+        words = line.replace("OUT", str(tmp_path)).split(" ")
+        while words[0].isupper() or words[0].partition("=")[0].isupper():
+            name, is_variable, value = words.pop(0).partition("=")
+            if is_variable:
+                monkeypatch.setenv(name, value)
+            for target, stand_in in SCENES.get(name, {}).items():
+                monkeypatch.setattr(target, stand_in)
+        return [part for word in words for part in WORDS.get(word, [word])]
+
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv("NUCSAM_CACHE", "cache")
+    monkeypatch.setattr("urllib.request.urlopen", failing(URLError("Name or service not known")))
+    return prepared
+
+
+@pytest.mark.parametrize("line, message", cases(COMMANDS))
+def test_a_mistake_is_one_message_and_leaves_nothing(line, message, scene, place, capsys):
+    words, before = scene(line), snapshot(place)
+    assert run_command(words) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("nucsam: ") == 1 and "Traceback" not in printed
+    assert says(printed.partition("nucsam: ")[2], message)
+    shutil.rmtree(place / "cache", ignore_errors=True)
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("line, message", cases(CALLS))
+def test_a_call_raises_its_message(line, message, scene, place):
+    function, *arguments = scene(line)
+    before = snapshot(place)
+    with pytest.raises(UserError) as error:
+        FUNCTIONS[function](*arguments)
+    assert says(str(error.value), message)
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("line, remarks", cases(REMARKS))
+def test_what_may_be_meant_is_done_and_remarked_on(line, remarks, scene, capsys, recwarn, tmp_path):
+    assert run_command(scene(line)) == 0
+    printed = "".join(capsys.readouterr())
+    printed += "".join(warnings.formatwarning(w.message, w.category, "", 0) for w in recwarn)
+    for remark in remarks.replace("OUT", str(tmp_path)).splitlines():
+        assert says(printed, f"...{remark}...")
+
+
+def test_masks_are_labelled_where_that_is_asked(scene, capsys):
+    line = "evaluate --truth plain/labels --pred binary/labels --workers 1 --json -"
+    scores = []
+    for options in ("", " --connected"):
+        assert run_command(scene(line + options)) == 0
+        output = capsys.readouterr()
+        scores.append(json.loads(output.out)["scores"][0]["summary"]["mean"]["aji"])
+        assert ("0/255 mask" in output.err) == (not options)
+    assert scores[0] < scores[1]

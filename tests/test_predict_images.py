@@ -1,0 +1,423 @@
+"""`nucsam predict`: files in, files out; runs and exports; several processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+from test_predict import Colour, discs, predictor
+from test_writers import same_nuclei
+
+import nucsam
+from nucsam.cli import run_command
+from nucsam.data import images
+from nucsam.data.images import read_image, read_label
+from nucsam.errors import UserError
+from nucsam.export.merged import export_run
+from nucsam.predict import images as predict_images
+from nucsam.predict.images import predict_files
+from nucsam.run import checkpoint
+from nucsam.train.loop import fit
+
+# ---- models ----
+
+
+@pytest.fixture(scope="module", params=["instance", "sam"])
+def trained(request, tiny, tmp_path_factory):
+    """A run, and its export."""
+    folder = tmp_path_factory.mktemp(request.param)
+    fit(tiny(f"model.head={request.param}", "train.epochs=1"), folder / "run")
+    export_run(folder / "run", folder / "nuclei.safetensors")
+    return folder / "run", folder / "nuclei.safetensors"
+
+
+one_head = pytest.mark.parametrize("trained", ["instance"], indirect=True)
+
+
+def some_image(height=100, width=130, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_an_export_predicts_as_its_run(trained):
+    """Within float error of base + adapter; and not as with another adapter and head."""
+    run, exported = nucsam.load(trained[0], device="cpu"), nucsam.load(trained[1], device="cpu")
+    maps, same = (next(p.maps([some_image()])) for p in (run, exported))
+    assert np.abs(maps - same).max() < 1e-5 * max(1.0, np.abs(maps).max())
+    moved, config = checkpoint.open_run(trained[0])[:2]
+    for p in (run, exported):
+        assert (p.scale, p.instances, p.tile, p.overlap) == (1.0, config.instances, 256, 8)
+        assert p.batch == 1 and not p.model.training and p.autocast is None
+    with torch.no_grad():
+        for parameter in moved.trainable().values():
+            parameter.add_(0.05)
+    run.model = moved
+    assert np.abs(next(run.maps([some_image()])) - same).max() > 1e-3
+
+
+def test_a_loaded_model_predicts(trained):
+    model = nucsam.load(trained[1], device="cpu", tile=64, overlap=8, tta=True)
+    label = model.predict(some_image(50, 90))
+    assert label.dtype == np.int32 and label.shape == (50, 90)
+
+
+@one_head
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device": "gpu"},
+        {"device": "cuda:99"},
+        {"device": "cpu:1"},
+        {"tile": 63},
+        {"overlap": 51, "tile": 100},
+        {"overlap": -1},
+        {"batch": 0},
+        {"scale": -1.0},
+        {"scale": 0.0},
+    ],
+)
+def test_arguments_out_of_range(trained, options):
+    with pytest.raises(UserError, match=f"^{next(iter(options))}: found"):
+        nucsam.load(trained[0], **{"device": "cpu", **options})
+
+
+@one_head
+def test_arguments_at_their_limits(trained):
+    model = nucsam.load(trained[0], device="cpu", tile=64, overlap=32, batch=1, scale=0.5)
+    assert (model.tile, model.overlap, model.batch, model.ratio) == (64, 32, 1, 2.0)
+
+
+def test_one_gpu_for_all_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="device: found 'cuda:0' for 2 processes"):
+        nucsam.load("gone", device="cuda:0")
+
+
+@one_head
+def test_what_is_no_model(trained, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.pt").write_bytes(b"")
+    inside = trained[0] / "adapter.safetensors", trained[0] / "base.safetensors"
+    for path in (tmp_path / "gone", tmp_path / "empty", tmp_path / "a.pt", *inside):
+        with pytest.raises(UserError, match=path.name):
+            nucsam.load(path, device="cpu")
+
+
+# ---- files ----
+
+
+@pytest.fixture
+def colour(monkeypatch):
+    """`Colour` in place of a trained model, windows of 150 px; the predictors that were loaded."""
+    loaded = []
+
+    def load(model, *, device="cpu", scale=None, tta=False, **options):
+        loaded.append(predictor(Colour(), tile=128, core=150, margin=40, tta=tta, mpp=0.25))
+        return loaded[-1]
+
+    monkeypatch.setattr(predict_images, "load", load)
+    return loaded
+
+
+def predict(*arguments) -> int:
+    return run_command(["predict", "model", *map(str, arguments)])
+
+
+def names(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture(scope="module")
+def anything(tmp_path_factory):
+    """Images of all kinds: 16 px, grey, alpha, 16 bits, JPEG, tiles; and two bad ones."""
+    out = tmp_path_factory.mktemp("images")
+    image, _ = discs(420)
+    part = image[:100, :130]
+    Image.fromarray(image[:16, :16]).save(out / "tiny.png")
+    Image.fromarray(image[:90, :80]).convert("L").save(out / "grey.png")
+    Image.fromarray(np.dstack([part, part[..., 0]])).save(out / "alpha.png")
+    Image.fromarray(part).save(out / "photo.jpg")
+    tifffile.imwrite(out / "deep.tif", part.astype(np.uint16) * 257, photometric="rgb")
+    tifffile.imwrite(out / "large.tif", image, tile=(64, 64), compression="zlib", photometric="rgb")
+    (out / "cut.png").write_bytes((out / "grey.png").read_bytes()[:300])
+    torn = bytearray((out / "large.tif").read_bytes())
+    with tifffile.TiffFile(out / "large.tif") as tiff:
+        offset = tiff.pages[0].dataoffsets[-1]
+    torn[offset : offset + 20] = b"\x07" * 20
+    (out / "torn.tif").write_bytes(torn)
+    (out / "notes.txt").write_text("not an image")
+    (out / ".hidden.png").write_text("not an image")
+    return out
+
+
+def test_bad_images_leave_the_good_ones(anything, tmp_path, colour, capsys, monkeypatch):
+    """One cannot be opened, one is torn in its last tile."""
+    monkeypatch.setattr(images, "WHOLE", 50_000)
+    out = tmp_path / "out"
+    assert predict(anything, "--out", out, "--formats", "labels,geojson,csv,overlay") == 1
+    errors = " ".join(capsys.readouterr().err.split())
+    assert "cut.png: cannot be read" in errors and "torn.tif: cannot be read" in errors
+    assert "6 image(s)" in errors and "2 failed" in errors
+    stems = ("alpha", "deep", "grey", "large", "photo", "tiny")
+    kinds = ["{}.csv", "{}.geojson", "{}.tif", "overlays/{}.png"]
+    expected = [kind.format(stem) for stem in stems for kind in kinds]
+    assert names(out) == sorted(["predict.json", *expected])
+    nuclei = 0
+    for stem in stems:
+        image = read_image(next(anything.glob(f"{stem}.*")))
+        label = read_label(out / f"{stem}.tif")
+        assert same_nuclei(label, colour[0].predict(image)), stem
+        assert len((out / f"{stem}.csv").read_text().splitlines()) == label.max() + 1
+        nuclei += label.max()
+    assert f" {nuclei:,} nuclei, " in errors
+    assert read_label(out / "large.tif").max() > 150
+    np.testing.assert_array_equal(read_label(out / "deep.tif"), read_label(out / "alpha.tif"))
+
+
+def test_results_are_skipped_or_replaced(anything, tmp_path, colour, capsys):
+    paths = [anything / "tiny.png", anything / "grey.png", anything / "tiny.png"]
+    assert predict(*paths, "--out", tmp_path) == 0
+    assert "2 image(s), " in capsys.readouterr().err  # tiny.png counts once
+    before = (tmp_path / "tiny.tif").stat().st_mtime_ns
+    (tmp_path / "grey.tif").unlink()
+    assert predict(*paths, "--out", tmp_path) == 0
+    shown = capsys.readouterr().err
+    assert "1 image(s) with results skipped" in shown and " 1 tiles in " in shown
+    assert (tmp_path / "tiny.tif").stat().st_mtime_ns == before
+    assert predict(*paths, "--out", tmp_path, "--formats", "labels,csv") == 0  # one file is missing
+    assert names(tmp_path) == ["grey.csv", "grey.tif", "predict.json", "tiny.csv", "tiny.tif"]
+    assert predict(*paths, "--out", tmp_path, "--force") == 0
+    assert [p.tiles_done for p in colour] == [2, 1, 2, 2]
+
+
+def test_results_of_other_settings_are_not_mixed(anything, tmp_path, colour, capsys):
+    tiny, grey, out = anything / "tiny.png", anything / "grey.png", tmp_path / "out"
+    tta = lambda: json.loads((out / "predict.json").read_text())["tta"]  # noqa: E731
+    assert predict(tiny, grey, "--out", out) == 0
+    before = (out / "grey.tif").read_bytes()
+    for options in (["--tta"], ["--mpp", "0.3"]):
+        assert predict(tiny, "--out", out, *options) == 2
+        assert "predict.json" in capsys.readouterr().err
+    assert predict(tiny, "--out", out, "--tta", "--force") == 2  # grey.tif would stay
+    assert "grey.tif" in capsys.readouterr().err
+    assert (out / "grey.tif").read_bytes() == before and tta() is False
+    assert predict(tiny, "--out", out, "--force") == 0  # the same settings
+    broken = tmp_path / "grey.png"
+    broken.write_bytes(grey.read_bytes()[:300])
+    assert predict(tiny, broken, "--out", out, "--tta", "--force") == 1
+    assert names(out) == ["predict.json", "tiny.tif"] and tta() is True
+
+
+@pytest.mark.parametrize(
+    "arguments, names_it",
+    [
+        (["{in}/gone.png"], "gone.png: "),
+        (["{in}/notes.txt", "{in}/gone"], "notes.txt: "),
+        (["{in}/notes.txt", "{in}/gone"], "gone: "),
+        (["{empty}"], "empty: "),
+        (["{in}/tiny.png", "{other}/tiny.bmp"], "tiny.bmp: "),
+        (["{in}", "--formats", "labels,xml"], "formats: found ['xml']"),
+        (["{in}", "--formats", ""], "formats: found none"),
+        (["{in}", "--scale", "1", "--mpp", "0.2"], "scale, mpp: "),
+        (["{in}", "--mpp", "0"], "mpp: found 0"),
+    ],
+)
+def test_a_mistake_writes_nothing(anything, tmp_path, colour, capsys, arguments, names_it):
+    places = {"in": anything, "empty": tmp_path / "empty", "other": tmp_path / "other"}
+    for name in ("empty", "other"):
+        places[name].mkdir()
+    Image.fromarray(some_image()).save(places["other"] / "tiny.bmp")
+    assert predict(*(a.format(**places) for a in arguments), "--out", tmp_path / "out") == 2
+    assert names_it in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert not colour
+
+
+def test_images_are_never_overwritten(tmp_path, colour, capsys):
+    (tmp_path / "overlays").mkdir()
+    for name in ("a.tif", "b.png", "overlays/c.png"):
+        file = tmp_path / name
+        Image.fromarray(some_image()).save(file)
+        before = names(tmp_path)
+        assert predict(file, "--out", tmp_path, "--formats", "overlay,labels", "--force") == 2
+        assert f"{file.name}: " in capsys.readouterr().err
+        assert names(tmp_path) == before
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "a.tif").symlink_to(tmp_path / "a.tif")
+    assert predict(tmp_path / "link", "--out", tmp_path) == 2
+    assert predict(tmp_path / "b.png", "--out", tmp_path / "a.tif") == 2
+
+
+@pytest.mark.parametrize(
+    "given, tagged, seen",
+    [(None, 0.5, (4, 128)), (0.125, 0.5, (1, 64)), (None, None, (1, 128)), (None, 0.25, (1, 128))],
+)
+def test_microns_per_px_of_tags_or_arguments(tmp_path, colour, capsys, given, tagged, seen):
+    """Twice those of the training: twice the model px, in tiles of half the image px."""
+    tags = {"resolutionunit": "CENTIMETER", "resolution": (1e4 / tagged,) * 2} if tagged else {}
+    tifffile.imwrite(tmp_path / "a.tif", discs(100)[0], photometric="rgb", **tags)
+    options = ["--mpp", given] if given else []
+    assert predict(tmp_path / "a.tif", "--out", tmp_path / "out", "--formats", "csv", *options) == 0
+    assert (colour[0].tiles_done, colour[0].model.seen[0][2]) == seen
+    header = (tmp_path / "out" / "a.csv").read_text().splitlines()[0]
+    assert ("area_um2" in header) == bool(tagged)
+    assert ("a.tif has no microns per px" in capsys.readouterr().err) == (not tagged)
+
+
+def test_a_full_device_is_the_users_to_mend(anything, tmp_path, colour, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(Colour, "forward", full)
+    with pytest.raises(UserError, match="20 GiB"):
+        predict_files("model", [anything / "tiny.png"], tmp_path)
+    assert names(tmp_path) == ["predict.json"]
+
+
+# ---- processes ----
+
+
+def batch(images, out, **options):
+    files = {path: {"labels": out / f"{path.stem}.tif"} for path in images}
+    small = predictor(Colour(), tile=128, core=150, margin=40)
+    return predict_images.Batch(small, files, claims=out / ".claims", **options)
+
+
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    """Three small images, and a folder of results with claims; all processes are of one launch."""
+    monkeypatch.setattr(predict_images, "launch_time", lambda: 100.0)
+    (tmp_path / "out" / ".claims").mkdir(parents=True)
+    paths = [tmp_path / f"{name}.png" for name in "abc"]
+    for path in paths:
+        Image.fromarray(some_image(40, 40)).save(path)
+    return paths, tmp_path / "out"
+
+
+def test_an_image_that_another_process_holds_is_left_to_it(shared, monkeypatch):
+    (a, b, c), out = shared
+    other = batch([a, b, c], out)
+    taken = other._take()
+    assert next(taken) == a
+
+    def finish(_):  # in place of waiting
+        other._end(a, nuclei=7, tiles=1)
+
+    monkeypatch.setattr(predict_images.time, "sleep", finish)
+    this = batch([a, b, c], out)
+    this.run()
+    assert this.outcomes[a]["nuclei"] == 7
+    assert {path.name for path in out.iterdir()} == {"b.tif", "c.tif"}
+    assert list(taken) == [] and other._is_over()
+
+
+def test_an_image_of_a_dead_process_is_taken(shared):
+    (a, *_), out = shared
+    dead = batch([a], out)
+    assert next(dead._take()) == a
+    dead.held.pop(a).release()  # as the system does
+    assert list(batch([a], out)._take()) == [a]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_another_process_has_ended_is_not_predicted_again(shared, force):
+    (a, *_), out = shared
+    other = batch([a], out, force=force)
+    assert next(other._take()) == a
+    other._end(a, failed="a.png: torn")
+    assert batch([a], out, force=force).outcomes[a]["failed"] == "a.png: torn"
+
+
+def test_outcomes_of_earlier_launches_do_not_count(shared):
+    (a, *_), out = shared
+    (out / ".claims" / "a.png").write_text(json.dumps({"ended": 1.0, "failed": "torn"}))
+    assert batch([a], out).run() == 0
+    assert (out / "a.tif").is_file()
+
+
+def start(*arguments, cwd, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    """Six images: a bad one, three of one window, two of two windows."""
+    out = tmp_path_factory.mktemp("slides")
+    for k in range(3):
+        Image.fromarray(some_image(seed=k)).save(out / f"a{k}.png")
+    (out / "bad.png").write_bytes(b"not a picture")
+    for k in range(2):
+        slide = np.tile(some_image(110, 100, k), (10, 3, 1))
+        tifffile.imwrite(out / f"z{k}.tif", slide, tile=(256, 256), photometric="rgb")
+    return out
+
+
+@one_head
+def test_results_do_not_depend_on_the_processes(trained, slides, tmp_path, capsys):
+    arguments = [trained[1], slides, "--formats", "labels,geojson", "--device", "cpu", "--out"]
+    assert run_command(["predict", *map(str, arguments), str(tmp_path / "1")]) == 1
+    torchrun = "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"
+    two = start(*torchrun, "nucsam.predict", *arguments, tmp_path / "2", cwd=tmp_path)
+    errors = [capsys.readouterr().err, two.communicate(timeout=300)[1]]
+    assert two.returncode == 1, errors[1]
+    summaries = []
+    for text in errors:
+        assert text.count("bad.png: cannot be read") == 1
+        lines = [line.split(": ")[1] for line in text.splitlines() if " tiles in " in line]
+        summaries += [line.split(" in ")[0] for line in lines]
+        assert text.count("; 1 failed") == 1
+    assert summaries[0].startswith("5 image(s), ") and summaries[0] == summaries[1]
+    stems = ("a0", "a1", "a2", "z0", "z1")
+    kinds = [f"{stem}.{suffix}" for stem in stems for suffix in ("geojson", "tif")]
+    for out in (tmp_path / "1", tmp_path / "2"):
+        assert names(out) == sorted([*kinds, "predict.json"])
+        assert not list(out.rglob(".*"))
+    for name in kinds:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+@one_head
+def test_another_process_takes_the_images_of_a_dead_one(trained, slides, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    arguments = [trained[1], slides / "z0.tif", slides / "z1.tif", "--out", "out", "--tta"]
+    arguments = ["nucsam.predict", *arguments, "--formats", "csv"]
+    first, second = (
+        start(*arguments, cwd=tmp_path, RANK=k, LOCAL_RANK=k, **rendezvous) for k in "01"
+    )
+    while second.poll() is None and not list(tmp_path.glob(f"out/.z?.csv.{second.pid}.partial")):
+        time.sleep(0.05)
+    second.kill()
+    assert second.wait(60) == -signal.SIGKILL, second.stderr.read()
+    errors = first.communicate(timeout=300)[1]
+    assert first.returncode == 0, errors
+    assert "2 image(s), " in errors
+    assert {"z0.csv", "z1.csv"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert not (tmp_path / "out" / ".claims").exists()
+
+
+@one_head
+def test_sigterm_leaves_no_part_of_a_file(trained, slides, tmp_path):
+    arguments = [trained[1], slides / "z0.tif", "--out", "out", "--tta", "--formats", "labels,csv"]
+    done = start("nucsam.predict", *arguments, cwd=tmp_path)
+    while done.poll() is None and not list(tmp_path.glob("out/.z0.csv.*.partial")):
+        time.sleep(0.05)
+    done.send_signal(signal.SIGTERM)
+    assert done.wait(60) == 128 + signal.SIGTERM, done.stderr.read()
+    assert names(tmp_path / "out") == ["predict.json"]

@@ -1,0 +1,204 @@
+"""Base weights: which files are read, which are refused, and what identifies a base."""
+
+import hashlib
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nucsam.errors import UserError
+from nucsam.model import weights
+from nucsam.model.weights import build_sam, default_cache, load_base, random_base, state_sha256
+
+
+@pytest.fixture(scope="module")
+def state():
+    return random_base(3).state
+
+
+def test_a_random_base_is_stock_and_follows_its_seed_only():
+    before = torch.get_rng_state()
+    base = load_base("none", seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    stock = build_sam(3).state_dict()
+    assert base.state.keys() == stock.keys()
+    assert base.sha256 == state_sha256(stock) != random_base(4).sha256
+    assert base.source == "none (random, seed 3)"
+    parameters = [t for n, t in stock.items() if "running" not in n and "num_b" not in n]
+    assert sum(t.numel() for t in parameters) > 10_130_000
+
+
+def test_the_import_of_mobile_sam_is_silent():
+    code = (
+        "import warnings; from nucsam.model.weights import build_sam; build_sam(); "
+        "warnings.warn('ours')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr.count("Warning") == 1
+    assert "ours" in run.stderr
+
+
+def test_identity_counts_names_dtypes_shapes_and_values_only():
+    a, b = torch.tensor(7), torch.arange(6.0).view(2, 3)
+    by_hand = hashlib.sha256(
+        b'["a", "torch.int64", []]' + (7).to_bytes(8, "little")
+        + b'["b", "torch.float32", [2, 3]]' + b.numpy().tobytes()
+    ).hexdigest()  # fmt: skip
+    assert state_sha256({"b": b, "a": a}) == by_hand
+    strided = b.t().contiguous().t().requires_grad_()
+    assert state_sha256({"a": a, "b": strided}) == by_hand
+    for change in ({"c": b}, {"b": b.double()}, {"b": b.view(3, 2)}, {"b": b + 1}):
+        assert state_sha256({"a": a, **change}) != by_hand
+
+
+def test_both_formats_give_the_same_base(state, tmp_path):
+    torch.save(state, tmp_path / "base.pt")
+    save_file(state, tmp_path / "base.safetensors", metadata={"made by": "a test"})
+    before = torch.get_rng_state()
+    plain, safe = load_base(tmp_path / "base.pt"), load_base(str(tmp_path / "base.safetensors"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert plain.sha256 == safe.sha256 == state_sha256(state)
+    assert plain.source == str(tmp_path / "base.pt")
+    assert (plain.extra, plain.metadata) == ({}, {})
+    assert (safe.extra, safe.metadata) == ({}, {"made by": "a test"})
+    assert all(torch.equal(safe.state[name], tensor) for name, tensor in state.items())
+
+
+def test_an_export_brings_its_head_and_keeps_its_identity(state, tmp_path):
+    head = {"head.out.weight": torch.ones(2, 2), "head.out.bias": torch.zeros(2)}
+    save_file(state | head, tmp_path / "export.safetensors", metadata={"nucsam": "{}"})
+    export = load_base(tmp_path / "export.safetensors")
+    assert export.state.keys() == state.keys()
+    assert export.sha256 == state_sha256(state)
+    assert list(export.extra) == ["head.out.bias", "head.out.weight"]
+    assert export.metadata == {"nucsam": "{}"}
+
+    save_file(state | head, tmp_path / "other.safetensors")  # not written by nucsam
+    with pytest.raises(UserError, match=r"other\.safetensors.*head\.out\.bias"):
+        load_base(tmp_path / "other.safetensors")
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_with_each_reason(state, tmp_path):
+    other = {name: t for name, t in state.items() if not name.startswith("mask_decoder.")}
+    other["module.extra"] = torch.zeros(1)
+    other["image_encoder.neck.0.weight"] = torch.zeros(256, 320, 3, 3)
+    other["image_encoder.neck.1.bias"] = torch.zeros(256, dtype=torch.int64)
+    torch.save(other, tmp_path / "other.pt")
+    with pytest.raises(UserError) as refusal:
+        load_base(tmp_path / "other.pt")
+    message = str(refusal.value)
+    missing = len(state.keys() - other.keys())
+    for fact in (
+        str(tmp_path / "other.pt"),
+        f"{missing} tensors missing: mask_decoder.",
+        f"and {missing - 5} more; 1 tensors unexpected: module.extra;",
+        "neck.0.weight (256, 320, 3, 3), expected (256, 320, 1, 1);",
+        "neck.1.bias torch.int64, expected torch.float32.",
+    ):
+        assert fact in message
+    assert len(message) < 900
+
+
+class Malicious:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_with_code_is_not_run(tmp_path, zipped):
+    file, mark = tmp_path / "code.pt", tmp_path / "ran"
+    torch.save({"weight": Malicious(mark)}, file)
+    if not zipped:
+        file.write_bytes(pickle.dumps({"weight": Malicious(mark)}))
+    with pytest.raises(UserError, match=r"code\.pt"):
+        load_base(file)
+    assert not mark.exists()
+    if zipped:
+        torch.load(file, weights_only=False)
+    else:
+        pickle.loads(file.read_bytes())
+    assert mark.exists()  # negative control: the file would have run it
+
+
+def saved(value) -> bytes:
+    path = Path("value.pt")
+    torch.save(value, path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.pt", lambda: b""),
+        ("page.pt", lambda: b"<!DOCTYPE html>"),
+        ("half.pt", lambda: saved({"weight": torch.zeros(9999)})[:20_000]),
+        ("list.pt", lambda: saved([torch.zeros(1)])),
+        ("nested.pt", lambda: saved({"model": {}, "epoch": 3})),
+        ("numbered.pt", lambda: saved({3: torch.zeros(1)})),
+        ("sparse.pt", lambda: saved({"weight": torch.eye(3).to_sparse()})),
+        ("meta.pt", lambda: saved({"weight": torch.zeros(3, device="meta")})),
+        ("infinite.pt", lambda: saved({"weight": torch.tensor([1.0, torch.inf])})),
+        ("empty.safetensors", lambda: b""),
+        ("page.safetensors", lambda: b"<!DOCTYPE html>"),
+    ],
+)
+def test_what_is_not_a_checkpoint_is_refused_by_name(tmp_path, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(content())
+    with pytest.raises(UserError, match=name) as refusal:
+        load_base(name)
+    assert "does not fit" not in str(refusal.value)  # it is refused before its names are compared
+
+
+@pytest.mark.parametrize("name", ["nowhere.pt", "nowhere.safetensors", "."])
+def test_a_missing_file_is_refused_by_name(tmp_path, name):
+    with pytest.raises(UserError, match=r"no such file.*" + name.replace(".", r"\.?")):
+        load_base(tmp_path / name)
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    for name in ("NUCSAM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache() == tmp_path / ".cache" / "nucsam"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert default_cache() == tmp_path / "xdg" / "nucsam"
+    monkeypatch.setenv("NUCSAM_CACHE", "~/own")
+    assert default_cache() == tmp_path / "own"
+
+
+@pytest.fixture
+def published(monkeypatch, tmp_path, state):
+    """Pretends that a file of random weights is the published one; returns its path."""
+    path = tmp_path / "published" / "mobile_sam.pt"
+    path.parent.mkdir()
+    torch.save(state, path)
+    monkeypatch.setattr(weights, "FILE_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(weights, "FILE_BYTES", path.stat().st_size)
+    monkeypatch.setattr(weights, "URLS", (path.as_uri(),))
+    return path
+
+
+def test_auto_downloads_once_and_then_needs_no_address(published, tmp_path, state, monkeypatch):
+    cache = tmp_path / "cache"
+    base = load_base("auto", cache=cache)
+    assert base.sha256 == state_sha256(state)
+    assert base.source == str(cache / "mobile_sam.pt")
+    monkeypatch.setattr(weights, "URLS", ())
+    monkeypatch.setenv("NUCSAM_CACHE", str(cache))
+    assert load_base("auto").sha256 == base.sha256
+
+
+def test_another_file_in_the_cache_is_not_taken_for_the_published_one(published, tmp_path):
+    (tmp_path / "mobile_sam.pt").write_bytes(b"wrong")
+    with pytest.raises(UserError, match=r"mobile_sam\.pt"):
+        load_base("auto", cache=tmp_path)
+    assert (tmp_path / "mobile_sam.pt").read_bytes() == b"wrong"
