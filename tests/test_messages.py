@@ -205,9 +205,9 @@ unlike/state/last.safetensors: does not fit this ... weights...; delete it to st
 $ train PLAIN --out stuck --resume  # a state without its progress
 stuck/state/last.safetensors: found no progress of a run; delete it to start the run again
 $ train PLAIN --out run  # a run directory that exists
-run: found files, expected a new or empty folder; give ... --resume to continue the run there
+run: found files, expected a new or empty folder; give ... resume to continue the run there
 $ train PLAIN train.seed=1 --out run --resume  # resuming with another setting
-run/config.toml: cannot resume with another ... settings, or another --out for a new run
+run/config.toml: cannot resume with another ... settings, or another out for a new run
 $ train PLAIN data.root=fewer --out run --resume  # resuming with other images
 run/state/last.safetensors: cannot resume with another ... images, number of processes and precision
 $ evaluate plain  # a folder without a run
@@ -219,7 +219,7 @@ begun/adapter.safetensors: no such file: the run has not ... resume it with nucs
 $ evaluate edited  # a run whose settings were edited
 edited/adapter.safetensors: trained with other ... edited/config.toml says: model.alpha: 8.0 -> 4.0
 $ evaluate moved  # data that has moved
-nowhere: found no data set ...; where the images have moved: --data FOLDER
+nowhere: found no data set ...; if the images have moved, name their folder
 $ evaluate run --data fewer  # other data
 fewer: found other images than run was split on, so ... expected the same names, organs and groups
 $ folds data.fold=1 --out f  # a fold for all folds

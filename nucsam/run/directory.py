@@ -51,14 +51,14 @@ class RunDirectory:
                 raise UserError(
                     f"{self.config_file}: cannot resume with another configuration: "
                     f"{'; '.join(changes)} (found -> wanted). Give the run's own settings, or "
-                    "another --out for a new run"
+                    "another out for a new run"
                 )
         elif self.path.exists() and any(
             not path.name.endswith(".partial") for path in self.path.iterdir()
         ):
             raise UserError(
-                f"{self.path}: found files, expected a new or empty folder; give another --out, or "
-                "--resume to continue the run there"
+                f"{self.path}: found files, expected a new or empty folder; give another out, or "
+                "resume to continue the run there"
             )
 
     def changes(self, config: Config) -> list[str]:

@@ -104,7 +104,7 @@ def score_run(
     try:
         records, split = find_split(data)
     except UserError as error:
-        hint = "" if root else "; where the images have moved: --data FOLDER"
+        hint = "" if root else "; if the images have moved, name their folder"
         raise UserError(f"{error}{hint}") from None
     images = identity(records)
     if metadata.get("images", images) != images:

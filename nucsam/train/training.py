@@ -228,7 +228,7 @@ class Training:
     def _not_finite(self, what: str) -> UserError:
         return UserError(
             f"{what} is not finite at or before step {self.progress.step}. Lower train.lr_head and "
-            "train.lr_adapter, or use train.precision=bf16 or fp32; --resume continues from the "
+            "train.lr_adapter, or use train.precision=bf16 or fp32; resume continues from the "
             "last saved state"
         )
 
