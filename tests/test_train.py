@@ -16,6 +16,7 @@ from nucsam.run import checkpoint
 from nucsam.score.runs import score_run
 from nucsam.train import loop
 from nucsam.train.loop import fit, rate
+from nucsam.train.progress import epoch_speed
 from nucsam.train.signals import Sigterm
 
 
@@ -194,6 +195,10 @@ def test_an_export_is_a_base_whose_epoch_0_is_scored(once, tmp_path, capsys):
     assert lines[-1]["aji"] < lines[0]["aji"]  # a rate of 3 breaks the model
     assert scores["epoch"] == 0
     assert "training made it worse" in capsys.readouterr().out
+
+
+def test_speed_is_images_by_seconds():
+    assert epoch_speed(torch.device("cpu"), 2.0, 10)["images_per_second"] == 5.0
 
 
 def test_all_trains_on_everything_but_the_inner_split(tiny, tmp_path):

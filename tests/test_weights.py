@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from nucsam.errors import UserError
+from nucsam.files import shortened
 from nucsam.model import weights
 from nucsam.model.weights import build_sam, default_cache, load_base, random_base, state_sha256
 
@@ -202,3 +203,8 @@ def test_another_file_in_the_cache_is_not_taken_for_the_published_one(published,
     with pytest.raises(UserError, match=r"mobile_sam\.pt"):
         load_base("auto", cache=tmp_path)
     assert (tmp_path / "mobile_sam.pt").read_bytes() == b"wrong"
+
+
+def test_a_long_list_of_names_says_how_many_more_there_are():
+    assert shortened(["a", "b"], most=2) == "a, b"
+    assert shortened(list("abcdef"), most=2) == "a, b and 4 more"
