@@ -345,6 +345,11 @@ def differences(a: Config, b: Config) -> list[str]:
     return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]]
 
 
+def conflicts(a: Config, b: Config, free: tuple[str, ...] = ()) -> list[str]:
+    """The `differences` that no run may have: all but MAY_CHANGE and those that begin as `free`."""
+    return [line for line in differences(a, b) if not line.startswith((*MAY_CHANGE, *free))]
+
+
 def parse_value(text: str) -> Any:
     """The value of an override: TOML where the text is one TOML value, else the text itself."""
     text = text.strip()

@@ -314,7 +314,5 @@ def _changed(path: Path, wanted: Config) -> list[str]:
     """A line for a configuration file that differs in what may not change."""
     if not path.is_file():
         return []
-    free = (*config.MAY_CHANGE, "data.fold:")
-    differences = config.differences(config.load_config(path), wanted)
-    lines = [line for line in differences if not line.startswith(free)]
+    lines = config.conflicts(config.load_config(path), wanted, free=("data.fold:",))
     return [f"{path}: {'; '.join(lines)}"] if lines else []

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nucsam.config import MAY_CHANGE, Config, differences, load_config, to_toml
+from nucsam.config import MAY_CHANGE, Config, conflicts, load_config, to_toml
 from nucsam.errors import UserError
 from nucsam.files import printable, read_json, to_json, write_text
 
@@ -63,10 +63,7 @@ class RunDirectory:
 
     def changes(self, config: Config) -> list[str]:
         """Settings in which the run differs from `config`, but for those that may change."""
-        if not self.exists():
-            return []
-        lines = differences(load_config(self.config_file), config)
-        return [line for line in lines if not line.startswith(MAY_CHANGE)]
+        return conflicts(load_config(self.config_file), config) if self.exists() else []
 
     def prepare(self, config: Config) -> None:
         """Make the directory, clear it of partial files, and write the configuration."""
