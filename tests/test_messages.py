@@ -130,7 +130,8 @@ found 2 configurations (a.toml, b.toml), expected one
 $ train PLAIN model.weights=sam.pth  # weights that are not there
 model.weights: no such file: sam.pth...expected a path, 'auto' or 'none'...
 $ train PLAIN model.weights=other.pt  # weights of another model
-other.pt does not fit MobileSAM (vit_t)...unexpected: ... mobile_sam.pt or ... of nucsam export...
+other.pt does not fit MobileSAM (vit_t): ... tensors differ; ...: found none, expected fractions
+(...)... mobile_sam.pt or ... of nucsam export...
 $ train PLAIN model.weights=page.pt  # a web page saved as weights
 page.pt is not a whole checkpoint of tensors alone (UnpicklingError)... would run code ... Expected
 MobileSAM's mobile_sam.pt (download it again) or a file of nucsam export
@@ -193,7 +194,8 @@ lora.safetensors: found an adapter without a head,... format onnx ...
 $ export heads --out m --format adapter --without-head  # nothing but a head
 ...without...head: heads trained nothing but a head
 $ evaluate wide  # the head of another width
-wide/adapter.safetensors: weights do not fit the model: ... tensors of another shape: head...
+wide/adapter.safetensors: weights do not fit the model: ... tensors differ; head...: found
+fractions (...), expected fractions (...), ...
 $ evaluate baseless  # another program's tensors for the base
 baseless/base.safetensors: found a file of kind None, expected 'base'
 $ train PLAIN --out torn --resume  # a state cut off

@@ -93,42 +93,16 @@ def inject(module: nn.Module, pattern: str, *, rank: int, alpha: float) -> list[
     return names
 
 
-def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """The `lora_A` and `lora_B` of each adapted layer, under their names in `module`; no copies."""
-    return {
-        name: tensor
-        for name, tensor in module.state_dict().items()
-        if name.endswith((".lora_A", ".lora_B"))
-    }
-
-
-def merged_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """`module.state_dict()` with each update added to its weight, under the base's names.
-
-    `module` does not change.
-    """
-    adapters = adapter_state_dict(module)
-    state = {name: tensor for name, tensor in module.state_dict().items() if name not in adapters}
-    for name, layer in _adapted(module):
-        state[f"{name}.weight"] = layer.merged_weight()
-    return state
-
-
 def merge(module: nn.Module) -> None:
     """Replace, in place, each adapted layer by a plain linear layer with the merged weight.
 
     The merged weights do not train. The module computes the same, to rounding.
     """
-    for name, layer in _adapted(module):
+    adapted = {n: layer for n, layer in module.named_modules() if isinstance(layer, LoRALinear)}
+    for name, layer in adapted.items():
         linear = nn.Linear(
             layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
         )
         linear.weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
         linear.bias = layer.bias
         module.set_submodule(name, linear.train(layer.training))
-
-
-def _adapted(module: nn.Module) -> list[tuple[str, LoRALinear]]:
-    return [
-        (name, layer) for name, layer in module.named_modules() if isinstance(layer, LoRALinear)
-    ]
