@@ -373,7 +373,7 @@ def test_onnx_gives_our_maps_at_any_batch_and_size(onnx, trained):
         np.testing.assert_allclose(graph_maps, expected, atol=1e-4)
         assert expected.std() > 0.01
         options = Instances(foreground=0.4, confidence=0.0, area=5)
-        nuclei = from_depth(*graph_maps[0], threshold=0.4, area=5)
+        nuclei = from_depth(*graph_maps[0], options)
         assert np.array_equal(nuclei, trained.instances(logits[0], options))
 
 

@@ -177,14 +177,7 @@ class InstanceHead(nn.Module):
         """Maps (4, H, W) of one image -> label map int32 (H, W), 0 = background."""
         # The probability of inside or boundary: 1 - softmax of the background.
         foreground = expit(np.logaddexp(maps[1], maps[2]) - maps[0])
-        return instances.from_depth(
-            foreground,
-            expit(maps[3]),
-            threshold=config.foreground,
-            rise=config.seed_rise,
-            confidence=config.confidence,
-            area=config.area,
-        )
+        return instances.from_depth(foreground, expit(maps[3]), config)
 
 
 class SamHead:
@@ -225,9 +218,4 @@ class SamHead:
 
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         """Maps (1, H, W) of one image -> label map int32 (H, W), 0 = background."""
-        return instances.from_foreground(
-            expit(maps[0]),
-            threshold=config.foreground,
-            confidence=config.confidence,
-            area=config.area,
-        )
+        return instances.from_foreground(expit(maps[0]), config)
