@@ -307,7 +307,7 @@ flat: found a folder, expected the name of a file
 $ export run --out other.pt  # export over a file
 other.pt: exists; ...force replaces it
 $ export run --out page.pt/m  # export under a file
-page.pt: cannot be made (...), expected a folder
+page.pt/m: ...exists...; what was there before is unharmed
 $ export unfinished --out m  # an unfinished run
 unfinished: found an unfinished run, 1 of 2 epochs; nucsam ... --out unfinished --resume finishes it
 $ export headless --out m  # scores of something else

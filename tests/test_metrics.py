@@ -483,10 +483,12 @@ def test_ranges_and_the_perfect_prediction(maps):
     assert all(getattr(perfect, m) == 1 for m in METRICS)
 
 
-def test_matched_missed_and_spurious_objects_are_named():
+def test_matched_missed_and_false_objects_are_named():
     truth, pred = np.zeros((2, 10, 10), int)
     truth[0:4, 0:4], truth[6:9, 0:3] = 70, 5
     pred[0:4, 1:4], pred[6:9, 6:9] = 3, 900
     score = score_maps(truth, pred, protocol="plain")
-    assert score.pairs.tolist() == [[70, 3]]
-    assert (score.missed.tolist(), score.spurious.tolist()) == ([5], [900])
+    assert score.outcomes() == (
+        {70: "matched", 5: "missed"},
+        {3: "matched", 900: "false"},
+    )

@@ -101,7 +101,7 @@ def _check(
 
 
 def _finished(run: RunDirectory, config: Config) -> dict[str, Any]:
-    """The scores and versions of a run, for the metadata of its export.
+    """The scores of a run, for the metadata of its export.
 
     Raises:
         UserError: the run is not finished.
@@ -116,11 +116,7 @@ def _finished(run: RunDirectory, config: Config) -> dict[str, Any]:
         )
     if "headline" not in scores:
         raise UserError(f"{run.scores_file}: found no headline, expected the scores of a run")
-    facts = {"scores": scores["headline"], "scores_of": scores.get("images_of")}
-    if environment := run.read_environment():
-        names = ("nucsam", "python", "packages")
-        facts["versions"] = {name: environment.get(name) for name in names}
-    return facts
+    return {"scores": scores["headline"], "scores_of": scores.get("images_of")}
 
 
 def _tensors(format: str, has_head: bool, net: Nucsam, stock: Base) -> dict[str, Tensor]:
@@ -142,11 +138,6 @@ def _write(
     config: Config,
 ) -> str:
     """Write the file, and return a remark on it."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"cannot be made ({error.strerror}), expected a folder"
-        raise UserError(f"{out.parent}: {reason}") from error
     if format == "onnx":
         with atomic(out) as partial:
             onnx = graph.Graph(net.fold(), config.data.scale)

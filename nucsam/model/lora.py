@@ -37,8 +37,6 @@ class LoRALinear(nn.Linear):
         )
         self.weight = base.weight
         self.bias = base.bias
-        self.rank = rank
-        self.alpha = alpha
         self.scale = alpha / rank
         self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
@@ -59,9 +57,6 @@ class LoRALinear(nn.Linear):
         """W + (alpha / rank) · B A, (out, in), computed in float64 and returned in W's dtype."""
         update = self.lora_B.detach().double() @ self.lora_A.detach().double()
         return (self.weight.detach().double() + self.scale * update).to(self.weight.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha}"
 
 
 def inject(module: nn.Module, pattern: str, *, rank: int, alpha: float) -> list[str]:

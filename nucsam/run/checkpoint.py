@@ -32,7 +32,6 @@ _START_AGAIN = "delete it to start the run again"
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors and a JSON document to `path`, or leave what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     document = {"format": "pt", "nucsam": json.dumps(metadata)}
     with atomic(path) as partial:  # safetensors' save_file leaves its own partial file when killed

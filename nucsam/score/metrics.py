@@ -200,21 +200,6 @@ class Score:
         """Mean of `ap` (micro-sam's mSA)."""
         return sum(self.ap) / len(self.ap)
 
-    @property
-    def pairs(self) -> np.ndarray:
-        """(tp, 2) ids of the matched truths and predictions of one image."""
-        return self.table.ids(_matches(self.table, self.protocol))
-
-    @property
-    def missed(self) -> np.ndarray:
-        """(fn,) ids of the truths of one image without a match."""
-        return np.setdiff1d(self.table.truth_ids, self.pairs[:, 0])
-
-    @property
-    def spurious(self) -> np.ndarray:
-        """(fp,) ids of the predictions of one image without a match."""
-        return np.setdiff1d(self.table.pred_ids, self.pairs[:, 1])
-
     def outcomes(self) -> tuple[dict[int, str], dict[int, str]]:
         """What became of each true and each predicted object of one image.
 

@@ -201,7 +201,6 @@ def open_predictor(path: Path) -> Predictor:
 
 
 def _write_overlays(net: nn.Module, config: Config, samples: Samples, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     net.eval()
     images = (samples[i].image for i in range(len(samples)))
     labels = scoring_predictor(net, config).predict_many(images)
