@@ -20,6 +20,8 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the file cannot be written; `path` still holds what it held before.
     """
+    if path.exists() and not path.is_file():  # replacing a device would remove it
+        raise UserError(f"{path}: found a folder or a device, expected the name of a file")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

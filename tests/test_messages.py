@@ -111,8 +111,6 @@ $ train model.norms=moving  # statistics that cannot move
 model.norms: found 'moving', expected it only with model.train = 'full' and train.checkpoint = false
 $ train augment.scale_min=2  # a range upside down
 augment.scale_max: found 1.3, expected at least scale_min = 2.0
-$ train train.epochs=3  # a validation that never comes
-train.validate_every: found 5, expected at most epochs = 3
 $ train PLAIN train.log_with=board  # no such tracker
 train.log_with: found 'board', expected one of ..., tensorboard, ... or ''
 $ train PLAIN train.log_with=aim  # a tracker that is not installed
@@ -259,7 +257,7 @@ $ evaluate --truth plain/labels --pred cut/labels --workers 1  # predictions of 
 $ evaluate --truth flat --pred flat --protocol nuinseg  # a typo in the protocol
 protocol: found 'nuinseg', expected one of nuinsseg, nuinsseg-no-vague, nuceval, plain
 $ evaluate SAME --iou 50  # a percentage for a threshold of overlap
-protocol nuinsseg (changed): found iou 50, min_area 50, ... 0 to 1 and no other number below 0
+protocol nuinsseg (changed): match at IoU > 50, ...; expected iou from 0 to 1 and no number below 0
 $ evaluate SAME --organ (  # half a pattern of organs
 organ: found '(', expected a regular expression: missing ), ...
 $ evaluate SAME --workers -1  # fewer than no processes

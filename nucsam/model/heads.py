@@ -40,7 +40,9 @@ class Norm(nn.BatchNorm2d):
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
         y = x.float()
-        variances_PC, means_PC = _gather(torch.stack(torch.var_mean(y, (0, 2, 3), correction=0)))
+        pairs_P2C = y.new_zeros(dist.get_world_size(), 2, y.shape[1])  # of each of P processes
+        pairs_P2C[dist.get_rank()] = torch.stack(torch.var_mean(y, (0, 2, 3), correction=0))
+        variances_PC, means_PC = _Sum.apply(pairs_P2C).unbind(1)
         mean = means_PC.mean(0)
         variance = variances_PC.mean(0) + (means_PC - mean).square().mean(0)
         count = dist.get_world_size() * x.numel() // x.shape[1]
@@ -50,15 +52,6 @@ class Norm(nn.BatchNorm2d):
         scale = self.weight * torch.rsqrt(variance + self.eps)
         y = (y - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
         return y.to(x.dtype)
-
-
-def _gather(pair: Tensor) -> tuple[Tensor, Tensor]:
-    """(2, C) of each of P processes -> two (P, C), with gradients, in one exchange."""
-    before = dist.get_rank()
-    after = dist.get_world_size() - 1 - before
-    padded = [pair.new_zeros(before, *pair.shape), pair[None], pair.new_zeros(after, *pair.shape)]
-    first, second = _Sum.apply(torch.cat(padded)).unbind(1)
-    return first, second
 
 
 class _Sum(torch.autograd.Function):

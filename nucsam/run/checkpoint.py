@@ -285,14 +285,14 @@ def load_state(
     if problem := misfit(tensors, targets):
         raise UserError(f"{path}: does not fit this run: {problem}; {_START_AGAIN}")
     with torch.no_grad():
-        for name, p in weights.items():
-            p.copy_(tensors.pop(f"weights.{name}"))
-        for name, tensor in average.items():
-            tensor.copy_(tensors.pop(f"average.{name}"))
-    for key, tensor in tensors.items():
-        name, _, entry = key.removeprefix("optimizer.").rpartition(".")
-        p = weights[name]
-        optimizer.state[p][entry] = tensor if entry == "step" else tensor.to(p.device)
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind != "optimizer":
+                targets[key].copy_(tensor)
+                continue
+            name, _, entry = name.rpartition(".")
+            p = weights[name]
+            optimizer.state[p][entry] = tensor if entry == "step" else tensor.to(p.device)
     return metadata
 
 

@@ -47,7 +47,7 @@ class RunDirectory:
                 configuration.
         """
         if resume and self.exists():
-            if changes := self.changes(config):
+            if changes := conflicts(load_config(self.config_file), config):
                 raise UserError(
                     f"{self.config_file}: cannot resume with another configuration: "
                     f"{'; '.join(changes)} (found -> wanted). Give the run's own settings, or "
@@ -60,10 +60,6 @@ class RunDirectory:
                 f"{self.path}: found files, expected a new or empty folder; give another out, or "
                 "resume to continue the run there"
             )
-
-    def changes(self, config: Config) -> list[str]:
-        """Settings in which the run differs from `config`, but for those that may change."""
-        return conflicts(load_config(self.config_file), config) if self.exists() else []
 
     def prepare(self, config: Config) -> None:
         """Make the directory, clear it of partial files, and write the configuration."""

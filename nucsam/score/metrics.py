@@ -60,12 +60,8 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if not 0 <= self.iou <= 1 or min(self.min_area, self.zone_width, self.vague_overlap) < 0:
-            names = ("min_area", "zone_width", "vague_overlap")
-            others = ", ".join(f"{name} {getattr(self, name):g}" for name in names)
-            raise UserError(
-                f"protocol {self.name}: found iou {self.iou:g}, {others}; expected iou from 0 to 1 "
-                "and no other number below 0"
-            )
+            expected = "iou from 0 to 1 and no number below 0"
+            raise UserError(f"protocol {self.rules}; expected {expected}")
 
     @property
     def rules(self) -> str:
