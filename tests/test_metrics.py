@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from nucsam.errors import UserError
 from nucsam.score import overlaps
 from nucsam.score.assignment import assign
-from nucsam.score.metrics import METRICS, PROTOCOLS, Protocol, dice, pool, score_maps
+from nucsam.score.metrics import METRICS, PROTOCOLS, Protocol, pool, score_maps
 
 PLAIN = PROTOCOLS["plain"]
 RING = PROTOCOLS["nuceval"]
@@ -432,12 +432,6 @@ def test_outcomes_of_every_object():
     kinds = {1: "matched", 2: "missed", 3: "merged", 4: "merged", 5: "split", 6: "merged"}
     assert of_truth == kinds
     assert of_pred == {1: "matched", 2: "false", 3: "merged", 5: "split", 6: "merged"}
-
-
-def test_dice_alone():
-    truth, pred = square((9, 9), (0, 4, 0, 4)), square((9, 9), (0, 4, 1, 5))
-    assert dice(truth, pred) == dice(truth > 0, pred * 255.0) == 0.75
-    assert math.isnan(dice(truth * 0, pred * 0))
 
 
 label_maps = array_shapes(min_dims=2, max_dims=2, max_side=12).flatmap(

@@ -94,9 +94,7 @@ def _check(
         raise UserError(f"base: {source} is a run and names its base, expected an adapter file")
     if format == "onnx":
         graph.check_packages()
-    if out.is_dir():
-        raise UserError(f"{out}: found a folder, expected the name of a file")
-    if out.exists() and not force:
+    if out.is_file() and not force:
         raise UserError(f"{out}: exists; force replaces it")
 
 

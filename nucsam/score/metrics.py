@@ -278,14 +278,6 @@ def score_maps(
     return _score(overlaps(truth, pred, min_area), rules)
 
 
-def dice(truth: np.ndarray, pred: np.ndarray) -> float:
-    """Dice of the foregrounds of two maps or masks of one shape; NaN where both are empty."""
-    truth, pred = np.asarray(truth) != 0, np.asarray(pred) != 0
-    total = np.count_nonzero(truth) + np.count_nonzero(pred)
-    truth &= pred  # a copy already: no third map of a large image
-    return 2 * np.count_nonzero(truth) / total if total else math.nan
-
-
 def _label_map(labels: np.ndarray, name: str, connected: bool) -> np.ndarray:
     """The map as an array of ids; a mask's components, or with a warning the mask as one object."""
     labels = np.asarray(labels)

@@ -11,8 +11,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from nucsam.config import compiled
 from nucsam.data import folders
 from nucsam.data.images import IMAGES, LABELS, read_image, read_label
@@ -97,7 +95,7 @@ def find_pairs(
             organ; or a data set in NuInsSeg's or the plain layout, with its vague areas. Outlines
             in `annotations` are taken to be of an image of the prediction's size.
         pred: folder of label maps, flat or with sub-folders.
-        vague: folder of masks, nonzero = vague.
+        vague: folder of image files, nonzero = vague.
         organ: regular expression searched in the name; its first group, or else the whole match,
             is the organ.
 
@@ -109,7 +107,7 @@ def find_pairs(
     """
     pattern = compiled("organ", organ)
     truths, predictions = _truth_files(Path(truth)), _label_files(Path(pred), LABELS)
-    masks = _label_files(Path(vague), tuple({*IMAGES, *LABELS})) if vague else {}
+    masks = _label_files(Path(vague), IMAGES) if vague else {}
     predicted, unsure = _by_any_name(predictions), _by_any_name(masks)
     missing = sorted(truths.keys() - predicted.keys())
     used = {predicted[name] for name in truths.keys() & predicted.keys()}
@@ -126,13 +124,6 @@ def find_pairs(
     return pairs, missing, extra
 
 
-def read_vague(path: str | Path) -> np.ndarray:
-    """bool (H, W): the nonzero pixels of an image file or of a .npy label map."""
-    if Path(path).suffix.lower() == ".npy":
-        return read_label(path) != 0
-    return read_image(path).any(axis=-1)
-
-
 def score_pair(pair: Pair, protocols: Sequence[Protocol], connected: bool = False) -> list[dict]:
     """A row of one image for each protocol.
 
@@ -141,7 +132,7 @@ def score_pair(pair: Pair, protocols: Sequence[Protocol], connected: bool = Fals
     """
     pred = read_label(pair.pred)
     truth = read_nuclei(pair.truth, pred.shape)
-    vague = read_vague(pair.vague) if pair.vague else None
+    vague = read_image(pair.vague).any(-1) if pair.vague else None
     rows = []
     for protocol in protocols:
         with warnings.catch_warnings(record=True) as caught:
