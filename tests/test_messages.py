@@ -257,13 +257,14 @@ $ evaluate --truth plain/labels --pred cut/labels --workers 1  # predictions of 
 $ evaluate --truth flat --pred flat --protocol nuinseg  # a typo in the protocol
 protocol: found 'nuinseg', expected one of nuinsseg, nuinsseg-no-vague, nuceval, plain
 $ evaluate SAME --iou 50  # a percentage for a threshold of overlap
-protocol nuinsseg (changed): match at IoU > 50, ...; expected iou from 0 to 1 and no number below 0
+protocol nuinsseg (changed): match at IoU > 50, ...; expected iou from 0 to 1; min_area, zone_width
+and vague_overlap from 0
 $ evaluate SAME --organ (  # half a pattern of organs
 organ: found '(', expected a regular expression: missing ), ...
 $ evaluate SAME --workers -1  # fewer than no processes
 workers: found -1, expected 0 or more
 $ evaluate SAME --json flat  # scores into a folder
-flat: [Errno 21] Is a directory: ...; what was there before is unharmed
+flat: found a folder or a device, expected the name of a file
 $ predict model flat --out p  # no such model
 model: found no such file, expected a run directory or a safetensors file of nucsam export
 $ predict other.pt flat --out p  # a file that is no model
@@ -301,7 +302,7 @@ $ export run --out m --without-head  # a head too many
 $ export run --out m --base auto  # a base too many
 ...base: ...run...names its base...expected an adapter file
 $ export run --out flat  # export into a folder
-flat: found a folder, expected the name of a file
+flat: found a folder or a device, expected the name of a file
 $ export run --out other.pt  # export over a file
 other.pt: exists; ...force replaces it
 $ export run --out page.pt/m  # export under a file

@@ -60,7 +60,7 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if not 0 <= self.iou <= 1 or min(self.min_area, self.zone_width, self.vague_overlap) < 0:
-            expected = "iou from 0 to 1 and no number below 0"
+            expected = "iou from 0 to 1; min_area, zone_width and vague_overlap from 0"
             raise UserError(f"protocol {self.rules}; expected {expected}")
 
     @property
