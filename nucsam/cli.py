@@ -241,7 +241,6 @@ def export_command(
     out: Annotated[Path, Option(help="File to write.")],
     format: Annotated[str, Option(help="One of the formats above.")] = "safetensors",
     base: Annotated[str, Option(help="Base of an exported adapter: a path or auto.")] = "",
-    without_head: Annotated[bool, Option("--without-head", help="LoRA without head.")] = False,
     force: Force = False,
 ) -> None:
     """Write a finished run's model as one file.
@@ -254,9 +253,7 @@ def export_command(
     from nucsam.export.merged import export_run
 
     with Console(stderr=True).status(f"writing {out}"):
-        sentence = export_run(
-            run, out, format=format, base=base, without_head=without_head, force=force
-        )
+        sentence = export_run(run, out, format=format, base=base, force=force)
     print(sentence)
 
 

@@ -239,7 +239,6 @@ def test_unfinished_runs_are_refused(run, tmp_path, format, name, text, found):
     "options, names_it",
     [
         ({"format": "onyx"}, "format: found 'onyx'"),
-        ({"format": "onnx", "without_head": True}, "without_head: "),
         ({"base": "auto"}, "base: "),
         ({"out": ""}, "found a folder"),
         ({"out": "file/a.safetensors"}, "file/a.safetensors: .*exists"),
@@ -253,14 +252,11 @@ def test_arguments_that_do_not_fit(run, tmp_path, options, names_it):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_sources_that_do_not_fit(run, base, tmp_path):
-    make_run(tmp_path / "run", base, replace(MODEL, train="head"))
-    with pytest.raises(UserError, match="without_head: "):
-        export_run(tmp_path / "run", tmp_path / "a", format="adapter", without_head=True)
+def test_sources_that_do_not_fit(run, tmp_path):
     export_run(run, tmp_path / "merged.safetensors")
     with pytest.raises(UserError, match=r"merged\.safetensors: "):
         export_run(tmp_path / "merged.safetensors", tmp_path / "a.onnx", format="onnx")
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "merged.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"merged.safetensors"}
 
 
 # ---- adapters ----
@@ -281,34 +277,6 @@ def test_an_adapter_and_its_base_give_the_same_file_as_the_run(run, tmp_path, fo
         read_tensors(tmp_path / "a.safetensors")[1] == read_tensors(tmp_path / "b.safetensors")[1]
     )
     assert state_of(tmp_path / "a.safetensors") == state_of(tmp_path / "b.safetensors")
-
-
-def test_an_adapter_without_its_head_is_small_and_fits_stock_mobile_sam(base, tmp_path):
-    run, lora = tmp_path / "run", tmp_path / "lora.safetensors"
-    make_run(run, base, Model(weights="none"))  # rank 4
-    export_run(run, lora, format="adapter", without_head=True)
-    assert lora.stat().st_size < 1e6
-    tensors, metadata = read_tensors(lora)
-    assert len(tensors) == 40  # A and B of qkv and proj of ten blocks
-    assert all(name.startswith("image_encoder.") and ".lora_" in name for name in tensors)
-    assert sum(tensor.numel() for tensor in tensors.values()) == 44_544
-    assert metadata["kind"] == "adapter of the encoder"
-    options = {"base": str(run / "base.safetensors")}
-    export_run(run, tmp_path / "a.pt", format="mobile-sam")
-    export_run(lora, tmp_path / "b.pt", format="mobile-sam", **options)
-    first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in "ab")
-    assert state_sha256(first) == state_sha256(second)
-    # A model without a head is a base to train on, and nothing to predict with
-    export_run(lora, tmp_path / "encoder.safetensors", **options)
-    encoder = load_base(tmp_path / "encoder.safetensors")
-    assert (encoder.sha256, encoder.extra) == (state_sha256(first), {})
-    with pytest.raises(UserError, match=r"encoder\.safetensors: "):
-        open_model(tmp_path / "encoder.safetensors")
-    with pytest.raises(UserError, match=r"lora\.safetensors: "):
-        export_run(lora, tmp_path / "a.onnx", format="onnx", **options)
-    shutil.copy(lora, run / "adapter.safetensors")
-    with pytest.raises(UserError, match=r"adapter\.safetensors: "):
-        export_run(run, tmp_path / "c.safetensors")
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -411,7 +379,7 @@ def test_onnx_without_its_packages(run, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     absent = lambda name: None if name == "onnxscript" else find(name)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", absent)
-    with pytest.raises(UserError, match="format onnx: onnxscript not installed"):
+    with pytest.raises(UserError, match="found no onnxscript: "):
         export_run(run, tmp_path / "a.onnx", format="onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -176,9 +176,9 @@ out of device memory with train.batch=2 crops ... train.checkpoint=true; data.cr
 $ train PLAIN train.lr_head=1e30 train.ema=0 --out OUT/run  # a learning rate far too high
 the loss {...} is not finite at or before step ... Lower ... continues from the last saved state
 $ BARE export run --format onnx --out m  # the packages are not installed
-...format onnx: onnx, onnxscript, onnxruntime not installed; pip install 'nucsam[onnx]' ...
+found no onnx, onnxscript, onnxruntime: pip install 'nucsam[onnx]' installs it
 $ BARE report run  # the packages are not installed
-...matplotlib and ...jinja2...pip install 'nucsam[report]' ...
+found no matplotlib, jinja2: pip install 'nucsam[report]' installs it
 $ predict foreign.safetensors flat --out p  # tensors of another program
 foreign.safetensors: found no `nucsam` metadata, expected a file that nucsam wrote
 $ export run/state/last.safetensors --out m  # a state for an adapter
@@ -187,10 +187,6 @@ $ export unnamed.safetensors --out m  # an adapter without a base
 unnamed.safetensors: found metadata without base and config, expected an adapter's
 $ export lora.safetensors --out m --base none  # an adapter of another base
 lora.safetensors: trained on the base ... (none (random, seed 0)), found the base ... (none ...)
-$ export lora.safetensors --out m --base run/base.safetensors --format onnx  # no head
-lora.safetensors: found an adapter without a head,... format onnx ...
-$ export heads --out m --format adapter --without-head  # nothing but a head
-...without...head: heads trained nothing but a head
 $ evaluate wide  # the head of another width
 wide/adapter.safetensors: weights do not fit the model: ... tensors differ; head...: found
 fractions (...), expected fractions (...), ...
@@ -297,8 +293,6 @@ $ predict run flat/human_bladder_1.png --out results --force  # fewer images tha
 results: found 1 result(s) that ...force would ..., such as results/human_bladder_2.tif; ...
 $ export run --out m --format pickle  # no such format
 ...format: found 'pickle', expected one of safetensors, mobile-sam, onnx, adapter
-$ export run --out m --without-head  # a head too many
-...without... found ...format safetensors, expected adapter
 $ export run --out m --base auto  # a base too many
 ...base: ...run...names its base...expected an adapter file
 $ export run --out flat  # export into a folder
@@ -560,7 +554,7 @@ def make_runs() -> None:
     assert run_command(["train", *WORDS["PLAIN"], "--out", "run"]) == 0
     run, state = Path("run"), "state/last.safetensors"
     export_run(run, Path("merged.safetensors"))
-    export_run(run, Path("lora.safetensors"), format="adapter", without_head=True)
+    export_run(run, Path("lora.safetensors"), format="adapter")
     assert run_command(["predict", "run", "few/images", "--out", "again"]) == 0
     shutil.copytree("again", "results")
     record = json.loads(Path("results/predict.json").read_text())
@@ -571,7 +565,6 @@ def make_runs() -> None:
         ("edited", "alpha = 8.0", "alpha = 4.0"),
         ("moved", 'root = "plain"', 'root = "nowhere"'),
         ("wide", "width = 32", "width = 64"),
-        ("heads", 'train = "lora"', 'train = "head"'),
     ):
         shutil.copytree("run", name)
         Path(name, "config.toml").write_text(settings.replace(old, new))
@@ -588,7 +581,6 @@ def make_runs() -> None:
     Path("unfinished/metrics.jsonl").write_text('{"epoch": 1}')
     Path("torn", state).write_text("half of it")
     shutil.copy("run/adapter.safetensors", Path("swapped", state))
-    rewrite("heads/adapter.safetensors", keep_the_head)
     rewrite("baseless/base.safetensors", lambda _, document: document.clear())
     rewrite(f"unlike/{state}", lambda tensors, _: tensors.pop(max(tensors)))
     rewrite(f"stuck/{state}", lambda _, document: document.pop("progress"))
@@ -598,12 +590,6 @@ def rewrite(name: str, change: Callable[[dict, dict], object]) -> None:
     tensors, document = checkpoint.read_tensors(Path(name))
     change(tensors, document)
     checkpoint.write_tensors(Path(name), tensors, document)
-
-
-def keep_the_head(tensors: dict, document: dict) -> None:
-    for name in [name for name in tensors if not name.startswith("head.")]:
-        del tensors[name]
-    document["config"]["model"]["train"] = "head"
 
 
 # ---- the tests ----

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nucsam import __version__
 from nucsam.config import Config
-from nucsam.errors import UserError
+from nucsam.errors import UserError, check_packages
 from nucsam.export import graph
 from nucsam.files import atomic
 from nucsam.model.network import Nucsam
@@ -28,11 +28,11 @@ from nucsam.model.weights import Base
 from nucsam.run import checkpoint
 from nucsam.run.directory import RunDirectory
 
-FORMATS = {  # format -> `kind` in the metadata of a file with a head, and of one without
-    "safetensors": ("merged", "encoder"),
-    "mobile-sam": ("mobile-sam", "mobile-sam"),
-    "onnx": ("graph", ""),
-    "adapter": ("adapter", checkpoint.HEADLESS),
+FORMATS = {  # format -> `kind` in the metadata of its files
+    "safetensors": "merged",
+    "mobile-sam": "mobile-sam",
+    "onnx": "graph",
+    "adapter": "adapter",
 }
 
 
@@ -42,7 +42,6 @@ def export_run(
     *,
     format: str = "safetensors",
     base: str = "",
-    without_head: bool = False,
     force: bool = False,
 ) -> str:
     """Write the best weights of a finished run as one file.
@@ -52,7 +51,6 @@ def export_run(
         out: the file.
         format: one of `FORMATS`.
         base: base weights of an adapter file, as `load_base` takes them; "" = auto.
-        without_head: of the format adapter, LoRA alone.
         force: replace an existing file.
 
     Returns:
@@ -63,37 +61,28 @@ def export_run(
             or not finished, or an adapter on another base.
         RuntimeError: onnxruntime gives other maps than PyTorch.
     """
-    _check(source, out, format, base, without_head, force)
+    _check(source, out, format, base, force)
     if source.is_file():
         net, config, stock, metadata = checkpoint.open_adapter(source, base or "auto")
     else:
         net, config, stock, metadata = checkpoint.open_run(source)
         metadata |= _finished(RunDirectory(source), config)
-    has_head = metadata["kind"] == "adapter" and not without_head
-    if format == "onnx" and not has_head:
-        raise UserError(f"{source}: found an adapter without a head, format onnx needs one")
-    tensors = _tensors(format, has_head, net, stock)
-    if not tensors:
-        raise UserError(f"without_head: {source} trained nothing but a head")
-    metadata = _portable(metadata, config) | {"kind": FORMATS[format][0 if has_head else 1]}
+    tensors = _tensors(format, net, stock)
+    metadata = _portable(metadata, config) | {"kind": FORMATS[format]}
     remark = _write(out, format, tensors, metadata, net, config)
     values = sum(tensor.numel() for tensor in tensors.values())
     size = out.stat().st_size / 2**20
     return f"{out}: {len(tensors)} tensors, {values:,} values{remark}, {size:.2f} MiB"
 
 
-def _check(
-    source: Path, out: Path, format: str, base: str, without_head: bool, force: bool
-) -> None:
+def _check(source: Path, out: Path, format: str, base: str, force: bool) -> None:
     """Refuse what can be refused before the model is read."""
     if format not in FORMATS:
         raise UserError(f"format: found {format!r}, expected one of {', '.join(FORMATS)}")
-    if without_head and format != "adapter":
-        raise UserError(f"without_head: found format {format}, expected adapter")
     if base and source.is_dir():
         raise UserError(f"base: {source} is a run and names its base, expected an adapter file")
     if format == "onnx":
-        graph.check_packages()
+        check_packages("onnx", "onnx", "onnxscript", "onnxruntime")
     if out.is_file() and not force:
         raise UserError(f"{out}: exists; force replaces it")
 
@@ -117,14 +106,13 @@ def _finished(run: RunDirectory, config: Config) -> dict[str, Any]:
     return {"scores": scores["headline"], "scores_of": scores.get("images_of")}
 
 
-def _tensors(format: str, has_head: bool, net: Nucsam, stock: Base) -> dict[str, Tensor]:
+def _tensors(format: str, net: Nucsam, stock: Base) -> dict[str, Tensor]:
     if format == "adapter":
-        prefix = "" if has_head else checkpoint.ENCODER
-        return {name: p for name, p in net.trainable().items() if name.startswith(prefix)}
+        return net.trainable()
     tensors = checkpoint.merged_tensors(net, stock)
-    if has_head and format != "mobile-sam":
-        return tensors
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    if format == "mobile-sam":
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    return tensors
 
 
 def _write(

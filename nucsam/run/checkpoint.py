@@ -5,7 +5,7 @@ ever unpickled, and every write is atomic.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +23,6 @@ from nucsam.model.network import Nucsam, build_model
 from nucsam.model.weights import Base, load_base, misfit, read_safetensors
 from nucsam.run.directory import RunDirectory
 
-ENCODER = "image_encoder."
-HEADLESS = "adapter of the encoder"  # kind of an adapter file without a head
 # What shapes do not tell of an adapter, as `differences` writes it.
 LORA_SETTINGS = ("model.train:", "model.rank:", "model.alpha:", "model.pattern:")
 _START_AGAIN = "delete it to start the run again"
@@ -73,28 +71,25 @@ def save_adapter(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, 
     write_tensors(path, weights, {"kind": "adapter", **metadata})
 
 
-def load_adapter(
-    path: Path, model: Nucsam, base: Base, kinds: Sequence[str] = ("adapter",)
-) -> dict[str, Any]:
+def load_adapter(path: Path, model: Nucsam, base: Base) -> dict[str, Any]:
     """Copy an adapter file's weights into `model`, which is built on `base`; return its metadata.
 
     Args:
         path: the file.
         model: the model to change.
         base: what it is built on.
-        kinds: of adapter files to take. One of the kind HEADLESS leaves the head as it is.
 
     Raises:
         UserError: the adapter was trained on another base, or does not fit the model.
     """
-    weights, metadata = _read_adapter(path, kinds)
+    weights, metadata = _read_adapter(path)
     trained_on = metadata["base"]
     if trained_on["sha256"] != base.sha256:
         raise UserError(
             f"{path}: trained on the base {trained_on['sha256'][:12]} ({trained_on['source']}), "
             f"found the base {base.sha256[:12]} ({base.source})"
         )
-    put_weights(model, weights, path, prefix=ENCODER if metadata["kind"] == HEADLESS else "")
+    put_weights(model, weights, path)
     return metadata
 
 
@@ -102,36 +97,32 @@ def open_adapter(path: Path, weights: str = "auto") -> tuple[Nucsam, Config, Bas
     """The model of an exported adapter file.
 
     Args:
-        path: adapter file of `nucsam export`. One of the kind HEADLESS leaves the head random.
+        path: adapter file of `nucsam export`.
         weights: names the base, as in `load_base`.
 
     Returns:
         As `open_run`.
     """
-    kinds = ("adapter", HEADLESS)
-    _, metadata = _read_adapter(path, kinds)
+    _, metadata = _read_adapter(path)
     config = Config.from_dict(metadata["config"], f"{path}: configuration")
     base = load_base(weights)
     net = build_model(config.model, base, seed=config.train.seed)
-    load_adapter(path, net, base, kinds)
+    load_adapter(path, net, base)
     return net.eval(), config, base, metadata
 
 
-def put_weights(
-    model: Nucsam, weights: Mapping[str, Tensor], source: Path, prefix: str = ""
-) -> None:
+def put_weights(model: Nucsam, weights: Mapping[str, Tensor], source: Path) -> None:
     """Copy trained weights into the model, in place.
 
     Args:
         model: the model to change.
-        weights: exactly the model's trainable tensors whose names start with `prefix`.
+        weights: exactly the model's trainable tensors.
         source: file named in an error.
-        prefix: "" for all trainable tensors.
 
     Raises:
         UserError: names, shapes or types differ.
     """
-    targets = {name: p for name, p in model.trainable().items() if name.startswith(prefix)}
+    targets = model.trainable()
     if problem := misfit(weights, targets):
         raise UserError(f"{source}: weights do not fit the model: {problem}")
     with torch.no_grad():
@@ -139,8 +130,8 @@ def put_weights(
             parameter.copy_(weights[name])
 
 
-def _read_adapter(path: Path, kinds: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    weights, metadata = read_tensors(path, *kinds)
+def _read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    weights, metadata = read_tensors(path, "adapter")
     match metadata:
         case {"base": {"sha256": str(), "source": str()}, "config": {"model": dict()}}:
             return weights, metadata
