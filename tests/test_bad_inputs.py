@@ -110,17 +110,20 @@ def damaged_files() -> Iterator[tuple]:
         ("text", "a.png", b"no image", read_image),
         ("text", "a.tif", b"no image", read_image),
         ("TIFF stack", "a.png", encoded(np.stack([RGB, RGB]), ".tif"), read_image),
-        ("JPEG", "a.png", encoded(RGB, ".jpg"), read_label),
+        ("JPEG", "a.png", encoded(GREY, ".jpg"), read_label),
         ("lossy label", "a.jpg", encoded(GREY, ".jpg"), read_label),
         ("negative LZW", "a.tif", signed, read_label),
         ("sum for a shape", "a.npy", whole.replace(b"(70, 90)", b"(9**9,9)"), read_label),
         ("more rows than bytes", "a.npy", whole.replace(b"(70, 90)", b"(999,90)"), read_label),
         ("UTF-16", "a.geojson", b"\xff\xfe[", read_outlines),
+        ("many brackets", "a.geojson", b"[" * 100_000, read_outlines),
+        ("no features", "a.geojson", b'{"type": "FeatureCollection"}', read_outlines),
         ("a key twice", "a.toml", b"[train]\nepochs = 1\nepochs = 2", load_config),
         ("a table in a table", "a.toml", b"[train.epochs]\nx = 3", load_config),
         ("a list of tables", "a.toml", b"[[train]]\nepochs = 3", load_config),
         ("UTF-16", "a.toml", "[train]\n".encode("utf-16"), load_config),
         ("null bytes", "a.toml", b"\0" * 100, load_config),
+        ("many digits", "a.toml", b"[train]\nepochs = " + b"9" * 5000, load_config),
         ("a thousand brackets", "a.toml", b"[train]\nepochs = " + b"[" * 1000, load_config),
     ):
         yield title, name, content, read
@@ -128,8 +131,11 @@ def damaged_files() -> Iterator[tuple]:
 
 def odd_arrays() -> Iterator[tuple]:
     images = [np.zeros((5, H, W), np.uint8), np.zeros((2, 5, H, W), np.uint8), ROWS * 1j]
-    labels = [RGB, np.stack([WIDE] * 5), WIDE * 1j]
+    images += [np.dstack([GREY] * 9), RGB.astype(np.float32), RGB * np.uint32(70_000), -ROWS]
+    labels = [RGB, np.stack([WIDE] * 5), WIDE * 1j, WIDE.astype(np.float32), -WIDE, WIDE * 2**40]
+    labels.append((WIDE * 2**23).astype(np.uint32))
     flat = [WIDE.ravel(), np.array(3), np.zeros((0, W), int), np.zeros((H, W), [("a", int)])]
+    flat.append(WIDE[..., None])
     for array in images:
         yield "odd", "a.tif", encoded(array, ".tif"), read_image
     for array in labels:
@@ -163,6 +169,11 @@ def odd_files() -> Iterator[tuple]:
         content = encoded(RGB, ".tif", description=f'<OME PhysicalSizeX="{text}"', metadata=None)
         yield f"size {text!r}", "a.tif", content, read_mpp, None
     yield "ids of a palette", "a.tif", saved(palette, "TIFF"), read_label, GREY
+    yield "ids of a palette", "a.png", saved(palette, "PNG"), read_label, GREY
+    yield "16 bits", "a.png", encoded(IDS, ".png"), read_label, IDS
+    large = WIDE.astype(np.int32) * 50_000
+    lzw = saved(Image.fromarray(large), "TIFF", compression="tiff_lzw")
+    yield "LZW", "a.tif", lzw, read_label, large
     yield "bool", "a.npy", encoded(IDS > 0, ".npy"), read_label, IDS > 0
     yield "big-endian", "a.npy", encoded(IDS.astype(">u4"), ".npy"), read_label, IDS
     yield "big-endian", "a.tif", encoded(IDS, ".tif", byteorder=">"), read_label, IDS
@@ -218,6 +229,7 @@ DATA_SETS = {
     "PNG named .tif": (replaced("labels/b.tif", writes(IDS, ".png")), r"b\.tif: "),
     "vague area of floats": (replaced("vague/b.tif", writes(RGB / 2)), r"vague/b\.tif: "),
     "no images": (replaced("images"), "set: "),
+    "no image": (replaced("images", Path.mkdir), "set: found no image"),
     "no labels": (replaced("labels"), r"a\.png.*b\.png.*c\.png"),
     "file for images": (replaced("images", Path.touch), "set: "),
     "stem in two forms": (partial(plain, stems=["é", DECOMPOSED]), f"/(é|{DECOMPOSED}).png: "),
