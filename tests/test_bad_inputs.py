@@ -24,12 +24,13 @@ from conftest import snapshot
 from PIL import Image
 
 from nucsam.config import Config, load_config, override
-from nucsam.data import geojson
+from nucsam.data import draw, geojson
 from nucsam.data.folders import find_records
-from nucsam.data.images import read_image, read_label, read_mpp
+from nucsam.data.images import read_image, read_label, read_mpp, write_label
 from nucsam.data.samples import Samples, read_nuclei
 from nucsam.errors import UserError
 from nucsam.export.merged import export_run
+from nucsam.files import write_text
 from nucsam.model.network import build_model
 from nucsam.model.weights import load_base
 from nucsam.predict.predictor import open_model
@@ -273,6 +274,27 @@ def test_what_may_not_be_read_is_named(name, tmp_path, monkeypatch):
             patch.setattr(module, function, denying(getattr(module, function)))
         read_all(root)
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("write", "content"),
+    [
+        (write_label, IDS),
+        (draw.write_png, RGB),
+        (geojson.write_geojson, []),
+        (write_text, "new"),
+        (partial(checkpoint.write_tensors, metadata={}), {}),
+    ],
+)
+def test_a_failed_write_leaves_the_old_file(write, content, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError("disk")
+
+    path = tmp_path / "a"
+    path.write_text("old")
+    monkeypatch.setattr(Path, "replace", fail)
+    with refused(tmp_path, re.escape(f"{path}: disk")):
+        write(path, content)
 
 
 NAMES = ["a b  c", "a [1] (b) {c}", "a\nb", "a'b\"c", "a%20#b", "naïve 核 🧬", "-rf", "a.tif.b"]

@@ -291,16 +291,6 @@ def test_a_written_label_reads_back(tmp_path_factory, top, height, width):
     assert [entry.name for entry in path.parent.iterdir()] == ["a.tif"]
 
 
-def test_a_failed_write_leaves_the_old_label(tmp_path, monkeypatch):
-    path = tmp_path / "a.tif"
-    write_label(path, three())
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
-    with pytest.raises(UserError, match=r"a\.tif: disk"):
-        write_label(path, three() * 2)
-    assert np.array_equal(read_label(path), three())
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.tif"]
-
-
 def ome(**tags: object) -> dict:
     return {"ome": True, "metadata": {"axes": "YXS", **tags}}
 

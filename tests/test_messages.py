@@ -370,6 +370,8 @@ truth: found dtype float64, expected integer ids
 truth: found ids from -1 to 0, expected 0 to 2**63 - 1
 > read_tensors none  # no such file of tensors
 none: no such file; expected one that nucsam wrote
+> read_tensors plain  # a folder of tensors
+plain: not a readable safetensors file (...)
 > forward 50  # an image of a side that no stride divides
 ...50 x 64 px, expected multiples of 32...
 > magnify 99  # an image far larger than those trained on
@@ -517,7 +519,7 @@ def make_files() -> None:
         "nan.pt": {"weight": tensor / 0 * 0},
     }.items():
         torch.save(content, name)
-    for name in ("page.pt", "page.safetensors", "drawing.svg", "yaml.toml", "cached/mobile_sam.pt"):
+    for name in ("page.pt", "drawing.svg", "yaml.toml", "cached/mobile_sam.pt"):
         Path(name).write_text("<!DOCTYPE html>: 404")
     Path("scalar.toml").write_text("train = 3")
     save_file({"x": tensor}, "foreign.safetensors")
