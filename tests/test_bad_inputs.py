@@ -23,7 +23,7 @@ import torch
 from conftest import snapshot
 from PIL import Image
 
-from nucsam.config import Config, load_config, override
+from nucsam.config import load_config
 from nucsam.data import draw, geojson
 from nucsam.data.folders import find_records
 from nucsam.data.images import read_image, read_label, read_mpp, write_label
@@ -321,21 +321,6 @@ def test_other_files_are_left_aside(tmp_path):
     plain(root / "labels/liver", ["a"]).joinpath("labels/a.tif").rename(root / "labels/liver/a.tif")
     with pytest.warns(UserWarning, match="liver"):
         assert read_all(root) == [3, 3, 3]
-
-
-# ---- settings ----
-
-NUMBERS = {k: v for k, v in Config().flat().items() if type(v) in (int, float)}
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-def test_what_is_no_number_in_range_is_named(name):
-    values = ["'3'", "[3]", "true", "many", "", "1\nx=2", "9" * 5000]
-    values += ["1.5"] if type(NUMBERS[name]) is int else ["nan", "inf", str(10**400)]
-    values += [] if name.endswith(".seed") else ["-1000"]
-    for value in values:
-        with pytest.raises(UserError, match=f"{re.escape(name)}: "):
-            override({}, [f"{name}={value}"])
 
 
 # ---- runs, weights, exports ----

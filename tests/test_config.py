@@ -115,19 +115,9 @@ def test_a_shipped_configuration_sets_no_default(stem):
     assert changed <= {f"{table}.{key}" for table, values in tables.items() for key in values}
 
 
-@pytest.mark.parametrize(
-    "content", [b"[train\n", b'[data]\nroot = "\xff"\n', b"[train]\nepochs = " + b"9" * 5000]
-)
-def test_a_file_that_is_not_toml_is_named(tmp_path, content):
-    (tmp_path / "b.toml").write_bytes(content)
-    with pytest.raises(UserError, match=r"b\.toml: "):
-        load_config(tmp_path / "b.toml")
-
-
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    for path in (tmp_path / "none.toml", tmp_path):
-        with pytest.raises(UserError, match=re.escape(f"{path}: ")):
-            load_config(path)
+def test_a_folder_for_a_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}: ")):
+        load_config(tmp_path)
 
 
 def test_a_configuration_is_frozen():
@@ -205,31 +195,31 @@ def test_any_override_is_a_configuration_or_a_user_error(text):
         assert isinstance(config.data.group, str)
 
 
+@pytest.mark.parametrize("text", ["many", "'3'", "[3]", "true", "", "1\nx=2", "9" * 5000])
+def test_what_is_no_number_is_named(text):
+    with pytest.raises(UserError, match=r"train\.epochs: "):
+        override({}, [f"train.epochs={text}"])
+
+
 # Names and types
 
 
 @pytest.mark.parametrize(
-    ("text", "wrong", "near"),
+    ("text", "wrong", "known"),
     [
-        ("[trian]\nepochs = 3", "[trian]", "train"),
-        ("[train]\nepoch = 3", "train.epoch", "train.epochs"),
-        ("[model]\nwidht = 64", "model.widht", "model.width"),
         ("[zzz]\n", "[zzz]", "data, augment, model, loss, instances, train"),
         ("[loss]\nzzz = 3", "loss.zzz", "cross_entropy, boundary"),
-        ("[model]\nhead = 'sma'", "model.head", "mean sam"),
     ],
 )
-def test_a_wrong_name_meets_the_nearest_or_all_names(tmp_path, text, wrong, near):
-    with pytest.raises(UserError, match=f"{re.escape(wrong)}.*{near}"):
+def test_a_wrong_name_meets_all_names_where_none_is_near(tmp_path, text, wrong, known):
+    with pytest.raises(UserError, match=f"{re.escape(wrong)}.*{known}"):
         load_config(written(tmp_path, text))
 
 
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ("train = 3", "train"),
         ("[train]\nepochs = 3.0", "train.epochs"),
-        ("[train]\nepochs = true", "train.epochs"),
         ("[train]\nlr_head = 'x'", "train.lr_head"),
         ("[train]\nlr_head = true", "train.lr_head"),
         ("[augment]\nd4 = 1", "augment.d4"),
