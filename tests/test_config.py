@@ -15,10 +15,8 @@ from nucsam.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = {path.stem for path in CONFIGS.glob("*.toml")}
-PRINTABLE = st.text(
-    st.characters(min_codepoint=32, exclude_categories=["Cs"], exclude_characters="\x7f"),
-    max_size=30,
-)
+SPECIAL = "\t\n\r\x07\x7f\"\\'"  # half of the characters, so that a few examples meet them all
+TEXT = st.text(st.sampled_from(SPECIAL) | st.characters(exclude_categories=["Cs"]), max_size=30)
 FIELDS = [
     (f"{table.name}.{field.name}", get_type_hints(table.default_factory)[field.name], field)
     for table in fields(Config)
@@ -54,8 +52,8 @@ def test_a_file_is_a_difference_from_the_defaults(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    root=PRINTABLE,
-    group=PRINTABLE.map(re.escape),
+    root=TEXT,
+    group=TEXT.map(re.escape),
     fold=st.sampled_from([0, 4, "all"]),
     rate=st.floats(1e-12, 1e12),
     scale=st.floats(1e-3, 1.0),
@@ -73,15 +71,6 @@ def test_a_configuration_survives_its_file(
     path = tmp_path_factory.getbasetemp() / "round_trip.toml"
     path.write_text(to_toml(config), encoding="utf-8")
     assert load_config(path) == config
-
-
-@pytest.mark.parametrize(
-    "root",
-    ["tab\tx", "new\nline", 'quote"d', "back\\slash", "naïve 核", "'", "cr\rx", "bell\x07", "\x7f"],
-)
-def test_unusual_strings_survive_the_file(tmp_path, root):
-    config = Config(data=Data(root=root))
-    assert load_config(written(tmp_path, to_toml(config))) == config
 
 
 def test_the_file_names_every_setting():
