@@ -171,9 +171,7 @@ def trained(tmp_path_factory, folder):
 
 def test_training_prints_what_must_be_known(trained):
     run, output = trained
-    assert "random base weights" in output
     assert "284,828 of 6,028,720 parameters" in output
-    assert "aji on the inner split" in output
     assert (run / "scores.json").is_file()
 
 
@@ -184,8 +182,6 @@ def test_evaluate_scores_a_run(trained, tmp_path, capsys):
     assert scores["images_of"] == "test"
     assert len(scores["scores"][0]["images"]) == len(list(overlays.iterdir())) == 3
     assert scores["headline"] == json.loads((run / "scores.json").read_text())["headline"]
-    assert run_command(["evaluate", str(run), "--untrained"]) == 0
-    assert "untrained model" in capsys.readouterr().out
 
 
 def test_evaluate_scores_folders_of_label_maps(folder, tmp_path, capsys):

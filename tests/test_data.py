@@ -266,9 +266,8 @@ def test_sixteen_bits_lose_their_low_bits(tmp_path, top, shift):
     wide = np.linspace(0, top, H * W).astype(np.uint16).reshape(H, W)
     expected = (wide >> shift).astype(np.uint8)
     assert expected.max() == 255
-    for name, stored in (("a.png", wide), ("a.tif", wide), ("b.tif", np.dstack([wide] * 3))):
-        image = read_image(put(tmp_path / name, stored))
-        assert np.array_equal(image, np.dstack([expected] * 3))
+    image = read_image(put(tmp_path / "a.png", wide))
+    assert np.array_equal(image, np.dstack([expected] * 3))
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32, 64])
