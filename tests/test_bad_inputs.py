@@ -157,13 +157,9 @@ def test_a_bad_file_is_named(name, content, read, tmp_path):
 
 
 def odd_files() -> Iterator[tuple]:
-    with tifffile.TiffWriter(thumbnail := io.BytesIO()) as tiff:
-        tiff.write(RGB, photometric="rgb")
-        tiff.write(RGB[::2, ::2], photometric="rgb", subfiletype=1)
     palette = Image.fromarray(GREY, "P")
     palette.putpalette([value for k in range(256) for value in (k, 255 - k, 7)])
     looked_up = np.dstack([GREY, 255 - GREY, np.full_like(GREY, 7)])
-    yield "thumbnail", "a.tif", thumbnail.getvalue(), read_image, RGB
     yield "palette", "a.png", saved(palette, "PNG"), read_image, looked_up
     yield "JPEG", "a.png", encoded(RGB * 0, ".jpg"), read_image, RGB * 0
     for text in ("1-2.e", "", "nan", "1e999", "-3"):
@@ -311,16 +307,6 @@ def test_links_are_followed(name, tmp_path):
     root = plain(tmp_path / "set")
     replaced(name, lambda path: path.symlink_to(tmp_path / "outside"))(root)
     assert read_all(root) == [3, 3, 3]
-
-
-def test_other_files_are_left_aside(tmp_path):
-    root = plain(tmp_path / "set")
-    for name in ("images/notes", "images/._a.png", "labels/.DS_Store", "README.txt"):
-        (root / name).touch()
-    assert read_all(root) == [3, 3, 3]
-    plain(root / "labels/liver", ["a"]).joinpath("labels/a.tif").rename(root / "labels/liver/a.tif")
-    with pytest.warns(UserWarning, match="liver"):
-        assert read_all(root) == [3, 3, 3]
 
 
 # ---- runs, weights, exports ----

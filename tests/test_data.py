@@ -164,7 +164,9 @@ def test_all_problems_of_a_folder_are_named_at_once(tmp_path):
     assert all(sum(line.strip().startswith(f"{path}: ") for line in lines) == 1 for path in paths)
 
 
-@pytest.mark.parametrize("name", ["labels/x.png", "vague/x.png", "annotations/x.geojson"])
+@pytest.mark.parametrize(
+    "name", ["labels/x.png", "labels/liver/x.png", "vague/x.png", "annotations/x.geojson"]
+)
 def test_files_without_an_image_are_told(tmp_path, name):
     path = plain(tmp_path, 2) / name
     path.parent.mkdir(exist_ok=True)

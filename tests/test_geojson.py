@@ -276,11 +276,6 @@ def test_regions_around_nuclei_are_not_nuclei(tmp_path, kind):
         assert np.bincount(label.ravel())[1:].tolist() == areas
 
 
-def test_an_image_without_nuclei(tmp_path):
-    for document in ([], collection()):
-        assert not read(put(tmp_path, document), (3, 4)).any()
-
-
 BAD_POINTS = [(math.nan, 1), (1e9, 1), (1, -1e300), (10**400, 1), ("a", 1), (1,)]
 
 

@@ -87,6 +87,7 @@ def test_of_a_pyramid_the_full_resolution_is_read(tmp_path, subifds):
         tiff.write(picture(), subifds=1 if subifds else None, **options)
         tiff.write(picture()[::2, ::2], subfiletype=1, **options)
     np.testing.assert_array_equal(TiffWindows(path)[0:H, 0:W], picture())
+    np.testing.assert_array_equal(read_image(path), picture())
 
 
 def test_missing_tiles_are_black(tmp_path):
