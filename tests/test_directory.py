@@ -79,13 +79,6 @@ def test_a_run_starts_in_an_empty_folder_and_resumes_with_its_own_settings(tmp_p
         run.check(config("train.batch=8"), resume=True)
 
 
-def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(UserError, match=str(tmp_path)):
-        RunDirectory(tmp_path).read_config()
-    with pytest.raises(UserError, match=str(tmp_path)):
-        read_runs(tmp_path)
-
-
 def test_runs_are_sorted_by_value_and_fold_and_named_by_what_differs(tmp_path):
     for rank in (16, 4):
         for fold in (1, 0):

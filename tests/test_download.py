@@ -105,13 +105,6 @@ def test_offline_the_message_names_each_address_and_the_file_to_put(fetch, silen
     assert fetch(silent, "/whole").read_bytes() == BODY
 
 
-def test_a_folder_that_cannot_be_written_is_named(fetch, server, tmp_path):
-    (tmp_path / "cache").write_text("a file, not a folder")
-    with pytest.raises(UserError, match=r"file\.pt.*, or ask a friend"):
-        fetch("/whole")
-    assert server.requests == []
-
-
 def test_a_second_process_waits_for_the_first(fetch, server):
     """Locks are per opened file, so that two threads stand for two processes."""
     with ThreadPoolExecutor(2) as pool:

@@ -157,16 +157,13 @@ def test_values_that_no_folder_can_be_named_after(tmp_path, tiny):
 @pytest.mark.parametrize(
     ("grid", "named"),
     [
-        (["model.rank=4"], "'model.rank=4'"),
         (["rank=[4]"], "'rank=.4.'"),
         (["model.head=[sam]"], "strings quoted"),
         (["model.rank=[]"], r"'model.rank=\[\]'"),
         (["model.rnk=[4]"], "model.rnk; did you mean model.rank"),
         (["modle.rank=[4]"], "modle"),
         (["model.rank=[4, 0]"], "model.rank: found 0"),
-        (["model.alpha=[8, 8.0]"], "model.alpha=8.0 twice"),
         (["model.rank=[4]", "model.rank=[8]"], "each key once"),
-        (["data.fold=[0, 1]"], "data.fold"),
     ],
 )
 def test_what_is_no_grid_is_refused(tiny, grid, named):
@@ -180,8 +177,6 @@ def test_devices():
     assert device_of({}) == "0"
     assert device_of({"CUDA_VISIBLE_DEVICES": "", "LOCAL_RANK": "1"}) == ""
     assert device_of({"CUDA_VISIBLE_DEVICES": "0,1", "ACCELERATE_USE_CPU": "True"}) == ""
-    with pytest.raises(UserError, match="LOCAL_RANK: found 2 with the GPUs 0, 1"):
-        device_of({"CUDA_VISIBLE_DEVICES": "0,1", "LOCAL_RANK": "2"})
 
 
 def test_environment_of_a_child():
@@ -271,27 +266,6 @@ def test_another_configuration_is_refused_before_anything_runs(launch, monkeypat
     # the data may have moved, and a grid may grow
     assert run_command([*same, "data.root=elsewhere"]) == 0 and started() == []
     assert run_command([*same, "--grid", "model.rank=[8]"]) == 0 and len(started()) == 5
-
-
-def test_mistakes_are_refused_before_anything_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("c.toml").touch()
-    Path("run").mkdir()
-    Path("run/config.toml").touch()
-    with pytest.raises(UserError, match=r"data\.fold"):
-        runner.cross_validate(Path("c.toml"), ["data.fold=2"], Path("runs"))
-    with pytest.raises(UserError, match=r"none\.toml"):
-        runner.cross_validate(Path("none.toml"), [], Path("runs"))
-    with pytest.raises(UserError, match="a=b"):
-        runner.cross_validate(Path("c.toml"), [], Path("a=b"))
-    with pytest.raises(UserError, match="run is one run"):
-        runner.cross_validate(Path("c.toml"), [], Path("run"))
-    assert sorted(map(str, Path().iterdir())) == ["c.toml", "run"]
-
-
-def test_a_process_that_waits_has_not_loaded_torch():
-    code = "import sys, nucsam.folds.runner; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_two_folds_by_accelerate_launch(tiny, tmp_path):

@@ -276,24 +276,6 @@ def test_regions_around_nuclei_are_not_nuclei(tmp_path, kind):
         assert np.bincount(label.ravel())[1:].tolist() == areas
 
 
-def test_an_image_without_nuclei(tmp_path):
-    for document in ([], collection()):
-        assert not read(put(tmp_path, document), (3, 4)).any()
-
-
-@pytest.mark.parametrize("document", ["{", "[" * 100_000, 3, {"type": "FeatureCollection"}])
-def test_what_is_no_geojson_is_refused(tmp_path, document):
-    with pytest.raises(UserError, match=r"a\.geojson"):
-        read(put(tmp_path, document), (3, 4))
-
-
-def test_a_missing_file_and_polygons_outside_of_the_image_are_refused(tmp_path):
-    path = put(tmp_path, collection(polygon(square(50, 50, 3))))
-    for bad in (tmp_path / "none.geojson", path):
-        with pytest.raises(UserError, match=bad.name):
-            read(bad, (3, 4))
-
-
 BAD_POINTS = [(math.nan, 1), (1e9, 1), (1, -1e300), (10**400, 1), ("a", 1), (1,)]
 
 

@@ -365,6 +365,8 @@ truth: found dtype float64, expected integer ids
 truth: found ids from -1 to 0, expected 0 to 2**63 - 1
 > read_tensors none  # no such file of tensors
 none: no such file; expected one that nucsam wrote
+> read_tensors plain  # a folder of tensors
+plain: not a readable safetensors file (...)
 > forward 50  # an image of a side that no stride divides
 ...50 x 64 px, expected multiples of 32...
 > magnify 99  # an image far larger than those trained on
@@ -420,11 +422,10 @@ def without_extras(name: str, *_: object) -> object:
 
 FIND_SPEC = importlib.util.find_spec
 NO_MEMORY = failing(torch.OutOfMemoryError("no memory"))
-SPECS = ("importlib.util.find_spec", "nucsam.report.page.find_spec")
 STEPS = ("nucsam.predict.predictor.Predictor.extract", "nucsam.train.loop.step")
 LIMITS = ("nucsam.data.images.WHOLE", "nucsam.data.images.MOST")
 SCENES = {  # what stands in for what, where a line begins with the word
-    "BARE": dict.fromkeys(SPECS, without_extras),
+    "BARE": {"importlib.util.find_spec": without_extras},
     "FULL": {"tifffile.imwrite": failing(OSError(errno.ENOSPC, "No space left on device"))},
     "GPUS": {"os.environ": os.environ | {"ACCELERATE_USE_CPU": "", "CUDA_VISIBLE_DEVICES": "0, 1"}},
     "MEMORY": dict.fromkeys(STEPS, NO_MEMORY),
@@ -512,7 +513,7 @@ def make_files() -> None:
         "nan.pt": {"weight": tensor / 0 * 0},
     }.items():
         torch.save(content, name)
-    for name in ("page.pt", "page.safetensors", "drawing.svg", "yaml.toml", "cached/mobile_sam.pt"):
+    for name in ("page.pt", "drawing.svg", "yaml.toml", "cached/mobile_sam.pt"):
         Path(name).write_text("<!DOCTYPE html>: 404")
     Path("scalar.toml").write_text("train = 3")
     save_file({"x": tensor}, "foreign.safetensors")
