@@ -3,10 +3,8 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -318,14 +316,6 @@ def test_an_image_that_another_process_holds_is_left_to_it(shared, monkeypatch):
     assert list(taken) == [] and other._is_over()
 
 
-def test_an_image_of_a_dead_process_is_taken(shared):
-    (a, *_), out = shared
-    dead = batch([a], out)
-    assert next(dead._take()) == a
-    dead.held.pop(a).release()  # as the system does
-    assert list(batch([a], out)._take()) == [a]
-
-
 @pytest.mark.parametrize("force", [False, True])
 def test_what_another_process_has_ended_is_not_predicted_again(shared, force):
     (a, *_), out = shared
@@ -344,13 +334,34 @@ def test_outcomes_of_earlier_launches_do_not_count(shared):
 
 def start(*arguments, cwd, **environment):
     return subprocess.Popen(
-        [sys.executable, "-m", *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+STUCK = """
+import runpy, time
+from nucsam.predict import writers
+
+def stay(*_):
+    print("measuring", flush=True)
+    while True:
+        time.sleep(0.01)
+
+writers.measure = stay
+runpy.run_module("nucsam.predict", run_name="__main__")
+"""
+
+
+def start_stuck(*arguments, cwd, **environment):
+    """`nucsam predict` in a process that stays where it measures the nuclei of its first window."""
+    process = start("-c", STUCK, *arguments, cwd=cwd, **environment)
+    assert process.stdout.readline() == "measuring\n", process.communicate()[1]
+    return process
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +381,7 @@ def slides(tmp_path_factory):
 def test_results_do_not_depend_on_the_processes(trained, slides, tmp_path, capsys):
     arguments = [trained[1], slides, "--formats", "labels,geojson", "--device", "cpu", "--out"]
     assert run_command(["predict", *map(str, arguments), str(tmp_path / "1")]) == 1
-    torchrun = "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"
     two = start(*torchrun, "nucsam.predict", *arguments, tmp_path / "2", cwd=tmp_path)
     errors = [capsys.readouterr().err, two.communicate(timeout=300)[1]]
     assert two.returncode == 1, errors[1]
@@ -391,33 +402,33 @@ def test_results_do_not_depend_on_the_processes(trained, slides, tmp_path, capsy
 
 
 @one_head
-def test_another_process_takes_the_images_of_a_dead_one(trained, slides, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    arguments = [trained[1], slides / "z0.tif", slides / "z1.tif", "--out", "out", "--tta"]
-    arguments = ["nucsam.predict", *arguments, "--formats", "csv"]
-    first, second = (
-        start(*arguments, cwd=tmp_path, RANK=k, LOCAL_RANK=k, **rendezvous) for k in "01"
-    )
-    while second.poll() is None and not list(tmp_path.glob(f"out/.z?.csv.{second.pid}.partial")):
-        time.sleep(0.05)
-    second.kill()
-    assert second.wait(60) == -signal.SIGKILL, second.stderr.read()
-    errors = first.communicate(timeout=300)[1]
-    assert first.returncode == 0, errors
-    assert "2 image(s), " in errors
-    assert {"z0.csv", "z1.csv"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    assert not (tmp_path / "out" / ".claims").exists()
+def test_another_process_takes_the_images_of_a_dead_one(
+    trained, slides, tmp_path, capsys, monkeypatch
+):
+    """The first process ends its wait for the second by killing it."""
+    out, images = tmp_path / "out", (slides / "z0.tif", slides / "z1.tif")
+    arguments = [trained[1], *images, "--out", out, "--formats", "csv", "--device", "cpu"]
+    second = start_stuck(*arguments, cwd=tmp_path, RANK="1", WORLD_SIZE="2")
+    killed = []
+
+    def kill(_):
+        second.kill()
+        killed.append(second.wait())
+
+    monkeypatch.setattr(predict_images.time, "sleep", kill)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_command(["predict", *map(str, arguments)]) == 0
+    assert killed == [-signal.SIGKILL]
+    assert "2 image(s), " in capsys.readouterr().err
+    assert {"z0.csv", "z1.csv"} <= {path.name for path in out.iterdir()}
+    assert not (out / ".claims").exists()
 
 
 @one_head
 def test_sigterm_leaves_no_part_of_a_file(trained, slides, tmp_path):
-    arguments = [trained[1], slides / "z0.tif", "--out", "out", "--tta", "--formats", "labels,csv"]
-    done = start("nucsam.predict", *arguments, cwd=tmp_path)
-    while done.poll() is None and not list(tmp_path.glob("out/.z0.csv.*.partial")):
-        time.sleep(0.05)
-    done.send_signal(signal.SIGTERM)
-    assert done.wait(60) == 128 + signal.SIGTERM, done.stderr.read()
+    arguments = [trained[1], slides / "z0.tif", "--out", "out", "--formats", "labels,csv"]
+    process = start_stuck(*arguments, cwd=tmp_path)
+    assert list(tmp_path.glob("out/.z0.csv.*.partial"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(300) == 128 + signal.SIGTERM, process.stderr.read()
     assert names(tmp_path / "out") == ["predict.json"]
