@@ -6,20 +6,16 @@ import multiprocessing
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_train import history, same
 
 from nucsam.config import to_toml
-from nucsam.errors import UserError
 from nucsam.run import checkpoint
-from nucsam.score.runs import score_run
 from nucsam.train.loop import fit
 
 fork = multiprocessing.get_context("fork")  # a child has everything imported already
@@ -196,21 +192,3 @@ def test_sigterm_to_the_whole_process_group_leaves_the_workers_until_all_is_save
     rerun = [sys.executable, "-m", "nucsam.train", *arguments]
     assert subprocess.run(rerun, cwd=tmp_path, timeout=300).returncode == 0
     assert history(run) == history(whole[1])
-
-
-def test_a_run_resumes_only_on_the_same_images(whole, tmp_path):
-    config, run = whole[0], tmp_path / "run"
-    start(dying_in("last.safetensors", 3, 1.0), config, run).join(120)
-    more = tmp_path / "more"
-    shutil.copytree(config.data.root, more)
-    image = sorted(more.glob("*/tissue images/*.png"))[0]
-    mask = image.parents[1] / "label masks modify" / f"{image.stem}.tif"
-    shutil.copy(image, image.with_name("added.png"))
-    shutil.copy(mask, mask.with_name("added.tif"))
-    moved = replace(config, data=replace(config.data, root=str(more)))
-    with pytest.raises(UserError, match="images"):
-        fit(moved, run, resume=True)
-    assert (run / "config.toml").read_text() == to_toml(config)
-    fit(config, run, resume=True)
-    with pytest.raises(UserError, match=str(more)):
-        score_run(run, root=str(more))
