@@ -210,9 +210,11 @@ def synth_command(
 @app.command("inspect")
 def inspect_command(
     data: Annotated[Path, Argument(metavar="DATA", help="Folder of images and label maps.")],
-    layout: Annotated[str, Option(help="auto, nuinsseg or plain.")] = "auto",
+    layout: Annotated[str, Option(help="auto, or how DATA is arranged.")] = "auto",
     group: Annotated[str, Option(help="Regular expression on the stem, gives the group.")] = "",
-    sheet: Annotated[Path, Option(help="File of the contact sheet.")] = Path("contact_sheet.png"),
+    sheet: Annotated[
+        Path | None, Option(help="File of the contact sheet; default: contact_sheet.png.")
+    ] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count images and nuclei per organ, name every bad file, and draw a contact sheet."""
@@ -222,15 +224,22 @@ def inspect_command(
 
     summary = inspect_folder(data, layout=layout, group=group)
     console = Console(stderr=as_json)
+    title = f"{summary['root']}, layout {summary['layout']}: {summary['taken']}"
+    console.print(title, markup=False, highlight=False)
     console.print(summary_table(summary))
     for kind, style in (("remarks", "yellow"), ("bad", "red")):
         for text in summary[kind]:
             console.print(text, style=style, markup=False)
-    if summary["examples"]:
-        draw_examples(summary, sheet)
-        console.print(f"contact sheet: {sheet}", markup=False)
     if as_json:
         print(json.dumps(summary, indent=2))
+    if summary["examples"]:
+        try:
+            draw_examples(summary, sheet or Path("contact_sheet.png"))
+            console.print(f"contact sheet: {sheet or 'contact_sheet.png'}", markup=False)
+        except UserError as error:
+            if sheet:
+                raise
+            console.print(f"no contact sheet: {error}; name a file", style="yellow", markup=False)
     raise typer.Exit(1 if summary["bad"] else 0)
 
 
@@ -277,8 +286,8 @@ def report_command(
 
 def configuration(arguments: list[str]) -> tuple[Path, list[str]]:
     """Separate the TOML file and the overrides among positional arguments."""
-    files = [text for text in arguments if text.endswith(".toml")]
-    overrides = [text for text in arguments if not text.endswith(".toml")]
+    files = [text for text in arguments if text.endswith(".toml") and "=" not in text]
+    overrides = [text for text in arguments if text not in files]
     options = [text for text in overrides if text.startswith("-")]
     if len(files) > 1:
         raise UserError(f"found {len(files)} configurations ({', '.join(files)}), expected one")

@@ -257,7 +257,7 @@ def test_what_may_not_be_read_is_named(name, tmp_path, monkeypatch):
 
     before = snapshot(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{re.escape(name)}: "):
-        for module, function in ((builtins, "open"), (io, "open"), (os, "listdir")):
+        for module, function in ((builtins, "open"), (io, "open"), (os, "scandir")):
             patch.setattr(module, function, denying(getattr(module, function)))
         read_all(root)
     assert snapshot(tmp_path) == before

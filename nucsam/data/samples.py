@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nucsam.data import geojson
+from nucsam.data import geojson, published
 from nucsam.data.folders import Record, format_size, raise_problems
 from nucsam.data.images import read_image, read_label
 from nucsam.errors import UserError
@@ -35,7 +35,7 @@ def read_nuclei(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """Read a label map, or draw the outlines of a GeoJSON file.
 
     Args:
-        path: a label file or a .geojson file.
+        path: a label file, a .geojson file, or a label of `published.read_instances`.
         shape: (H, W) of the image, which outlines need.
 
     Returns:
@@ -43,7 +43,15 @@ def read_nuclei(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """
     if path.suffix.lower() == ".geojson":
         return geojson.read(path, shape)
-    return read_label(path)
+    label = published.read_instances(path)
+    if label is not None:
+        return label
+    label = read_label(path)
+    if published.is_split_mask(path):
+        from skimage.measure import label as components
+
+        return components(label)
+    return label
 
 
 def read_sample(record: Record) -> Sample:
@@ -58,7 +66,10 @@ def read_sample(record: Record) -> Sample:
 
     image = read_image(record.image)
     size = image.shape[:2]
-    label = read_nuclei(record.label, size)
+    try:
+        label = read_nuclei(record.label, size)
+    except UserError as error:
+        raise _swapped(record) or error from error.__cause__
     vague = read_image(record.vague).any(-1) if record.vague else None
     if min(size) < MIN_SIDE:
         found = format_size(size)
@@ -76,6 +87,15 @@ def read_sample(record: Record) -> Sample:
             expected = "one id per nucleus, as of skimage.measure.label"
             raise UserError(f"{record.label}: found {found}, expected {expected}")
     return Sample(image, label, vague)
+
+
+def _swapped(record: Record) -> UserError | None:
+    """The error of a label that is a colour image, where the image is a label map."""
+    picture, label = attempt(read_image, record.label), attempt(read_label, record.image)
+    if isinstance(picture, UserError) or isinstance(label, UserError):
+        return None
+    found = f"a picture, and a label map in {record.image}"
+    return UserError(f"{record.label}: found {found}; swap the folders of images and labels")
 
 
 def attempt(function: Callable[[Any], Any], item: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nucsam.data import draw
-from nucsam.data.folders import Record, Scan, format_size
+from nucsam.data.folders import Record, format_size, scan_folder, taken
 from nucsam.data.images import read_image, read_mpp
 from nucsam.data.samples import read_each, read_nuclei, read_sample
 from nucsam.errors import UserError
@@ -54,11 +54,11 @@ def inspect_folder(root: str | Path, *, layout: str = "auto", group: str = "") -
     Returns:
         A dict fit for JSON. `rows`: one per organ and a last one for all, with images, groups,
         nuclei, median nuclear area in px, vague area in percent of the images that have a mask,
-        microns per pixel, and sizes. `bad`: every problem; images with one are not counted.
+        microns per pixel, and sizes. `taken`: one line on what is taken. `bad`: every problem; images with one are not counted.
         `remarks`. `examples`: name, image path and label path of up to EXAMPLES images, taken
         round-robin from the organs.
     """
-    scan = Scan(Path(root), layout, group)
+    scan = scan_folder(Path(root), layout, group)
     records, problems = scan.records, scan.problems
     images, organs = [], defaultdict(list)
     for record, contents in zip(records, read_each(_contents, records, "Reading images")):
@@ -74,6 +74,8 @@ def inspect_folder(root: str | Path, *, layout: str = "auto", group: str = "") -
     records = [pair[0] for turn in rounds for pair in turn if pair][:EXAMPLES]
     return {
         "root": str(root),
+        "layout": scan.layout,
+        "taken": taken(scan.records),
         "rows": rows,
         "bad": problems,
         "remarks": scan.remarks,
@@ -92,24 +94,60 @@ def draw_examples(summary: dict, path: Path) -> None:
     draw.contact_sheet(tiles, path)
 
 
+# Heading of the table -> key of a row. `empty` counts images without a nucleus; the area is the
+# median.
+COLUMNS = {
+    "organ": "organ",
+    "images": "images",
+    "groups": "groups",
+    "nuclei": "nuclei",
+    "per image": "nuclei_per_image",
+    "empty": "images_without",
+    "area px": "median_area_px",
+    "vague %": "vague_percent",
+    "µm/px": "microns_per_px",
+    "size px": "sizes",
+}
+
+
+def _range(values: list, unit: str = "") -> str:
+    """Ascending values in a few words."""
+    if len(values) < 3:
+        return " and ".join(values) or "-"
+    return f"{values[0]} to {values[-1]}, {len(values)} {unit}"
+
+
 def _cell(value: object) -> str:
     if value is None:
         return "-"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} ({count})" for key, count in value.items())
+    if isinstance(value, dict):  # WIDTHxHEIGHT -> images
+        ascending = sorted(value, key=lambda size: [int(side) for side in size.split("x")])
+        return _range(ascending, "sizes")
     if isinstance(value, list):
-        return ", ".join(f"{number:.3g}" for number in value) or "-"
+        return _range([f"{number:.3g}" for number in value], "values")
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def summary_table(summary: dict):
-    """The rows of a summary as a rich Table, without its problems and remarks."""
+    """The rows of a summary as a rich Table for 80 columns, without its problems and remarks.
+
+    A column without a value is left out, and so is the one of groups where each image is its own.
+    """
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=summary["root"])
-    for name in summary["rows"][0] if summary["rows"] else ():
-        justify = "left" if name in ("organ", "sizes") else "right"
-        table.add_column(name.replace("_", " "), justify=justify, overflow="fold")
-    for row in summary["rows"]:
-        table.add_row(*map(_cell, row.values()))
+    rows = summary["rows"]
+    if len(rows) == 2:  # one organ and the same as all
+        rows = [rows[0] | {"organ": rows[0]["organ"] or "all"}]
+    columns = {heading: [_cell(row[key]) for row in rows] for heading, key in COLUMNS.items()}
+    if all(row["groups"] == row["images"] for row in rows):
+        del columns["groups"]
+    columns = {heading: cells for heading, cells in columns.items() if {*cells} - {"-"}}
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading, cells in columns.items():
+        longest = max(map(len, " ".join([heading, *cells]).split()))
+        justify = "left" if heading in ("organ", "size px") else "right"
+        table.add_column(heading, justify=justify, min_width=longest)
+    for cells in zip(*columns.values()):
+        table.add_row(*cells)
     return table

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nucsam.download import fetch, file_sha256
 from nucsam.errors import UserError
-from nucsam.files import shortened
+from nucsam.files import expanded, shortened
 
 # MobileSAM's published file, in its authors' repository and on their page at Hugging Face.
 FILE = "mobile_sam.pt"
@@ -58,7 +58,7 @@ def load_base(spec: str | Path, *, cache: str | Path | None = None, seed: int = 
     """
     if spec == "none":
         return random_base(seed)
-    path = _published(Path(cache or default_cache())) if spec == "auto" else Path(spec)
+    path = _published(Path(cache or default_cache())) if spec == "auto" else expanded(spec)
     if not path.is_file():
         raise UserError(f"model.weights: no such file: {path}; expected a path, 'auto' or 'none'")
     if path.suffix == ".safetensors":
