@@ -5,7 +5,7 @@
     plain:     images/NAME.png, labels/NAME.tif or annotations/NAME.geojson, vague/NAME.png;
                or images/ORGAN/NAME.png, ...
 
-`nucsam.data.images` lists the file types. Annotations are outlines, as QuPath exports them. Vague
+`nucsam.data.images` lists the file types. Annotations are outlines, of a type in `rois`. Vague
 areas are optional: they are the non-zero pixels of an image file. Hidden files and other types are
 ignored. Symbolic links are followed, wherever they lead.
 """
@@ -22,6 +22,7 @@ from itertools import chain
 from pathlib import Path
 
 from nucsam.config import compiled
+from nucsam.data import rois
 from nucsam.data.images import IMAGES, LABELS
 from nucsam.errors import UserError
 
@@ -33,7 +34,7 @@ NUINSSEG = (
     (),
 )
 PLAIN = ("images", "labels", "vague", "annotations")
-SUFFIXES = (IMAGES, LABELS, IMAGES, (".geojson",))
+SUFFIXES = (IMAGES, LABELS, IMAGES, rois.SUFFIXES)
 
 Organs = dict[str, list[list[Path]]]  # organ -> its folders of each kind, as in NUINSSEG
 
@@ -48,6 +49,8 @@ class Record:
     label: Path
     vague: Path | None
     group: str
+    region_class: str = ""  # in a file of outlines, a class of regions beside `Region*`
+    region: int | None = None  # which region of the outlines to read, from 0; None: the whole image
 
 
 def list_folder(folder: Path) -> list[Path]:
@@ -78,9 +81,10 @@ def files_by_stem(
     """
     files: dict[str, Path] = {}
     for path in chain.from_iterable(map(list_folder, folders)):
-        if path.suffix.lower() not in suffixes:
+        if not path.name.lower().endswith(tuple(suffixes)):
             continue
-        stem = unicodedata.normalize("NFC", path.stem)  # macOS writes the decomposed form
+        stem = path.stem.removesuffix(".geojson")  # of .geojson.gz
+        stem = unicodedata.normalize("NFC", stem)  # macOS writes the decomposed form
         first = files.setdefault(stem, path)
         if first is not path and first.parent == path.parent:
             problems.append(f"{path}: found the stem of {first.name} again")
