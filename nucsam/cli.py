@@ -32,6 +32,7 @@ Settings = Annotated[
 Grid = Annotated[list[str] | None, Option(metavar="'table.key=[a, b]'", help="May be repeated.")]
 DataFolder = Annotated[str, Option(help="Folder of RUN's images, if it has moved.")]
 Force = Annotated[bool, Option("--force", help="Replace existing results.")]
+RegionClass = Annotated[str, Option(help="Class of annotated regions, beside QuPath's Region*.")]
 
 
 def run_command(arguments: list[str]) -> int:
@@ -127,6 +128,7 @@ def evaluate_command(
     zone: Annotated[int | None, Option(help="Ignored ring around true boundaries, px.")] = None,
     connected: Annotated[bool, Option("--connected", help="Label binary masks.")] = False,
     organ: Annotated[str, Option(help="Regular expression on the stem, gives the organ.")] = "",
+    region_class: RegionClass = "",
     workers: Annotated[int, Option(help="Processes; 0: one per core.")] = 0,
     csv: Annotated[Path | None, Option(help="File with a line per image.")] = None,
     as_json: Annotated[str, Option("--json", help="File of all scores; - prints them.")] = "",
@@ -147,6 +149,7 @@ def evaluate_command(
     else:
         rules = {"protocol": protocol, "iou": iou, "at_least": at_least, "zone": zone}
         maps = {"vague": vague, "connected": connected, "organ": organ}
+        maps["region_class"] = region_class
         results = pairs.score_folders(truth, pred, workers=workers, **rules, **maps)
         for remark in pairs.remarks(results):
             console.print(remark, style="yellow", markup=False)
@@ -173,11 +176,14 @@ def predict_command(
     batch: Annotated[int | None, Option(help="Tiles at a time; GPU default: as trained.")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     tta: Annotated[bool, Option("--tta", help="Average 8 flips and turns: 8 times slower")] = False,
+    roi: Annotated[Path | None, Option(help="GeoJSON, or a folder of STEM.geojson.")] = None,
     force: Force = False,
 ) -> None:
     """Predict images of any size: label maps, GeoJSON for QuPath, tables of nuclei, overlays.
 
     Formats: labels (STEM.tif), geojson, csv, and overlay (overlays/STEM.png).
+
+    With --roi, only nuclei inside the regions of a file are predicted, such as QuPath exports.
 
     A failed image is named, the others continue, and the exit status is 1.
 
@@ -188,7 +194,7 @@ def predict_command(
     names = [name.strip() for name in formats.split(",") if name.strip()]
     tiling = {"scale": scale, "mpp": mpp, "tile": tile, "overlap": overlap, "batch": batch}
     status = predict_files(
-        model, paths, out, formats=names, device=device, tta=tta, force=force, **tiling
+        model, paths, out, formats=names, device=device, tta=tta, force=force, roi=roi, **tiling
     )
     raise typer.Exit(status)
 
@@ -212,6 +218,7 @@ def inspect_command(
     data: Annotated[Path, Argument(metavar="DATA", help="Folder of images and label maps.")],
     layout: Annotated[str, Option(help="auto, or how DATA is arranged.")] = "auto",
     group: Annotated[str, Option(help="Regular expression on the stem, gives the group.")] = "",
+    region_class: RegionClass = "",
     sheet: Annotated[
         Path | None, Option(help="File of the contact sheet; default: contact_sheet.png.")
     ] = None,
@@ -222,7 +229,7 @@ def inspect_command(
 
     from nucsam.data.summary import draw_examples, inspect_folder, summary_table
 
-    summary = inspect_folder(data, layout=layout, group=group)
+    summary = inspect_folder(data, layout=layout, group=group, region_class=region_class)
     console = Console(stderr=as_json)
     title = f"{summary['root']}, layout {summary['layout']}: {summary['taken']}"
     console.print(title, markup=False, highlight=False)

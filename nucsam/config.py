@@ -100,6 +100,8 @@ class Data:
     fold: int | Literal["all"] = 0
     # Searched in the file stem; no split separates images of one group (first capture or match).
     group: str = setting("", regular_expression)
+    # Class of outlines that bound what was annotated, beside QuPath's `Region*`; "": none.
+    region_class: str = ""
     # Split that chooses the best epoch; "test" only to compare with papers.
     select: Literal["inner", "test"] = "inner"
     inner: float = setting(0.15, UP_TO_HALF)  # share of the training images in the inner split

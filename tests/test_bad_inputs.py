@@ -78,7 +78,7 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def read_outlines(path: Path) -> np.ndarray:
-    return read_nuclei(path, (H, W))
+    return read_nuclei(path, (H, W))[0]
 
 
 def damaged_files() -> Iterator[tuple]:

@@ -22,13 +22,13 @@ from functools import partial
 from pathlib import Path
 
 from nucsam.config import compiled
+from nucsam.data import rois
 from nucsam.data.images import IMAGES, LABELS, TIFF
 from nucsam.data.published import LAYOUTS, stack_images
 from nucsam.errors import UserError
 from nucsam.files import expanded
 
-OUTLINES = (".geojson", ".xml", ".zip", ".roi")
-KNOWN_LABELS = (*LABELS, *OUTLINES, ".mat")
+KNOWN_LABELS = (*LABELS, *rois.SUFFIXES, ".mat")
 MASK_SUFFIX = re.compile(
     r"[-_ .](cp_)?(mask|label|labell?ed|seg|segmentation|instance|inst|gt|annotation)s?$", re.I
 )
@@ -44,6 +44,8 @@ class Record:
     label: Path
     vague: Path | None
     group: str
+    region_class: str = ""  # in a file of outlines, a class of regions beside `Region*`
+    region: int | None = None  # which region of the outlines to read, from 0; None: the whole image
 
 
 def list_folder(folder: Path, *, folders_only: bool = False) -> list[Path]:
@@ -375,7 +377,7 @@ def taken(records: Sequence[Record]) -> str:
     groups = len({record.group for record in records})
     organs = len({record.organ for record in records})
     vague = sum(record.vague is not None for record in records)
-    parts = [f"{len(records)} images with {labels}"]
+    parts = [f"{len(records)} images, labels {labels}"]
     parts += [f"{vague} with vague areas"] if vague else []
     parts += [f"{organs} organs"] if organs > 1 else []
     parts += [f"{groups} groups, which no split separates"] if groups < len(records) else []

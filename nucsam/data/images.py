@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
+from nucsam.data import published
 from nucsam.errors import UserError
 from nucsam.files import atomic
 
@@ -254,6 +255,9 @@ def _segments_under(window: slice, step: int) -> Iterator[tuple[int, slice, slic
 
 def _read_pixels(path: Path, suffixes: tuple[str, ...], label: bool) -> np.ndarray:
     """Stored pixels, (H, W) or (H, W, C). A palette is looked up, but for a label."""
+    pixels = published.read_slice(path)
+    if pixels is not None:
+        return pixels
     suffix = path.suffix.lower()
     if suffix not in suffixes:
         raise UserError(f"{path}: found {suffix or 'no'} suffix, expected {', '.join(suffixes)}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from nucsam.config import Data
 from nucsam.data.folders import Record, find_records
+from nucsam.data.samples import by_region
 from nucsam.errors import UserError
 
 TRAIN, INNER, TEST = range(3)
@@ -102,6 +103,7 @@ def split_records(
 def find_split(data: Data) -> tuple[list[Record], Split]:
     """The images of a configuration and their split; training and scoring must agree on it."""
     records = find_records(data.root, layout=data.layout, group=data.group)
+    records = by_region(records, data.region_class)
     split = split_records(
         records,
         scheme=data.split,

@@ -9,8 +9,8 @@ import numpy as np
 
 from nucsam.data import draw
 from nucsam.data.folders import Record, format_size, scan_folder, taken
-from nucsam.data.images import read_image, read_mpp
-from nucsam.data.samples import read_each, read_nuclei, read_sample
+from nucsam.data.images import read_mpp
+from nucsam.data.samples import by_region, read_each, read_sample
 from nucsam.errors import UserError
 
 EXAMPLES = 24  # images on the contact sheet
@@ -45,21 +45,24 @@ def _row(organ: str, images: Sequence[tuple[Record, Contents]]) -> dict:
     }
 
 
-def inspect_folder(root: str | Path, *, layout: str = "auto", group: str = "") -> dict:
+def inspect_folder(
+    root: str | Path, *, layout: str = "auto", group: str = "", region_class: str = ""
+) -> dict:
     """Read a whole data set and count what is in it.
 
     Args:
         root, layout, group: as for `nucsam.data.find_records`.
+        region_class: as of `nucsam.data.rois.Outlines`.
 
     Returns:
         A dict fit for JSON. `rows`: one per organ and a last one for all, with images, groups,
         nuclei, median nuclear area in px, vague area in percent of the images that have a mask,
-        microns per pixel, and sizes. `taken`: one line on what is taken. `bad`: every problem; images with one are not counted.
-        `remarks`. `examples`: name, image path and label path of up to EXAMPLES images, taken
-        round-robin from the organs.
+        microns per pixel, and sizes. `layout`; `taken`: one line on what is taken. `bad`: every
+        problem; images with one are not counted. `remarks`. `examples`: name, image path and label path of up to EXAMPLES images, taken
+        round-robin from the organs; `example_regions`: class and number of the region of each.
     """
     scan = scan_folder(Path(root), layout, group)
-    records, problems = scan.records, scan.problems
+    records, problems = by_region(scan.records, region_class), scan.problems
     images, organs = [], defaultdict(list)
     for record, contents in zip(records, read_each(_contents, records, "Reading images")):
         if isinstance(contents, UserError):
@@ -80,17 +83,19 @@ def inspect_folder(root: str | Path, *, layout: str = "auto", group: str = "") -
         "bad": problems,
         "remarks": scan.remarks,
         "examples": [(record.name, str(record.image), str(record.label)) for record in records],
+        "example_regions": [(record.region_class, record.region) for record in records],
     }
 
 
 def draw_examples(summary: dict, path: Path) -> None:
     """Write a PNG of the summary's examples with the contours of their nuclei."""
 
-    def outlined(image_path: str, label_path: str) -> np.ndarray:
-        image = read_image(image_path)
-        return draw.contours(image, read_nuclei(Path(label_path), image.shape[:2]))
+    def outlined(example: tuple[str, ...], region: tuple) -> tuple[str, np.ndarray]:
+        name, image, label = example
+        sample = read_sample(Record(name, "", Path(image), Path(label), None, "", *region))
+        return name, draw.contours(sample.image, sample.label)
 
-    tiles = ((name, outlined(image, label)) for name, image, label in summary["examples"])
+    tiles = map(outlined, summary["examples"], summary["example_regions"])
     draw.contact_sheet(tiles, path)
 
 

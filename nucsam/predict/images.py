@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from nucsam import __version__
 from nucsam.claims import Claim, read_note
 from nucsam.data.folders import list_folder
+from nucsam.data.geojson import read_shapes
 from nucsam.data.images import IMAGES, open_image, read_mpp
+from nucsam.data.rois import Outlines
 from nucsam.errors import UserError
 from nucsam.files import read_json, write_text
 from nucsam.model.weights import state_sha256
@@ -45,6 +47,7 @@ def predict_files(
     formats: Sequence[str] = ("labels",),
     mpp: float | None = None,
     force: bool = False,
+    roi: Path | None = None,
     **options: Any,
 ) -> int:
     """Predict images into files of `out`, and return the exit status of this process.
@@ -56,6 +59,7 @@ def predict_files(
         formats: keys of `writers.FILES`.
         mpp: microns per px of every image, instead of what its TIFF tags say.
         force: predict also the images that have all their files.
+        roi: GeoJSON of the regions of one image to predict in, or a folder of STEM.geojson.
         options: of `predictor.load`; `scale` and `mpp` exclude each other.
 
     Returns:
@@ -69,14 +73,15 @@ def predict_files(
         path: writers.output_files(out, path.stem, formats) for path in find_image_files(paths)
     }
     _check_files(files, out)
+    outlines = _read_rois(roi, files) if roi else {}
     predictor = load(model, **options)
-    settings = _settings(model, predictor, mpp)
+    settings = _settings(model, predictor, mpp) | {"roi": roi and str(roi)}
     claims = out / ".claims" if process_count() > 1 else None
     (claims or out).mkdir(parents=True, exist_ok=True)
     with exit_on_sigterm():
         with Claim.wait(claims / "predict.json") if claims else nullcontext():
             _record(out / "predict.json", settings, files, force)
-        batch = Batch(predictor, files, mpp, force=force, claims=claims)
+        batch = Batch(predictor, files, mpp, force=force, claims=claims, rois=outlines)
         try:
             return batch.run()
         except torch.OutOfMemoryError as error:
@@ -137,6 +142,19 @@ def _check_files(files: Mapping[Path, dict[str, Path]], out: Path) -> None:
                 f"{path}: lies in a folder of results, which could overwrite it; expected another "
                 "out"
             )
+
+
+def _read_rois(roi: Path, images: Iterable[Path]) -> dict[Path, Outlines]:
+    """The regions to predict in, of each image."""
+    images = list(images)
+    if roi.is_dir():
+        files = {path: roi / f"{path.stem}.geojson" for path in images}
+    elif len(images) == 1:
+        files = {images[0]: roi}
+    else:
+        expected = "one image, or a folder with a GeoJSON file for each"
+        raise UserError(f"roi: found {roi} for {len(images)} images, expected {expected}")
+    return {path: Outlines(file, *read_shapes(file)) for path, file in files.items()}
 
 
 def _settings(model: Path, predictor: Predictor, mpp: float | None) -> dict[str, Any]:
@@ -202,6 +220,7 @@ class Batch:
         mpp: microns per px of every image; None = by its TIFF tags.
         force: predict also the images that have all their files.
         claims: folder of the claims, one file per image; None where this process is alone.
+        rois: regions to predict in, by image; empty = everywhere.
     """
 
     predictor: Predictor
@@ -209,6 +228,7 @@ class Batch:
     mpp: float | None = None
     force: bool = False
     claims: Path | None = None
+    rois: Mapping[Path, Outlines] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.since = launch_time()
@@ -301,7 +321,12 @@ class Batch:
                     image = open_image(path)
                     if 0 in image.shape:
                         raise UserError(f"{path}: found no pixels")
-                    tiles = self.predictor.grid(image, mpp=self._mpp(path))
+                    roi = self.rois.get(path)
+                    area = roi and roi.inside
+                    tiles = self.predictor.grid(image, mpp=self._mpp(path), area=area)
+                    if not tiles.windows:
+                        found = f"found no pixel in the regions of {roi.path}"
+                        raise UserError(f"{path}: {found}, expected coordinates in px")
                 except (UserError, OSError) as error:
                     self._fail(path, error)
                     continue

@@ -15,7 +15,7 @@ A place is a pair of slices: rows, columns.
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from nucsam.errors import UserError
 STRIP = 8  # windows abreast: in a narrow strip, few maps wait for the next row of windows
 
 Place = tuple[slice, slice]
+Area = Callable[[Place], np.ndarray]  # bool (h, w): which pixels of a place to predict
 Key = tuple[int, int, int]  # a tile's row and column, and the first window that it is run for
 
 
@@ -59,6 +60,31 @@ def windows(size: tuple[int, int], core: int, margin: int) -> list[Window]:
         for first in range(0, len(columns), STRIP)
         for (y, y_outer), (x, x_outer) in product(rows, columns[first : first + STRIP])
     ]
+
+
+def windows_in(places: Sequence[Window], area: Area, margin: int) -> list[Window]:
+    """The windows whose core meets an area, each cut to the part that does.
+
+    Args:
+        places: of `windows`.
+        area: where to predict.
+        margin: px around a core.
+    """
+    inside = []
+    for window in places:
+        axes = [np.flatnonzero(area(window.core).any(axis)) for axis in (1, 0)]
+        if not len(axes[0]):
+            continue
+        core = [
+            slice(place.start + int(hits[0]), place.start + int(hits[-1]) + 1)
+            for place, hits in zip(window.core, axes)
+        ]
+        outer = [
+            slice(max(place.start, part.start - margin), min(place.stop, part.stop + margin))
+            for place, part in zip(window.outer, core)
+        ]
+        inside.append(Window(tuple(core), tuple(outer)))
+    return inside
 
 
 def side(size: int, scale: float) -> tuple[int, int]:
@@ -121,13 +147,22 @@ class Tiles:
         tile: longest side of a tile, image px.
         overlap: what neighbours share, image px.
         windows: windows of this image, in the order in which they are asked for.
+        area: where to predict; None = everywhere.
     """
 
     def __init__(
-        self, image: Any, *, scale: float, tile: int, overlap: int, windows: Sequence[Window]
+        self,
+        image: Any,
+        *,
+        scale: float,
+        tile: int,
+        overlap: int,
+        windows: Sequence[Window],
+        area: Area | None = None,
     ) -> None:
         self.image = image
         self.scale = scale
+        self.area = area
         self.windows = windows
         self.size = tuple(image.shape[:2])
         grids = [grid(length, tile, overlap, scale) for length in self.size]
@@ -210,26 +245,31 @@ class Tiles:
         return plan
 
 
-def own_nuclei(label: np.ndarray, window: Window) -> np.ndarray:
-    """Remove the nuclei whose centroid lies outside a window's core.
+def own_nuclei(label: np.ndarray, window: Window, area: Area | None = None) -> np.ndarray:
+    """Remove the nuclei whose centroid lies outside a window's core, or outside an area.
 
     Centroids are rounded down to whole px, so that all windows that see a nucleus whole agree.
 
     Args:
         label: int32 (h, w) of the window's outer place, 0 = background.
         window: the window.
+        area: where nuclei are kept; None = everywhere.
 
     Returns:
         The label map int32 (h, w) of the other nuclei, in the same order, ids 1, 2, ...
     """
-    if window.core == window.outer:
+    if window.core == window.outer and area is None:
         return label
     flat = label.ravel()
     pixels = np.flatnonzero(flat)
-    area = np.bincount(flat[pixels], minlength=1)
-    inside = area > 0
+    sizes = np.bincount(flat[pixels], minlength=1)
+    inside = sizes > 0
+    centroids = []
     for values, core, outer in zip(np.divmod(pixels, label.shape[1]), window.core, window.outer):
-        total = np.bincount(flat[pixels], values, len(area)).astype(np.int64)
-        centre = total // np.maximum(area, 1) + outer.start
+        total = np.bincount(flat[pixels], values, len(sizes)).astype(np.int64)
+        centroids.append(total // np.maximum(sizes, 1))
+        centre = centroids[-1] + outer.start
         inside &= (centre >= core.start) & (centre < core.stop)
+    if area is not None:
+        inside &= area(window.outer)[tuple(centroids)]
     return (np.cumsum(inside) * inside).astype(np.int32)[label]

@@ -145,14 +145,18 @@ def read_vague(path: str | Path) -> np.ndarray:
     return read_image(path).any(axis=-1)
 
 
-def score_pair(pair: Pair, protocols: Sequence[Protocol], connected: bool = False) -> list[dict]:
-    """A row of one image for each protocol.
+def score_pair(
+    pair: Pair, protocols: Sequence[Protocol], connected: bool = False, region_class: str = ""
+) -> list[dict]:
+    """A row of one image for each protocol. Nothing counts where nobody annotated.
 
     Raises:
         UserError: the files cannot be read or scored; names them.
     """
     pred = read_label(pair.pred)
-    truth = read_nuclei(pair.truth, pred.shape)
+    truth, rest = read_nuclei(pair.truth, pred.shape, region_class)
+    if rest is not None:
+        truth, pred = np.where(rest, 0, truth), np.where(rest, 0, pred)
     vague = read_vague(pair.vague) if pair.vague else None
     rows = []
     for protocol in protocols:
@@ -208,6 +212,7 @@ def score_folders(
     zone: int | None = None,
     connected: bool = False,
     organ: str = "",
+    region_class: str = "",
     workers: int = 0,
 ) -> dict[str, Any]:
     """Score a folder of predicted label maps against a folder of true ones.
@@ -216,6 +221,7 @@ def score_folders(
         truth, pred, vague, organ: as of `find_pairs`.
         protocol, iou, at_least, zone: as of `protocols_for`.
         connected: as of `score_maps`.
+        region_class: as of `nucsam.data.rois.Outlines`.
         workers: processes; 0 = one for each core, at most 8, and only one for a few images.
 
     Returns:
@@ -231,7 +237,8 @@ def score_folders(
     if workers < 0:
         raise UserError(f"workers: found {workers}, expected 0 or more")
     workers = workers or min(os.cpu_count() or 1, 8, 1 + len(pairs) // 16)
-    score = partial(score_pair, protocols=protocols, connected=connected)
+    rules = {"protocols": protocols, "connected": connected, "region_class": region_class}
+    score = partial(score_pair, **rules)
     results = list(with_bar(_score_all(score, pairs, workers), len(pairs), "Scoring"))
     problems = [str(result) for result in results if isinstance(result, UserError)]
     folders.raise_problems(f"{len(pairs)} images", problems)
