@@ -213,6 +213,17 @@ def synth_command(
     print(f"{out}: {images} images of {size} px")
 
 
+@app.command("download")
+def download_command(
+    name: Annotated[str, Argument(metavar="SET", help="nuinsseg, monuseg, tnbc, ...")],
+    folder: Annotated[Path, Argument(metavar="DIR", help="Folder to unpack it into.")],
+) -> None:
+    """Download a public data set, or say where to click for it."""
+    from nucsam.data.sources import download_set
+
+    print(f"{download_set(name, folder)}: a data set, ready for nucsam inspect")
+
+
 @app.command("inspect")
 def inspect_command(
     data: Annotated[Path, Argument(metavar="DATA", help="Folder of images and label maps.")],

@@ -58,8 +58,9 @@ def inspect_folder(
         A dict fit for JSON. `rows`: one per organ and a last one for all, with images, groups,
         nuclei, median nuclear area in px, vague area in percent of the images that have a mask,
         microns per pixel, and sizes. `layout`; `taken`: one line on what is taken. `bad`: every
-        problem; images with one are not counted. `remarks`. `examples`: name, image path and label path of up to EXAMPLES images, taken
-        round-robin from the organs; `example_regions`: class and number of the region of each.
+        problem; images with one are not counted. `remarks`. `examples`: name, image path and label
+        path of up to EXAMPLES images, taken round-robin from the organs; `example_regions`: class
+        and number of the region of each.
     """
     scan = scan_folder(Path(root), layout, group)
     records, problems = by_region(scan.records, region_class), scan.problems

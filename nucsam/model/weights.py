@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nucsam.download import fetch, file_sha256
+from nucsam.download import fetch, file_checksum
 from nucsam.errors import UserError
 from nucsam.files import expanded, shortened
 
@@ -170,8 +170,8 @@ def _published(cache: Path) -> Path:
     """MobileSAM's published file in `cache`, downloaded if it is not there."""
     path = cache / FILE
     if not path.exists():
-        fetch(path, URLS, sha256=FILE_SHA256, size=FILE_BYTES, advice=_ADVICE)
-    digest = file_sha256(path)
+        fetch(path, URLS, checksum=f"sha256:{FILE_SHA256}", size=FILE_BYTES, advice=_ADVICE)
+    digest = file_checksum(path).removeprefix("sha256:")
     if digest != FILE_SHA256:
         raise UserError(
             f"{path} is not MobileSAM's published {FILE}: found SHA-256 {digest}, expected "

@@ -8,6 +8,7 @@ number.
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -23,12 +24,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nucsam import __version__
 from nucsam.claims import Claim, read_note
-from nucsam.data.folders import list_folder
+from nucsam.data.folders import list_folder, stem_of
 from nucsam.data.geojson import read_shapes
 from nucsam.data.images import IMAGES, open_image, read_mpp
 from nucsam.data.rois import Outlines
 from nucsam.errors import UserError
-from nucsam.files import read_json, write_text
+from nucsam.files import read_json, shortened, write_text
 from nucsam.model.weights import state_sha256
 from nucsam.predict import writers
 from nucsam.predict.predictor import Predictor, load
@@ -70,7 +71,7 @@ def predict_files(
     """
     _check_options(formats, options.get("scale"), mpp)
     files = {
-        path: writers.output_files(out, path.stem, formats) for path in find_image_files(paths)
+        path: writers.output_files(out, stem_of(path), formats) for path in find_image_files(paths)
     }
     _check_files(files, out)
     outlines = _read_rois(roi, files) if roi else {}
@@ -110,17 +111,34 @@ def find_image_files(paths: Sequence[Path]) -> list[Path]:
     problems = []
     for path in paths:
         suffix = path.suffix.lower()
-        inside = [p for p in list_folder(path) if p.suffix.lower() in IMAGES and p.is_file()]
+        inside = list(filter(_is_image, list_folder(path)))
         if path.is_dir() and not inside:
-            problems.append(f"{path}: found no image, expected {', '.join(IMAGES)}")
+            problems.append(f"{path}: found no image, expected {', '.join(IMAGES)}{_inside(path)}")
         elif not path.exists():
             problems.append(f"{path}: no such file or folder")
         elif not path.is_dir() and suffix not in IMAGES:
-            problems.append(f"{path}: found {suffix or 'no'} suffix, expected {', '.join(IMAGES)}")
+            expected = f"expected {', '.join(IMAGES)}; convert it to TIFF"
+            problems.append(f"{path}: found {suffix or 'no'} suffix, {expected}")
         images |= dict.fromkeys(inside if path.is_dir() else [path])
     if problems:
         raise UserError("\n  ".join(problems))
     return list(images)
+
+
+def _inside(folder: Path) -> str:
+    """What a folder without images has instead, and what to do with it; "" for nothing."""
+    subfolders = list_folder(folder, folders_only=True)
+    with_images = [path for path in subfolders if any(map(_is_image, list_folder(path)))]
+    if with_images:
+        names = shortened([path.name for path in with_images])
+        return f"; its subfolders have some, so name them instead: {names}"
+    others = Counter(path.suffix.lower() for path in list_folder(folder) if path.is_file())
+    kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.items())
+    return f"; convert to TIFF what lies there: {kinds}" if kinds else ""
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGES and path.is_file()
 
 
 def _check_files(files: Mapping[Path, dict[str, Path]], out: Path) -> None:
@@ -148,7 +166,7 @@ def _read_rois(roi: Path, images: Iterable[Path]) -> dict[Path, Outlines]:
     """The regions to predict in, of each image."""
     images = list(images)
     if roi.is_dir():
-        files = {path: roi / f"{path.stem}.geojson" for path in images}
+        files = {path: roi / f"{stem_of(path)}.geojson" for path in images}
     elif len(images) == 1:
         files = {images[0]: roi}
     else:
