@@ -152,7 +152,9 @@ def _find_folders(root: Path, patterns: Sequence[str]) -> dict[Place, list[Path]
                 if (match := expression.fullmatch(unicodedata.normalize("NFC", child.name)))
             ]
         for names, folder in folders:
-            places[names.get("organ", ""), names.get("group", "")].append(folder)
+            paths = places[names.get("organ", ""), names.get("group", "")]
+            if folder not in paths:
+                paths.append(folder)
     return places
 
 
@@ -191,7 +193,9 @@ def scan_folder(root: Path, layout: str = "auto", group: str = "") -> "Scan":
         expected = "ORGAN/tissue images (nuinsseg), images (plain) or a public set in it"
         if layout != "auto":
             expected = f"the folders of layout {layout}"
-        raise UserError(f"{root}: found no data set{_what(root)}, expected {expected}{_near(root)}")
+        remarks = "".join(f"\n  {text}" for text in Scan(root, "flat", group).remarks)
+        found = f"found no data set{_what(root)}, expected {expected}{_near(root)}"
+        raise UserError(f"{root}: {found}{remarks}")
     return scan
 
 
@@ -265,7 +269,10 @@ class Scan:
         def key(path: Path) -> str:
             stem = stem_of(path)
             bare = bare_stem(stem)
-            return bare if bare in stems and (flat or stem not in stems) else stem
+            if stem in stems and (not flat or bare == stem):
+                return stem
+            names = (bare, f"{bare}_image", f"{bare}_img")
+            return next((name for name in names if name in stems), stem)
 
         if flat:  # the end of its stem makes a picture a label
             pictures = [p for p in pictures if _is_of_kind(p, IMAGES) and key(p) == stem_of(p)]
@@ -282,7 +289,8 @@ class Scan:
             elif flat:
                 self._unused["images without a label, not used"].append(image)
             else:
-                self._miss_label(image, label_folders, near.pop(stem, None))
+                alike = [path for name, path in labels.items() if name.startswith(f"{stem}_")]
+                self._miss_label(image, label_folders, near.pop(stem, None), alike)
         for stem, path in near.items():
             if stem in images:
                 self._unused[f"files that are not taken as labels: {_advice(path)}"].append(path)
@@ -293,10 +301,18 @@ class Scan:
             unused = [path for stem, path in files.items() if stem not in images]
             self._unused[f"{kind} without an image, not used"] += unused
 
-    def _miss_label(self, image: Path, folders: Sequence[Path], near: Path | None) -> None:
+    def _miss_label(
+        self, image: Path, folders: Sequence[Path], near: Path | None, alike: Sequence[Path]
+    ) -> None:
+        """Note an image without a label, and what lies where the label should."""
         places = " or ".join(map(str, folders)) or f"a folder of labels beside {image.parent}"
         problem = f"{image}: found no label of this stem, expected one in {places}"
-        self.problems.append(f"{problem}; {near}: {_advice(near)}" if near else problem)
+        if near:
+            problem += f"; {near}: {_advice(near)}"
+        elif alike:
+            count = f"{len(alike)} file(s) that begin alike, such as {alike[0].name}"
+            problem += f"; found {count}: expected one map of all nuclei, with an id each"
+        self.problems.append(problem)
 
     def _add(
         self, stem: str, place: Place, image: Path, label: Path, vague: Path | None = None
