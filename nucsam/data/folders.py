@@ -193,9 +193,10 @@ def scan_folder(root: Path, layout: str = "auto", group: str = "") -> "Scan":
         expected = "ORGAN/tissue images (nuinsseg), images (plain) or a public set in it"
         if layout != "auto":
             expected = f"the folders of layout {layout}"
-        remarks = "".join(f"\n  {text}" for text in Scan(root, "flat", group).remarks)
+        flat = any(_is_of_kind(path, IMAGES) for path in list_folder(root))
+        remarks = Scan(root, "flat", group).remarks if flat else []
         found = f"found no data set{_what(root)}, expected {expected}{_near(root)}"
-        raise UserError(f"{root}: {found}{remarks}")
+        raise UserError("\n  ".join([f"{root}: {found}", *remarks]))
     return scan
 
 

@@ -14,7 +14,7 @@ from nucsam.data.samples import by_region, read_each, read_sample
 from nucsam.errors import UserError
 
 EXAMPLES = 24  # images on the contact sheet
-
+WIDTH = 80  # characters of a table
 
 Contents = tuple[str, np.ndarray, float | None, float | None]
 
@@ -131,7 +131,9 @@ def _cell(value: object) -> str:
         return _range(ascending, "sizes")
     if isinstance(value, list):
         return _range([f"{number:.3g}" for number in value], "values")
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+    return str(value)
 
 
 def summary_table(summary: dict):
@@ -149,11 +151,15 @@ def summary_table(summary: dict):
     if all(row["groups"] == row["images"] for row in rows):
         del columns["groups"]
     columns = {heading: cells for heading, cells in columns.items() if {*cells} - {"-"}}
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading, cells in columns.items():
-        longest = max(map(len, " ".join([heading, *cells]).split()))
+    widths = {  # of the longest word, so that no word is cut
+        heading: max(map(len, " ".join([heading, *cells]).split()))
+        for heading, cells in columns.items()
+    }
+    gap = 1 if sum(widths.values()) + 2 * len(widths) <= WIDTH else 0
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), show_edge=False)
+    for heading, width in widths.items():
         justify = "left" if heading in ("organ", "size px") else "right"
-        table.add_column(heading, justify=justify, min_width=longest)
+        table.add_column(heading, justify=justify, min_width=width)
     for cells in zip(*columns.values()):
         table.add_row(*cells)
     return table
