@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 
 from nucsam.data import geojson
 from nucsam.data.folders import Record, format_size, raise_problems
-from nucsam.data.images import read_image, read_label
+from nucsam.data.images import read_image, read_label, read_mask, read_remarks
 from nucsam.errors import UserError
 from nucsam.progress import with_bar
 
@@ -59,7 +60,7 @@ def read_sample(record: Record) -> Sample:
     image = read_image(record.image)
     size = image.shape[:2]
     label = read_nuclei(record.label, size)
-    vague = read_image(record.vague).any(-1) if record.vague else None
+    vague = read_mask(record.vague) if record.vague else None
     if min(size) < MIN_SIDE:
         found = format_size(size)
         raise UserError(f"{record.image}: found {found} px, expected at least {MIN_SIDE} px a side")
@@ -76,6 +77,15 @@ def read_sample(record: Record) -> Sample:
             expected = "one id per nucleus, as of skimage.measure.label"
             raise UserError(f"{record.label}: found {found}, expected {expected}")
     return Sample(image, label, vague)
+
+
+def image_remarks(records: Sequence[Record]) -> list[str]:
+    """What a user must know of how the images are read, each remark once with its first image."""
+    images = defaultdict(list)
+    for record in records:
+        for remark in read_remarks(record.image):
+            images[remark].append(record.image)
+    return [f"{len(paths)} image(s) {what}; first: {paths[0]}" for what, paths in images.items()]
 
 
 def attempt(function: Callable[[Any], Any], item: Any) -> Any:
@@ -163,6 +173,8 @@ class Samples:
             no_vague = np.zeros(shape if masks else 0, bool)
             vagues.append(no_vague if sample.vague is None else sample.vague)
         raise_problems(f"{len(self.records)} images", problems)
+        for remark in image_remarks(self.records):
+            warnings.warn(remark, stacklevel=2)
         if self.kept:
             self.image, self.label, self.vague = map(_shared, (images, labels, vagues))
 

@@ -10,7 +10,7 @@ import numpy as np
 from nucsam.data import draw
 from nucsam.data.folders import Record, Scan, format_size
 from nucsam.data.images import read_image, read_mpp
-from nucsam.data.samples import read_each, read_nuclei, read_sample
+from nucsam.data.samples import image_remarks, read_each, read_nuclei, read_sample
 from nucsam.errors import UserError
 
 EXAMPLES = 24  # images on the contact sheet
@@ -76,7 +76,7 @@ def inspect_folder(root: str | Path, *, layout: str = "auto", group: str = "") -
         "root": str(root),
         "rows": rows,
         "bad": problems,
-        "remarks": scan.remarks,
+        "remarks": scan.remarks + image_remarks([record for record, _ in images]),
         "examples": [(record.name, str(record.image), str(record.label)) for record in records],
     }
 

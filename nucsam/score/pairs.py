@@ -11,11 +11,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from nucsam.config import compiled
 from nucsam.data import folders
-from nucsam.data.images import IMAGES, LABELS, read_image, read_label
+from nucsam.data.images import IMAGES, LABELS, read_label, read_mask
 from nucsam.data.samples import attempt, read_nuclei
 from nucsam.errors import UserError
 from nucsam.files import shortened
@@ -126,13 +124,6 @@ def find_pairs(
     return pairs, missing, extra
 
 
-def read_vague(path: str | Path) -> np.ndarray:
-    """bool (H, W): the nonzero pixels of an image file or of a .npy label map."""
-    if Path(path).suffix.lower() == ".npy":
-        return read_label(path) != 0
-    return read_image(path).any(axis=-1)
-
-
 def score_pair(pair: Pair, protocols: Sequence[Protocol], connected: bool = False) -> list[dict]:
     """A row of one image for each protocol.
 
@@ -141,7 +132,7 @@ def score_pair(pair: Pair, protocols: Sequence[Protocol], connected: bool = Fals
     """
     pred = read_label(pair.pred)
     truth = read_nuclei(pair.truth, pred.shape)
-    vague = read_vague(pair.vague) if pair.vague else None
+    vague = read_mask(pair.vague) if pair.vague else None
     rows = []
     for protocol in protocols:
         with warnings.catch_warnings(record=True) as caught:
