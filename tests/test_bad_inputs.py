@@ -26,7 +26,7 @@ from PIL import Image
 from nucsam.config import Config, load_config, override
 from nucsam.data import geojson
 from nucsam.data.folders import find_records
-from nucsam.data.images import read_image, read_label, read_mpp
+from nucsam.data.images import read_image, read_label, read_mask, read_mpp
 from nucsam.data.samples import Samples, read_nuclei
 from nucsam.errors import UserError
 from nucsam.export.merged import export_run
@@ -35,7 +35,6 @@ from nucsam.model.weights import load_base
 from nucsam.predict.predictor import open_model
 from nucsam.run import checkpoint
 from nucsam.run.directory import read_runs
-from nucsam.score.pairs import read_vague
 from nucsam.train.loop import fit
 
 H, W = 70, 90
@@ -508,7 +507,7 @@ READERS = {  # what reads a file, and the names of files that a user may hand ov
     load_base: "base.pt base.safetensors base",
     read_label: "label.npy label.tif label.png",
     read_image: "image.png",
-    read_vague: "vague.npy",
+    read_mask: "vague.npy",
     read_outlines: "outlines.geojson",
     load_config: "config.toml",
     open_model: "export.safetensors",

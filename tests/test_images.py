@@ -5,8 +5,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from nucsam.data import images
-from nucsam.data.images import TiffWindows, open_image, read_image
+from nucsam.data import images, slides
+from nucsam.data.images import open_image, read_image
+from nucsam.data.slides import TiffWindows
 from nucsam.errors import UserError
 
 H, W = 150, 210
@@ -99,7 +100,7 @@ def test_missing_tiles_are_black(tmp_path):
 
 def test_few_segments_are_kept(tmp_path, monkeypatch):
     """At most CACHE bytes, and a window decodes only what is under it."""
-    monkeypatch.setattr(images, "CACHE", 3 * 64 * 64 * 3)
+    monkeypatch.setattr(slides, "CACHE", 3 * 64 * 64 * 3)
     tifffile.imwrite(path := tmp_path / "a.tif", picture(), **TILES)
     windows = TiffWindows(path)
     assert windows._segment.cache_info().maxsize == 3

@@ -99,7 +99,7 @@ LAYOUTS = {  # in the order in which they are tried
 def stack_images(root: Path) -> Iterator[tuple[str, str, Path, Path]]:
     """Name, organ, image and label of each image of PanNuke's folds in or below `root`.
 
-    The path of image 7 of a stack is `images.npy/0007`; `read_slice` reads it.
+    The path of image 7 of a stack is `images.npy/0007`.
 
     Raises:
         UserError: a fold has no masks, or a file is no array.
@@ -130,16 +130,27 @@ def is_split_mask(path: Path) -> bool:
     return bool(re.fullmatch(r"GT_\d+", path.parent.name))
 
 
-def read_slice(path: Path) -> np.ndarray | None:
-    """One image of a .npy stack (N, H, W, C), `STACK.npy/NUMBER`; None for any other path.
+def is_slice(path: Path) -> bool:
+    """Whether a path is an image of a .npy stack, `STACK.npy/NUMBER`."""
+    return path.parent.suffix == ".npy"
 
-    PanNuke stores whole numbers as float64; they come back as the smallest unsigned integers.
+
+def read_picture(path: Path) -> np.ndarray:
+    """A slice of a stack (N, H, W, 3) of whole numbers 0 to 255 as uint8 (H, W, 3).
+
+    Raises:
+        UserError: the stack cannot be read, or has other values or another shape.
     """
-    if path.parent.suffix != ".npy":
-        return None
-    pixels = np.array(_array(path.parent)[int(path.name)])
-    whole = pixels.astype(np.uint8 if pixels.max(initial=0) < 256 else np.int32)
-    return whole if np.array_equal(whole, pixels) else pixels
+    pixels = _read_slice(path)
+    whole = pixels.astype(np.uint8)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or not np.array_equal(whole, pixels):
+        found = f"{pixels.dtype} of shape {pixels.shape}"
+        raise UserError(f"{path}: found {found}, expected whole numbers 0 to 255 in (H, W, 3)")
+    return whole
+
+
+def _read_slice(path: Path) -> np.ndarray:
+    return np.array(_array(path.parent)[int(path.name)])
 
 
 def read_instances(path: Path) -> np.ndarray | None:
@@ -155,10 +166,10 @@ def read_instances(path: Path) -> np.ndarray | None:
     Raises:
         UserError: the file cannot be read or has no `inst_map`.
     """
-    masks = read_slice(path)
-    if masks is not None:
+    if is_slice(path):
+        masks = _read_slice(path).astype(np.int32)
         label = np.zeros(masks.shape[:2], np.int32)
-        for channel in np.moveaxis(masks[..., :-1].astype(np.int32), -1, 0):
+        for channel in np.moveaxis(masks[..., :-1], -1, 0):  # a class each
             free = (channel > 0) & (label == 0)
             label[free] = channel[free] + label.max()
         return label

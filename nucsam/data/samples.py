@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import numpy as np
 
 from nucsam.data import geojson, published, rois
 from nucsam.data.folders import Record, format_size, raise_problems
-from nucsam.data.images import open_image, read_image, read_label
+from nucsam.data.images import open_image, read_image, read_label, read_mask, read_remarks
 from nucsam.data.rois import Outlines
 from nucsam.errors import UserError
 from nucsam.progress import with_bar
@@ -172,7 +173,7 @@ def _read_files(record: Record) -> tuple[np.ndarray, ...]:
     """Image, label map, what was not annotated or None, vague area or None; of its region alone."""
     if record.region is None:
         image = read_image(record.image)
-        vague = read_image(record.vague).any(-1) if record.vague else None
+        vague = read_mask(record.vague) if record.vague else None
         return image, *read_nuclei(record.label, image.shape[:2], record.region_class), vague
     outlines = read_outlines(record.label, record.region_class)
     whole = open_image(record.image)
@@ -189,6 +190,15 @@ def _check_swapped(record: Record) -> None:
     if not any(isinstance(file, UserError) for file in files):
         found = f"a picture, and a label map in {record.image}"
         raise UserError(f"{record.label}: found {found}; swap the folders of images and labels")
+
+
+def image_remarks(records: Sequence[Record]) -> list[str]:
+    """What a user must know of how the images are read, each remark once with its first image."""
+    images = defaultdict(list)
+    for record in records:
+        for remark in read_remarks(record.image):
+            images[remark].append(record.image)
+    return [f"{len(paths)} image(s) {what}; first: {paths[0]}" for what, paths in images.items()]
 
 
 def attempt(function: Callable[[Any], Any], item: Any) -> Any:
@@ -280,6 +290,8 @@ class Samples:
             no_vague = np.zeros(shape if masks else 0, bool)
             vagues.append(no_vague if sample.vague is None else sample.vague)
         raise_problems(f"{len(self.records)} images", problems)
+        for remark in image_remarks(self.records):
+            warnings.warn(remark, stacklevel=2)
         if self.kept:
             self.image, self.label, self.vague = map(_shared, (images, labels, vagues))
 

@@ -10,7 +10,7 @@ import numpy as np
 from nucsam.data import draw
 from nucsam.data.folders import Record, format_size, scan_folder, taken
 from nucsam.data.images import read_mpp
-from nucsam.data.samples import by_region, read_each, read_sample
+from nucsam.data.samples import by_region, image_remarks, read_each, read_sample
 from nucsam.errors import UserError
 
 EXAMPLES = 24  # images on the contact sheet
@@ -82,7 +82,7 @@ def inspect_folder(
         "taken": taken(scan.records),
         "rows": rows,
         "bad": problems,
-        "remarks": scan.remarks,
+        "remarks": scan.remarks + image_remarks([record for record, _ in images]),
         "examples": [(record.name, str(record.image), str(record.label)) for record in records],
         "example_regions": [(record.region_class, record.region) for record in records],
     }
@@ -136,6 +136,24 @@ def _cell(value: object) -> str:
     return str(value)
 
 
+def _widths(columns: dict[str, list[str]]) -> tuple[dict[str, int], int]:
+    """Width of each column, by heading, and the gap between two, in characters.
+
+    A column holds its longest word. What is left of WIDTH goes to those that would wrap, organs
+    first.
+    """
+    texts = {heading: [heading, *cells] for heading, cells in columns.items()}
+    widths = {heading: max(map(len, " ".join(text).split())) for heading, text in texts.items()}
+    spare = WIDTH - sum(widths.values()) - len(widths)
+    gap = 1 if spare >= len(widths) else 0
+    spare -= gap * len(widths)
+    for heading in sorted(widths, key=lambda heading: heading != "organ"):
+        more = min(max(map(len, texts[heading])) - widths[heading], max(0, spare))
+        widths[heading] += more
+        spare -= more
+    return widths, gap
+
+
 def summary_table(summary: dict):
     """The rows of a summary as a rich Table for 80 columns, without its problems and remarks.
 
@@ -151,15 +169,11 @@ def summary_table(summary: dict):
     if all(row["groups"] == row["images"] for row in rows):
         del columns["groups"]
     columns = {heading: cells for heading, cells in columns.items() if {*cells} - {"-"}}
-    widths = {  # of the longest word, so that no word is cut
-        heading: max(map(len, " ".join([heading, *cells]).split()))
-        for heading, cells in columns.items()
-    }
-    gap = 1 if sum(widths.values()) + 2 * len(widths) <= WIDTH else 0
+    widths, gap = _widths(columns)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), show_edge=False)
     for heading, width in widths.items():
         justify = "left" if heading in ("organ", "size px") else "right"
-        table.add_column(heading, justify=justify, min_width=width)
+        table.add_column(heading, justify=justify, width=width)
     for cells in zip(*columns.values()):
         table.add_row(*cells)
     return table

@@ -26,8 +26,9 @@ from nucsam import __version__
 from nucsam.claims import Claim, read_note
 from nucsam.data.folders import list_folder, stem_of
 from nucsam.data.geojson import read_shapes
-from nucsam.data.images import IMAGES, open_image, read_mpp
+from nucsam.data.images import IMAGES, open_image, read_mpp, read_remarks
 from nucsam.data.rois import Outlines
+from nucsam.data.slides import one_file_each
 from nucsam.errors import UserError
 from nucsam.files import read_json, shortened, write_text
 from nucsam.model.weights import state_sha256
@@ -58,7 +59,7 @@ def predict_files(
         paths: image files, and folders of them.
         out: folder of the results, which are named by the images' stems.
         formats: keys of `writers.FILES`.
-        mpp: microns per px of every image, instead of what its TIFF tags say.
+        mpp: microns per px of every image, instead of what its file says.
         force: predict also the images that have all their files.
         roi: GeoJSON of the regions of one image to predict in, or a folder of STEM.geojson.
         options: of `predictor.load`; `scale` and `mpp` exclude each other.
@@ -111,7 +112,7 @@ def find_image_files(paths: Sequence[Path]) -> list[Path]:
     problems = []
     for path in paths:
         suffix = path.suffix.lower()
-        inside = list(filter(_is_image, list_folder(path)))
+        inside = one_file_each(list(filter(_is_image, list_folder(path))))
         if path.is_dir() and not inside:
             problems.append(f"{path}: found no image, expected {', '.join(IMAGES)}{_inside(path)}")
         elif not path.exists():
@@ -235,7 +236,7 @@ class Batch:
     Args:
         predictor: the model and its tiles.
         files: the result files by format, of each image.
-        mpp: microns per px of every image; None = by its TIFF tags.
+        mpp: microns per px of every image; None = as its file says.
         force: predict also the images that have all their files.
         claims: folder of the claims, one file per image; None where this process is alone.
         rois: regions to predict in, by image; empty = everywhere.
@@ -364,7 +365,8 @@ class Batch:
         lacking = (mpp is None) != (trained is None) and self.predictor.ratio is None
         if lacking and not self.warned:
             who = f"{path} has no" if mpp is None else "the model was trained without"
-            self._say(f"{who} microns per px: assuming the magnification of the training")
+            remarks = "".join(f" ({remark})" for remark in read_remarks(path))
+            self._say(f"{who} microns per px{remarks}: assuming the magnification of the training")
             self.warned = True
         return mpp
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nucsam.data.slides import Windows
 from nucsam.errors import UserError
 
 STRIP = 8  # windows abreast: in a narrow strip, few maps wait for the next row of windows
@@ -142,7 +143,8 @@ class Tiles:
     The maps of a tile stay until the last window that needs them.
 
     Args:
-        image: uint8 (H, W, 3), or what slices like it, such as `data.images.TiffWindows`.
+        image: uint8 (H, W, 3), or a `data.slides.Windows`. Its pyramid is read at the level nearest
+            to the scale.
         scale: model px per image px.
         tile: longest side of a tile, image px.
         overlap: what neighbours share, image px.
@@ -170,6 +172,7 @@ class Tiles:
         self.ramps = [ramp(length, overlap) for length in self.sides]
         self.failed: Exception | None = None  # why the image could not be read to its end
         self.asked: set[Key] = set()  # tiles given so far
+        self.level = image.level(scale) if isinstance(image, Windows) else 0
         self._keys = self._plan()
         self._last = {key: k for k, keys in enumerate(self._keys) for key in keys}
         self._maps: dict[Key, np.ndarray] = {}
@@ -177,22 +180,33 @@ class Tiles:
     def ask(self, k: int) -> Iterator[tuple[Key, np.ndarray]]:
         """Key and pixels uint8 (h, w, 3) of each tile that window k needs and that is still to run.
 
-        An image smaller than a tile is mirrored. Where the image cannot be read, `failed` is set
-        and the tiles end early.
+        A tile from a smaller level has the model's px. An image smaller than a tile is mirrored.
+        Where the image cannot be read, `failed` is set and the tiles end early.
         """
-        height, width = self.sides
         for key in self._keys[k]:
             if key in self.asked:
                 continue
             self.asked.add(key)
             y, x = self.starts[0][key[0]], self.starts[1][key[1]]
             try:
-                tile = self.image[y : y + height, x : x + width]
+                tile = self._read(y, x)
             except (UserError, OSError) as error:
                 self.failed = error
                 return
+            height, width = self.model_sides if self.level else self.sides
             missing = ((0, height - tile.shape[0]), (0, width - tile.shape[1]), (0, 0))
             yield key, np.pad(tile, missing, mode="symmetric")
+
+    def _read(self, y: int, x: int) -> np.ndarray:
+        """The tile from (y, x) on, cut off at the edges of the image."""
+        bottom, right = (
+            min(start + side, length) for start, side, length in zip((y, x), self.sides, self.size)
+        )
+        rows, columns = slice(y, bottom), slice(x, right)
+        if not self.level:
+            return self.image[rows, columns]
+        size = round((bottom - y) * self.scale), round((right - x) * self.scale)
+        return self.image.resampled(self.level, rows, columns, size)
 
     def add(self, key: Key, maps: np.ndarray) -> None:
         """Take the dense maps float32 (C, h, w) of a tile."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from nucsam.config import compiled
 from nucsam.data import folders
-from nucsam.data.images import IMAGES, LABELS, read_image, read_label
+from nucsam.data.images import IMAGES, LABELS, read_label, read_mask
 from nucsam.data.samples import attempt, read_nuclei
 from nucsam.errors import UserError
 from nucsam.files import shortened
@@ -138,13 +138,6 @@ def find_pairs(
     return pairs, missing, extra
 
 
-def read_vague(path: str | Path) -> np.ndarray:
-    """bool (H, W): the nonzero pixels of an image file or of a .npy label map."""
-    if Path(path).suffix.lower() == ".npy":
-        return read_label(path) != 0
-    return read_image(path).any(axis=-1)
-
-
 def score_pair(
     pair: Pair, protocols: Sequence[Protocol], connected: bool = False, region_class: str = ""
 ) -> list[dict]:
@@ -157,7 +150,7 @@ def score_pair(
     truth, rest = read_nuclei(pair.truth, pred.shape, region_class)
     if rest is not None:
         truth, pred = np.where(rest, 0, truth), np.where(rest, 0, pred)
-    vague = read_vague(pair.vague) if pair.vague else None
+    vague = read_mask(pair.vague) if pair.vague else None
     rows = []
     for protocol in protocols:
         with warnings.catch_warnings(record=True) as caught:
