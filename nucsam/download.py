@@ -84,7 +84,8 @@ def _transfer(url: str, partial: Path, size: int) -> None:
         announced = response.headers["Content-Length"]
         if size and announced is not None and int(announced) != size - start:
             raise ValueError(f"found a Content-Length of {announced}, expected {size - start}")
-        shown = {"total": size - start or None, "description": url, "console": Console(stderr=True)}
+        total = size - start if size else int(announced or 0)
+        shown = {"total": total, "description": url, "console": Console(stderr=True)}
         with partial.open("r+b") as file, wrap_file(response, **shown) as body:
             file.seek(start)
             file.truncate()

@@ -44,24 +44,48 @@ WORDS = {
 # A command line, what the user did, and the message. Capital words are of WORDS and SCENES.
 COMMANDS = """
 $ train data.root=nowhere TINY  # a folder that is not there
-nowhere: found no data set (no such folder), expected ... (nuinsseg) or images (plain) in it
+nowhere: found no data set (no such folder), expected ORGAN/tissue images (nuinsseg), images (plain)
+or a public set in it
 $ train  # no data where the default looks
 data/NuInsSeg: found no data set (no such folder), ...
 $ inspect .  # a folder too high
-.: found no data set, expected ...; did you mean binary?
+.: found no data set, expected ...; did you mean binary? ...
 $ inspect page.pt  # an archive
 page.pt: found no data set (a file; unpack it), ...
 $ inspect flat  # images without folders
-flat: found no data set, expected ORGAN/tissue images (nuinsseg) or images (plain) in it
+flat: found no data set, expected ... in it flat: 12 images without a label, not used; first: ...
+$ inspect plain --layout tnbc  # another layout
+plain: found no data set, expected the folders of layout tnbc
 $ inspect plain --layout tiles  # no layout of ours
-layout: found 'tiles', expected auto, nuinsseg or plain
+layout: found 'tiles', expected auto, nuinsseg, pannuke, ..., plain, flat
 $ inspect plain --group (  # half a regular expression
 group: found '(', expected a regular expression: missing ), unterminated subpattern at position 0
 $ train PLAIN data.group=human  # a group that not every name has
 plain: found ... problem(s) plain/images/mouse_fat_1.png: ... that group='human' does not match ...
 $ train data.root=masks TINY  # labels in a folder of another name
 masks: found 12 problem(s) masks/images/human_bladder_1.png: found no label of this stem, expected
-one in masks/labels or masks/annotations ...
+one in a folder of labels beside masks/images ...
+$ train data.root=near TINY  # labels of types that are not read
+near: found 2 problem(s) near/images/a.png: found no label of this stem, expected one in
+near/labels; near/labels/a.npz: convert to TIFF near/images/b.png: ... near/labels/b_mask.jpg: save
+labels as PNG or TIFF, or swap the folders if these are the images
+$ train data.root=single TINY  # a mask for each nucleus
+single: ... found 2 file(s) that begin alike, such as a_mask0.tif: expected one map of all nuclei,
+with an id each
+$ train data.root=exchanged TINY  # labels for images
+12 images: ... exchanged/labels/human_bladder_1.png: found a picture, and a label map in
+exchanged/images/human_bladder_1.tif; swap the folders of images and labels ...
+$ inspect cellpose  # nothing but Cellpose's own file
+cellpose: found no data set, ... cellpose: 1 files that are not taken as labels: save the masks as
+PNG or TIFF in Cellpose, because its own file may hold code; first: cellpose/a_seg.npy
+$ download pannuke new  # a set that no program may fetch
+pannuke: no address serves it without a click; get it yourself, from https://warwick.ac.uk/..., and
+unpack it into new
+$ download nuinsseg new  # no network
+nuinsseg: https://zenodo.org/api/records/10518968 does not tell its files (URLError: ...); get them
+yourself, from https://zenodo.org/records/10518968, and unpack it into new
+$ download cells new  # no such set
+name: found 'cells', expected one of nuinsseg, tnbc, monuseg, ...
 $ train data.root=twice TINY  # two labels for an image
 twice: found 3 problem(s) twice/images/mouse_fat_1.tif: found the stem of mouse_fat_1.png again
 ...mouse_fat_1.geojson: found twice/labels/mouse_fat_1.tif too, expected one of them ...
@@ -274,6 +298,10 @@ $ predict run none.png --out p  # no such image
 none.png: no such file or folder
 $ predict run old --out p  # a folder without images
 old: found no image, expected .png, .tif, .tiff, .jpg, .jpeg, .bmp...
+$ predict run nested --out p  # a folder of folders
+nested: found no image, expected ...; its subfolders have some, so name them instead: p1
+$ predict run drawings --out p  # a folder of other files
+drawings: found no image, expected ...; convert to TIFF what lies there: 1 .svg
 $ predict run drawing.svg --out p  # a drawing
 drawing.svg: found .svg suffix, expected .png, .tif, .tiff, .jpg, .jpeg, .bmp...
 $ predict run flat --out page.pt  # a file for a folder of results
@@ -493,7 +521,27 @@ def make_data_sets(folder: Path) -> None:
     for path in Path("summed").glob("*/label masks modify"):
         path.rename(path.with_name("label masks"))
     assert run_command(["synth", "tiny", "--images", "4", "--size", "40"]) == 0
-    Path("masks/labels").rename("masks/masks")
+    Path("masks/labels").rename("masks/truth")
+    shutil.copytree("plain", "exchanged")
+    Path("exchanged/images").rename("exchanged/labels_")
+    Path("exchanged/labels").rename("exchanged/images")
+    Path("exchanged/labels_").rename("exchanged/labels")
+    picture, label = "plain/images/mouse_fat_1.png", "plain/labels/mouse_fat_1.tif"
+    for name, source in {
+        "near/images/a.png": picture,
+        "near/images/b.png": picture,
+        "near/labels/a.npz": picture,
+        "near/labels/b_mask.jpg": picture,
+        "single/images/a.png": picture,
+        "single/masks/a_mask0.tif": label,
+        "single/masks/a_mask1.tif": label,
+        "cellpose/a.png": picture,
+        "cellpose/a_seg.npy": label,
+        "nested/p1/a.png": picture,
+        "drawings/a.svg": label,
+    }.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, name)
     Path("twice/annotations").mkdir()
     for name in ("images/mouse_fat_1.tif", "annotations/mouse_fat_1.geojson"):
         Path("twice", name).touch()

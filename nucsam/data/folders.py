@@ -394,7 +394,7 @@ def taken(records: Sequence[Record]) -> str:
     groups = len({record.group for record in records})
     organs = len({record.organ for record in records})
     vague = sum(record.vague is not None for record in records)
-    parts = [f"{len(records)} images, labels {labels}"]
+    parts = [f"{len(records)} images", f"labels: {labels}"]
     parts += [f"{vague} with vague areas"] if vague else []
     parts += [f"{organs} organs"] if organs > 1 else []
     parts += [f"{groups} groups, which no split separates"] if groups < len(records) else []
