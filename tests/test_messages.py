@@ -297,13 +297,13 @@ run/adapter.safetensors: found a file of kind 'adapter', expected 'merged'; ... 
 $ predict run none.png --out p  # no such image
 none.png: no such file or folder
 $ predict run old --out p  # a folder without images
-old: found no image, expected .png, .tif, .tiff, .jpg, .jpeg, .bmp...
+old: found no image, expected .png, ...
 $ predict run nested --out p  # a folder of folders
 nested: found no image, expected ...; its subfolders have some, so name them instead: p1
 $ predict run drawings --out p  # a folder of other files
 drawings: found no image, expected ...; convert to TIFF what lies there: 1 .svg
 $ predict run drawing.svg --out p  # a drawing
-drawing.svg: found .svg suffix, expected .png, .tif, .tiff, .jpg, .jpeg, .bmp...
+drawing.svg: found .svg suffix, expected .png, ...; convert it to TIFF
 $ predict run flat --out page.pt  # a file for a folder of results
 ...out: page.pt is a file, expected a folder
 $ predict run plain/labels --out plain/labels  # results over the images

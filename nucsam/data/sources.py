@@ -26,6 +26,7 @@ PAGES = {  # of the data sets, for a person
     "cryonuseg": "https://www.kaggle.com/datasets/ipateam/"
     "segmentation-of-nuclei-in-cryosectioned-he-images",
 }
+UNPACKING = ".unpacking"  # end of the name of a folder that is not whole
 DEPTH = 3  # folders between the one that is unpacked into and the data set
 
 
@@ -65,7 +66,8 @@ def download_set(name: str, folder: Path) -> Path:
     """
     if name not in PAGES:
         raise UserError(f"name: found {name!r}, expected one of {', '.join(PAGES)}")
-    if root := _find_set(folder):
+    unfinished = any(folder.glob(f".*{UNPACKING}"))
+    if not unfinished and (root := _find_set(folder)):
         return root
     advice = f", from {PAGES[name]}, and unpack it into {folder}"
     if name not in (*RECORDS, "monuseg"):
@@ -104,8 +106,8 @@ def _zenodo_archives(name: str, advice: str) -> list[Archive]:
 
 
 def _unpack(path: Path) -> None:
-    """Unpack a zip file into a folder of its name, whole or not at all, and remove the file."""
-    partial = path.with_name(f".{path.stem}")
+    """Unpack a zip file into its folder, without folders around everything, and remove it."""
+    partial = path.with_name(f".{path.stem}{UNPACKING}")
     shutil.rmtree(partial, ignore_errors=True)  # of a call that was cut off
     try:
         with zipfile.ZipFile(path) as archive:
@@ -114,8 +116,14 @@ def _unpack(path: Path) -> None:
                 archive.extract(name, partial)  # never outside of the folder
     except zipfile.BadZipFile as error:
         raise UserError(f"{path}: cannot be unpacked ({error}); delete it and try again") from error
-    partial.rename(path.with_suffix(""))
+    inner = partial
+    while len(entries := list(inner.iterdir())) == 1 and entries[0].is_dir():
+        inner = entries[0]
+    for entry in entries:
+        if not (path.parent / entry.name).exists():  # else an earlier call has moved it
+            entry.rename(path.parent / entry.name)
     path.unlink()
+    shutil.rmtree(partial)
 
 
 def _find_set(folder: Path, depth: int = DEPTH) -> Path | None:
