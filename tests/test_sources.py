@@ -87,12 +87,12 @@ def test_a_cut_download_is_resumed(server, tmp_path, monkeypatch):
 
 
 def test_an_archive_cut_off_while_unpacking_is_unpacked_again(server, tmp_path, monkeypatch):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
-    for name in ("with_bar", "shutil.rmtree"):
+    for name in ("nucsam.data.sources.with_bar", "pathlib.Path.unlink"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(f"nucsam.data.sources.{name}", stop)
+            patch.setattr(name, stop)
             sources.download_set("tnbc", tmp_path / "new")
     assert len(find_records(sources.download_set("tnbc", tmp_path / "new"))) == 4
     # the record again, and not the archive
