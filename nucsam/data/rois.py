@@ -349,14 +349,15 @@ def _hold_others(shapes: Sequence[Shape]) -> list[bool]:
     for k in np.flatnonzero(near > 1):
         others = np.array(tree.query_ball_point(centres[k], reaches[k], p=np.inf))
         within = (boxes[others, :2] >= boxes[k, :2]) & (boxes[others, 2:] <= boxes[k, 2:])
-        holding[k] = _holds(shapes[k], [shapes[j] for j in others[within.all(1)] if j != k])
+        inner = [shapes[j] for j in others[within.all(1)] if shapes[j].area < shapes[k].area]
+        holding[k] = _holds(shapes[k], inner)
     return holding
 
 
 def _holds(shape: Shape, others: Sequence[Shape]) -> bool:
     inner = 0
     for other in others:
-        if other.area < shape.area and _contains(shape, other):
+        if _contains(shape, other):
             inner += 1
             nucleus = shape.kind != "roi" and other.area >= CORE * shape.area
             if inner > 1 or nucleus or shape.kind == "annotation":

@@ -224,7 +224,6 @@ class Samples:
     ):
         self.records = list(records)
         self.sizes = []  # (H, W) of each image
-        self.unsure = []  # whether each image has a vague area
         self.partial = []  # of each sample
         self.kept = True
         self._planes: list[Planes] = []
@@ -235,7 +234,6 @@ class Samples:
                 problems.append(str(sample))
                 continue
             self.sizes.append(sample.label.shape)
-            self.unsure.append(sample.vague is not None)
             self.partial.append(sample.partial)
             planes = _planes(sample)
             kept_bytes += sum(plane.nbytes for plane in planes if plane is not None)
