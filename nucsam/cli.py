@@ -294,7 +294,7 @@ def report_command(
 ) -> None:
     """Write RUN/report.html: a run or a cross-validation as one page that needs no network.
 
-    --figures writes every chart and picture as a file, and a contact sheet of the data.
+    --figures writes every chart and picture as a file.
     """
     from nucsam.report.page import write_report
 

@@ -318,6 +318,8 @@ $ predict run flat --out p --mpp 0  # no magnification
 ...mpp: found 0, expected a positive number
 $ predict run flat --out p --tile 3  # a tile too small
 ...tile: found 3, expected at least 64 px
+$ predict run flat --out p --roi empty.geojson  # one file of regions for many images
+...roi: found empty.geojson for 12 images, expected one image, or a folder with a ...
 $ predict run flat --out results  # results of other settings
 results/predict.json: ...other...: tta: True -> False; expected another ...out, or ...force
 $ predict run flat/human_bladder_1.png --out results --force  # fewer images than there are results
@@ -380,12 +382,20 @@ circle.geojson: feature 1: found the geometry {'type': 'Circle'}, expected a Pol
 geometry.geojson: feature 1: expected a Feature with a geometry
 > read_outlines numbers  # a ring of numbers
 numbers.geojson: feature 1: found a ring that is no list of points [x, y] (...)
-> read_outlines open  # a ring that is not closed
-open.geojson: feature 1: found a ring of 3 points, expected a closed one of 4 or more
+> read_outlines rings  # a number for rings
+rings.geojson: feature 1: found the polygon 7, expected a list of rings
 > read_outlines far  # a coordinate of another planet
 far.geojson: feature 1: found a coordinate that is not finite or over 1e+09 px
 > read_outlines outside  # coordinates of another image
 outside.geojson: found no pixel of 9x9 px in any of 1 nuclei, expected coordinates in px
+> read_outlines beyond  # a region of another image
+beyond.geojson: found no pixel of 9x9 px in any of 1 regions, expected coordinates in px
+> read_rois page.xml  # XML of another program
+page.xml: cannot be read (found the element html), expected Aperio's XML: Annotations, ...
+> read_rois page.roi  # not a ROI
+page.roi: cannot be read (...), expected an ImageJ ROI or a zip file of them
+> read_rois folder.roi  # a folder
+folder.roi: cannot be read (found a folder or device), expected an ImageJ ROI or a zip file of them
 > find_records  # an empty name
 root: found an empty path, expected a folder of images and label maps
 > find_records null  # a null byte in a name
@@ -428,6 +438,9 @@ unused: 1 labels without an image, not used; first: unused/labels/x.tif
 contact sheet: OUT/sheet.png
 $ inspect summed --sheet OUT/sheet.png  # NuInsSeg's first labels
 summed: 12 labels from 'label masks', where overlaps are sums of ids: expect spurious nuclei; first:
+$ inspect holed --sheet OUT/sheet.png  # an outline without an area
+warning: holed/annotations/x.geojson: found 1 empty geometry, not used; expected outlines of nuclei
+contact sheet: OUT/sheet.png
 $ predict run few/images --out OUT  # two images
 OUT: 2 image(s), ... nuclei, ... tiles in ... s
 $ predict run few/images --out again  # the same again
@@ -472,6 +485,7 @@ FUNCTIONS = {
     "read_label": read_label,
     "read_windows": open_image,
     "read_outlines": lambda name: read_nuclei(Path(name).with_suffix(".geojson"), (9, 9)),
+    "read_rois": lambda name: read_nuclei(Path(name), (9, 9)),
     "read_tensors": lambda name: checkpoint.read_tensors(Path(name)),
     "find_records": lambda name="": find_records(name and "a\0b"),
     "score": lambda name: score_maps(MAPS[name], ZEROS),
@@ -570,17 +584,27 @@ def make_files() -> None:
     Path("scalar.toml").write_text("train = 3")
     save_file({"x": tensor}, "foreign.safetensors")
     checkpoint.write_tensors(Path("unnamed.safetensors"), {"x": tensor}, {"kind": "adapter"})
+    corner = [(0, 0), (3, 0), (3, 3), (0, 3)]
     for name, document in {
         "3": 3,
         "circle": [{"type": "Feature", "geometry": {"type": "Circle"}}],
         "geometry": [{"type": "Polygon"}],
         "numbers": [polygon([1, 2])],
-        "open": [polygon([(0, 0), (1, 1), (0, 0)])],
+        "rings": [{"type": "Feature", "geometry": {"type": "MultiPolygon", "coordinates": [7]}}],
+        "empty": [polygon([]), polygon(corner), region(corner)],
+        "beyond": [region([(50, 50), (60, 50), (60, 60)])],
         "far": [polygon([(0, 0), (1e10, 1), (1, 0), (0, 0)])],
         "outside": [polygon([(50, 50), (60, 50), (60, 60), (50, 50)])],
     }.items():
         Path(f"{name}.geojson").write_text(json.dumps(document))
+    for name in ("holed/images", "holed/annotations"):
+        Path(name).mkdir(parents=True)
+    shutil.copy("plain/images/mouse_fat_1.png", "holed/images/x.png")
+    shutil.copy("empty.geojson", "holed/annotations/x.geojson")
     Path("folder.png").mkdir()
+    Path("folder.roi").mkdir()
+    for name in ("page.xml", "page.roi"):
+        Path(name).write_text("<html/>")
     grey = np.zeros((9, 9), np.uint8)
     frame = Image.fromarray(grey)
     frame.save("animated.png", save_all=True, append_images=[Image.fromarray(grey + 9)])
@@ -600,6 +624,10 @@ def make_files() -> None:
 
 def polygon(ring: list) -> dict:
     return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}}
+
+
+def region(ring: list) -> dict:
+    return polygon(ring) | {"properties": {"classification": {"name": "Region*"}}}
 
 
 def make_runs() -> None:

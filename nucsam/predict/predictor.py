@@ -135,8 +135,9 @@ class Predictor:
         places = windows(image.shape[:2], core, margin)
         if area is not None:
             places = windows_in(places, area, margin)
-        scale = self.scale / ratio
-        return Tiles(image, scale=scale, tile=tile, overlap=overlap, windows=places, area=area)
+        tiles = Tiles(image, scale=self.scale / ratio, tile=tile, overlap=overlap, windows=places)
+        tiles.area = area
+        return tiles
 
     def extract(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, Window, np.ndarray]]:
         """The nuclei of each window of images, in order.

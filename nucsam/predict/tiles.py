@@ -73,17 +73,14 @@ def windows_in(places: Sequence[Window], area: Area, margin: int) -> list[Window
     """
     inside = []
     for window in places:
-        axes = [np.flatnonzero(area(window.core).any(axis)) for axis in (1, 0)]
-        if not len(axes[0]):
+        hits = [np.flatnonzero(area(window.core).any(axis)) for axis in (1, 0)]
+        if not len(hits[0]):
             continue
-        core = [
-            slice(place.start + int(hits[0]), place.start + int(hits[-1]) + 1)
-            for place, hits in zip(window.core, axes)
-        ]
-        outer = [
-            slice(max(place.start, part.start - margin), min(place.stop, part.stop + margin))
-            for place, part in zip(window.outer, core)
-        ]
+        core, outer = [], []
+        for place, around, hit in zip(*window, hits):
+            low, high = place.start + int(hit[0]), place.start + int(hit[-1]) + 1
+            core.append(slice(low, high))
+            outer.append(slice(max(around.start, low - margin), min(around.stop, high + margin)))
         inside.append(Window(tuple(core), tuple(outer)))
     return inside
 
@@ -149,22 +146,15 @@ class Tiles:
         tile: longest side of a tile, image px.
         overlap: what neighbours share, image px.
         windows: windows of this image, in the order in which they are asked for.
-        area: where to predict; None = everywhere.
     """
 
+    area: Area | None = None  # where nuclei are kept; None = everywhere
+
     def __init__(
-        self,
-        image: Any,
-        *,
-        scale: float,
-        tile: int,
-        overlap: int,
-        windows: Sequence[Window],
-        area: Area | None = None,
+        self, image: Any, *, scale: float, tile: int, overlap: int, windows: Sequence[Window]
     ) -> None:
         self.image = image
         self.scale = scale
-        self.area = area
         self.windows = windows
         self.size = tuple(image.shape[:2])
         grids = [grid(length, tile, overlap, scale) for length in self.size]

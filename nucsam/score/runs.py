@@ -53,7 +53,7 @@ def score_images(
     """
     indices = list(indices)
     share = indices[accelerator.process_index :: accelerator.num_processes]
-    vague = any(samples.unsure[i] for i in indices)
+    vague = any(samples.records[i].vague or samples.partial[i] for i in indices)
     protocols = protocols_for(PROTOCOL, vague=vague)
     was_training = net.training
     net.eval()
