@@ -397,9 +397,9 @@ IDS = three().astype(np.int64)
     [
         ("rgb.png", ramp()),
         ("rgba.png", np.dstack([ramp(), GREY])),
-        ("float.npy", IDS.astype(float)),
-        ("float.tif", IDS.astype(np.float32)),
-        ("depth.npy", IDS[..., None]),
+        ("float.npy", IDS / 2),
+        ("float.tif", IDS.astype(np.float32) / 2),
+        ("depth.npy", np.dstack([IDS] * 2)),
         ("negative.npy", -IDS),
         ("negative.tif", -IDS),
         ("huge.npy", IDS * 2**40),
@@ -786,7 +786,7 @@ def test_inspection_counts_and_lists_what_is_bad(tmp_path):
     mask[:7] = 255
     put(tmp_path / "brain" / "vague areas" / "mask binary" / "b_1.png", mask)
     put(tmp_path / "brain" / "label masks modify" / "b_2.tif", three() * 0)
-    put(tmp_path / "liver (x)" / "label masks modify" / "a_1.tif", three().astype(np.float32))
+    put(tmp_path / "liver (x)" / "label masks modify" / "a_1.tif", three().astype(np.float32) / 2)
     put(tmp_path / "brain" / "tissue images" / "alone.png", ramp())
     (tmp_path / "brain" / "tissue images" / "b_3.png").write_bytes(b"no image")
     summary = inspect_folder(tmp_path, group=r"^(\w+)_|alone")

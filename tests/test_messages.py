@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from nucsam.cli import run_command
 from nucsam.data.folders import find_records
-from nucsam.data.images import open_image, read_image, read_label
+from nucsam.data.images import read_image, read_label, read_mask
 from nucsam.data.samples import read_nuclei
 from nucsam.errors import UserError
 from nucsam.export.merged import export_run
@@ -349,27 +349,38 @@ CALLS = """
 > read_image none.png  # no such image
 none.png: cannot be read (FileNotFoundError: ...), expected a whole .png file
 > read_image plain  # a folder of images
-plain: found no suffix, expected .png, .tif, .tiff, .jpg, .jpeg, .bmp
+plain: found no suffix, expected .png, .jpg, .jpeg, .bmp, .tif, .tiff, .svs, .ndpi, ..., .dcm
 > read_image folder.png  # a folder of an image's name
-folder.png: cannot be read (found a folder or device), expected a whole .png file
+folder.png: found a folder or device, expected a file
 > read_image float.tif  # real numbers
-float.tif: found float64 in 0.0..0.5 of shape (9, 9), ... 16 bits in (H, W) or (H, W, 1 to 4)
+float.tif: found values of float64, expected 8 or 16 bits
 > read_image animated.png  # two frames
-animated.png: cannot be read (found 2 frames, expected one image), expected a whole .png file
+animated.png: found 2 frames, expected one image
 > read_image two.tif  # two images
-two.tif: cannot be read (found 2 images, expected one), expected a whole .tif file
+two.tif: found 2 images (9x9, 9x5 px), expected one
 > read_image stack.tif  # a stack
-stack.tif: cannot be read (found axes ... of shape (5, 9, 9), expected one image), expected ...
-> read_image channels.tif  # white is zero, and each channel a page
-channels.tif: cannot be read (found a page a channel in ..., <...MINISWHITE: 0>), expected ...
+stack.tif: found a stack with axes ... of shape (5, 9, 9), expected one image
 > read_image tableless.tif  # the end cut off
-tableless.tif: cannot be read (found 1 page(s) and no end of the page table), expected ...
+tableless.tif: found 1 page(s) and no end of the page table, expected a whole TIFF
 > read_image short.tif  # pixels cut off
-short.tif: cannot be read (found ... of ... bytes), expected a whole .tif file
+short.tif: found ... of ... bytes, expected a whole TIFF
 > read_image pageless.tif  # all cut off
-pageless.tif: cannot be read (found no page), expected a whole .tif file
-> SMALL read_windows palette.tif  # a large palette
-palette.tif: cannot be read by windows (found uint8 in 1 ... expected grey or RGB of 8 or 16 bits)
+pageless.tif: found no page, expected a whole TIFF
+> read_image text.tif  # a page of the web
+text.tif: cannot be read (TiffFileError: not a TIFF file ...), expected a whole .tif file
+> read_image newer.tif  # a compression that no decoder knows
+newer.tif: cannot be decoded (...39321...), expected a common compression; save it as TIFF with
+deflate
+> read_image lab.tif  # colours of a press
+lab.tif: found 3 channels of CIELAB, expected grey, RGB, CMYK or YCbCr
+> SMALL read_label palette.tif  # more pixels than memory holds
+palette.tif: found 9x9 px, expected at most 3 px; cut it into pieces
+> BARE read_image slide.ndpi  # a slide without OpenSlide
+slide.ndpi: a .ndpi slide needs OpenSlide: pip install 'nucsam[slides]' adds it (none)
+> read_image slide.ndpi  # no slide
+slide.ndpi: cannot be read (OpenSlideUnsupportedFormatError: ...), expected a whole .ndpi file
+> read_mask float.tif  # a mask of real numbers
+float.tif: found float64 of shape (9, 9), expected integers (H, W) or (H, W, 1 to 4)
 > read_label negative.npy  # negative ids
 negative.npy: found ids in -1..-1, expected 0..2147483647
 > read_outlines none.geojson  # no such outlines
@@ -436,6 +447,9 @@ $ evaluate --truth few/labels --pred mixed --workers 1  # predictions of other i
 $ inspect unused --sheet OUT/sheet.png  # labels of other images
 unused: 1 labels without an image, not used; first: unused/labels/x.tif
 contact sheet: OUT/sheet.png
+$ inspect camera --sheet OUT/sheet.png  # photographs that a camera has turned, and a printer's dpi
+1 image(s): orientation tag 6 turns the image, and labels must match the turned image; first: camera
+1 image(s): 300 dpi is no microscope's resolution, so nucsam ignores it; first: camera/images/
 $ inspect summed --sheet OUT/sheet.png  # NuInsSeg's first labels
 summed: 12 labels from 'label masks', where overlaps are sums of ids: expect spurious nuclei; first:
 $ inspect holed --sheet OUT/sheet.png  # an outline without an area
@@ -468,13 +482,15 @@ FIND_SPEC = importlib.util.find_spec
 NO_MEMORY = failing(torch.OutOfMemoryError("no memory"))
 SPECS = ("importlib.util.find_spec", "nucsam.report.page.find_spec")
 STEPS = ("nucsam.predict.predictor.Predictor.extract", "nucsam.train.loop.step")
-LIMITS = ("nucsam.data.images.WHOLE", "nucsam.data.images.MOST")
 SCENES = {  # what stands in for what, where a line begins with the word
-    "BARE": dict.fromkeys(SPECS, without_extras),
+    "BARE": {
+        **dict.fromkeys(SPECS, without_extras),
+        "nucsam.data.slides.import_module": failing(ImportError("none")),
+    },
     "FULL": {"tifffile.imwrite": failing(OSError(errno.ENOSPC, "No space left on device"))},
     "GPUS": {"os.environ": os.environ | {"ACCELERATE_USE_CPU": "", "CUDA_VISIBLE_DEVICES": "0, 1"}},
     "MEMORY": dict.fromkeys(STEPS, NO_MEMORY),
-    "SMALL": dict.fromkeys(LIMITS, 3),
+    "SMALL": {"nucsam.data.slides.MOST": 3},
     "UNLOCKED": {"fcntl.flock": failing(OSError(errno.ENOLCK, "No locks available"))},
 }
 ZEROS = np.zeros((9, 9), int)
@@ -483,7 +499,7 @@ MAPS = {"flat": ZEROS[0], "real": ZEROS / 2, "negative": ZEROS - 1}
 FUNCTIONS = {
     "read_image": read_image,
     "read_label": read_label,
-    "read_windows": open_image,
+    "read_mask": read_mask,
     "read_outlines": lambda name: read_nuclei(Path(name).with_suffix(".geojson"), (9, 9)),
     "read_rois": lambda name: read_nuclei(Path(name), (9, 9)),
     "read_tensors": lambda name: checkpoint.read_tensors(Path(name)),
@@ -532,6 +548,13 @@ def make_data_sets(folder: Path) -> None:
             path.unlink()
     shutil.copytree("few", "unused")
     shutil.copytree(folder, "summed")
+    shutil.copytree("few", "camera")
+    turned, printed = sorted(Path("camera/images").iterdir())[:2]
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.open(turned).save(turned, exif=exif)
+    Image.open(printed).save(printed.with_suffix(".tif"), dpi=(300, 300))
+    printed.unlink()
     for path in Path("summed").glob("*/label masks modify"):
         path.rename(path.with_name("label masks"))
     assert run_command(["synth", "tiny", "--images", "4", "--size", "40"]) == 0
@@ -613,12 +636,18 @@ def make_files() -> None:
     tifffile.imwrite("two.tif", grey)
     tifffile.imwrite("two.tif", grey[:5], append=True)
     tifffile.imwrite("stack.tif", np.stack([grey] * 5), photometric="minisblack")
-    channels = {"photometric": "miniswhite", "metadata": {"axes": "CYX"}}
+    channels = {"photometric": "minisblack", "metadata": {"axes": "CYX"}}
     tifffile.imwrite("channels.tif", np.zeros((3, 70, 90), np.uint8), ome=True, **channels)
     pages = Path("channels.tif").read_bytes()
     Path("tableless.tif").write_bytes(pages[: len(pages) // 2])
     Path("short.tif").write_bytes(Path("float.tif").read_bytes()[:-9])
     Path("pageless.tif").write_bytes(struct.pack("<4sHH", b"II*\0", 16, 0))
+    Path("text.tif").write_text("<!DOCTYPE html>: 404")
+    Path("slide.ndpi").write_text("<!DOCTYPE html>: 404")
+    Image.new("LAB", (9, 9)).save("lab.tif")
+    tifffile.imwrite("newer.tif", grey, compression="zlib")
+    known, newer = (struct.pack("<HHIH", 259, 3, 1, code) for code in (8, 39321))
+    Path("newer.tif").write_bytes(Path("newer.tif").read_bytes().replace(known, newer))
     np.save("negative.npy", grey.astype(int) - 1)
 
 

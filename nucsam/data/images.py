@@ -9,28 +9,14 @@ An orientation tag, of TIFF or EXIF, turns images, labels and masks alike, as ev
 import math
 import unicodedata
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import tifffile
 
-from nucsam.data import published
-from nucsam.data.slides import (
-    SCANNERS,
-    TIFF,
-    ScannerWindows,
-    TiffPixels,
-    TiffWindows,
-    Windows,
-    check_size,
-    ome_pixels,
-    open_tiff,
-    slide_mpp,
-    to_bytes,
-    turned,
-    unreadable,
-    used_bits,
-)
+from nucsam.data import published, slides
+from nucsam.data.slides import SCANNERS, TIFF, Windows, check_size, turned, unreadable
 from nucsam.errors import UserError
 from nucsam.files import atomic
 
@@ -42,24 +28,16 @@ LABELS = (".tif", ".tiff", ".png", ".npy")
 WHOLE = 2**22  # px: largest TIFF without a pyramid that `open_image` reads whole at once
 FINEST, COARSEST = 0.05, 4.0  # microns per px of microscopes
 
-MICRONS = {  # in a unit of length as OME, ImageJ and TIFF spell it; both letters µ are normalised
-    "nm": 1e-3,
-    "nanometer": 1e-3,
-    "um": 1.0,
-    "μm": 1.0,
-    "micron": 1.0,
-    "microns": 1.0,
-    "micrometer": 1.0,
-    "micrometre": 1.0,
-    "mm": 1e3,
-    "millimeter": 1e3,
-    "cm": 1e4,
-    "centimeter": 1e4,
-    "m": 1e6,
-    "meter": 1e6,
-    "in": 25400.0,
-    "inch": 25400.0,
+# Microns of the units that OME, ImageJ and TIFF name. Normalised, both letters µ are a Greek one.
+_NAMES = {
+    1e-3: "nm nanometer",
+    1.0: "um μm micron microns micrometer micrometre",
+    1e3: "mm millimeter",
+    1e4: "cm centimeter",
+    25400.0: "in inch",
+    1e6: "m meter",
 }
+MICRONS = {name: microns for microns, names in _NAMES.items() for name in names.split()}
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -86,7 +64,9 @@ def read_image(path: str | Path) -> np.ndarray:
         return image[:, :]
     pixels, _ = _read_picture(path, ANY, colour=True)
     if pixels.dtype == np.uint16:
-        pixels = to_bytes(pixels, used_bits(np.bincount(pixels.ravel(), minlength=2**16)))
+        pixels = slides.to_bytes(
+            pixels, slides.used_bits(np.bincount(pixels.ravel(), minlength=2**16))
+        )
     if pixels.ndim == 2:
         pixels = np.stack([pixels] * 3, -1)
     return np.ascontiguousarray(pixels)
@@ -109,11 +89,11 @@ def open_image(path: str | Path) -> np.ndarray | Windows:
         return read_image(path)
     image = _open_windows(path)
     whole = len(image.sizes) == 1 and math.prod(image.sizes[0]) <= WHOLE
-    return image[:, :] if whole and isinstance(image, TiffWindows) else image
+    return image[:, :] if whole and isinstance(image, slides.TiffWindows) else image
 
 
 def _open_windows(path: Path) -> Windows:
-    return TiffWindows(path) if path.suffix.lower() in TIFF else ScannerWindows(path)
+    return slides.TiffWindows(path) if path.suffix.lower() in TIFF else slides.ScannerWindows(path)
 
 
 def read_label(path: str | Path) -> np.ndarray:
@@ -208,9 +188,9 @@ def _stored(path: Path, suffixes: Sequence[str]) -> tuple[np.ndarray, np.ndarray
         check_size(path, (*values.shape, 1))
         values = np.asarray(values)
     else:
-        tiff, series = open_tiff(path)
+        tiff, series = slides.open_tiff(path)
         check_size(path, (series.keyframe.imagelength, series.keyframe.imagewidth))
-        pixels = TiffPixels(path, tiff, series)
+        pixels = slides.TiffPixels(path, tiff, series)
         height, width = pixels.size
         values = pixels[0:height, 0:width]
         if pixels.alpha:
@@ -256,23 +236,19 @@ def _decode_picture(path: Path, image, colour: bool) -> tuple[np.ndarray, np.nda
         with path.open("rb") as file:
             head = file.read(26)
     bits = head[24] if head else 8
-    if bits == 16:
-        import imagecodecs
-
-        pixels = imagecodecs.png_decode(path.read_bytes())
-        if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
-            return pixels[..., :-1], pixels[..., -1]
-        return pixels, None
-    if colour:
-        return np.asarray(image.convert("RGB")), None
     alpha = None
-    if image.has_transparency_data:
-        alpha = np.asarray(image.convert("RGBA"))[..., 3]
-    pixels = np.asarray(image)
-    if image.mode in ("LA", "PA", "RGBA"):
-        pixels = pixels[..., :-1]
-    if image.mode == "L" and bits < 8:  # Pillow has scaled them
-        pixels = pixels // (255 // (2**bits - 1))
+    if bits == 16:
+        pixels = import_module("imagecodecs").png_decode(path.read_bytes())
+    elif colour:
+        pixels = np.asarray(image.convert("RGB"))
+    else:
+        pixels = np.asarray(image)
+        if image.mode == "L" and bits < 8:  # Pillow has scaled them
+            pixels = pixels // (255 // (2**bits - 1))
+        if image.mode == "P" and image.has_transparency_data:
+            alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
+        pixels, alpha = pixels[..., :-1], pixels[..., -1]
     return (pixels[..., 0] if pixels.shape[2:] == (1,) else pixels), alpha
 
 
@@ -310,9 +286,9 @@ def _metadata(path: Path) -> tuple[float | None, list[str]]:
     suffix = path.suffix.lower()
     orientation, sizes = 1, []
     if suffix in SCANNERS:
-        sizes = [slide_mpp(path)]
+        sizes = [slides.slide_mpp(path)]
     elif suffix in TIFF:
-        tiff, series = open_tiff(path)
+        tiff, series = slides.open_tiff(path)
         with tiff:
             orientation = series.keyframe.tags.valueof(274, 1)
             sizes = _tiff_sizes(tiff, series.keyframe)
@@ -326,20 +302,19 @@ def _metadata(path: Path) -> tuple[float | None, list[str]]:
             raise unreadable(path, error) from error
     remarks = []
     if orientation in range(2, 9):
-        remarks.append(
-            f"turned as its orientation tag {orientation} says; labels must be of the turned image"
-        )
+        turn = f"orientation tag {orientation} turns the image"
+        remarks.append(f"{turn}, and labels must match the turned image")
     sizes = [size for size in sizes if size]
     mpp = next((size for size in sizes if FINEST <= size <= COARSEST), None)
     if sizes and not mpp:
-        found = f"{sizes[-1]:.4g} microns per px ({25400 / sizes[-1]:.0f} dpi)"
-        remarks.append(f"{found} ignored; a microscope has {FINEST:g} to {COARSEST:g}")
+        dpi = 25400 / sizes[-1]
+        remarks.append(f"{dpi:.0f} dpi is no microscope's resolution, so nucsam ignores it")
     return mpp, remarks
 
 
 def _tiff_sizes(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> list[float | None]:
     """Microns per px as each kind of metadata says, the most trusted first."""
-    pixels = ome_pixels(tiff, page)
+    pixels = slides.ome_pixels(tiff, page)
     sizes = [_times(pixels.get("PhysicalSizeX"), pixels.get("PhysicalSizeXUnit", "um"))]
     text = tiff.pages.first.description
     if text.startswith("Aperio"):

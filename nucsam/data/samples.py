@@ -198,7 +198,7 @@ def image_remarks(records: Sequence[Record]) -> list[str]:
     for record in records:
         for remark in read_remarks(record.image):
             images[remark].append(record.image)
-    return [f"{len(paths)} image(s) {what}; first: {paths[0]}" for what, paths in images.items()]
+    return [f"{len(paths)} image(s): {what}; first: {paths[0]}" for what, paths in images.items()]
 
 
 def attempt(function: Callable[[Any], Any], item: Any) -> Any:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from importlib import import_module
 from operator import add
 from pathlib import Path
 from xml.etree import ElementTree
@@ -121,7 +122,11 @@ def open_tiff(path: Path) -> tuple[tifffile.TiffFile, tifffile.TiffPageSeries]:
     """
     try:
         tiff = tifffile.TiffFile(path)
-        return tiff, _only_image(tiff)
+        try:
+            return tiff, _only_image(tiff)
+        except (AttributeError, LookupError):  # of OME-XML that does not describe the file
+            tiff = tifffile.TiffFile(path, is_ome=False)
+            return tiff, _only_image(tiff)
     except Exception as error:  # a damaged file makes tifffile raise nearly anything
         raise unreadable(path, error) from error
 
@@ -337,17 +342,15 @@ class TiffWindows(Windows):
     def __init__(self, path: Path) -> None:
         tiff, series = open_tiff(path)
         page = series.keyframe
-        found = f"{page.dtype} in {series.size // _area(series)} channels, {page.photometric.name}"
         blank = 255 if page.dtype == np.uint8 and page.photometric in (1, 2, 6) else 0
         try:
             if page.dtype is None or page.dtype.kind not in "uib":
-                raise UserError(
-                    f"found {found}, expected 8 or 16 bits; a converter to 8 bits helps"
-                )
+                raise UserError(f"found values of {page.dtype}, expected 8 or 16 bits")
             levels = sorted(series.levels, key=_area, reverse=True)
             self._levels = [TiffPixels(path, tiff, level, blank) for level in levels]
             if self._levels[0].channels > 4 or page.photometric not in (0, 1, 2, 3, 5, 6):
-                raise UserError(f"found {found}, expected grey or RGB")
+                found = f"{self._levels[0].channels} channels of {page.photometric.name}"
+                raise UserError(f"found {found}, expected grey, RGB, CMYK or YCbCr")
             self.sizes = [level.size for level in self._levels]
             self.shape = (*self.sizes[0], 3)
             self._bits = _tiff_bits(tiff, self._levels[0])
@@ -445,8 +448,6 @@ class ScannerWindows(Windows):
         self.sizes = [(round(height / s), round(width / s)) for s in self._scales]
 
     def _read(self, level: int, rows: slice, columns: slice) -> np.ndarray:
-        from openslide import OpenSlideError
-
         starts = columns.start, rows.start
         corner = [
             edge + round(start * self._scales[level]) for edge, start in zip(self._corner, starts)
@@ -456,7 +457,7 @@ class ScannerWindows(Windows):
             return np.zeros((*size[::-1], 3), np.uint8)
         try:
             pixels = np.asarray(self._slide.read_region(corner, level, size))
-        except OpenSlideError as error:
+        except Exception as error:  # openslide.OpenSlideError, of a damaged file
             raise unreadable(self.path, error) from error
         alpha = pixels[..., 3:].astype(np.uint16)
         return ((pixels[..., :3] * alpha + 255 * (255 - alpha)) // 255).astype(np.uint8)
@@ -469,12 +470,10 @@ def open_slide(path: Path):
         UserError: as of `ScannerWindows`.
     """
     try:
-        import openslide
-    except ImportError as error:  # OSError subclasses come from a missing C library
-        raise UserError(
-            f"{path}: found a slide of a scanner, expected OpenSlide to read it: pip install "
-            f"'nucsam[slides]' adds it ({error})"
-        ) from error
+        openslide = import_module("openslide")
+    except ImportError as error:
+        need = f"a {path.suffix} slide needs OpenSlide: pip install 'nucsam[slides]' adds it"
+        raise UserError(f"{path}: {need} ({error})") from error
     try:
         return openslide.OpenSlide(path)
     except (openslide.OpenSlideError, OSError) as error:
