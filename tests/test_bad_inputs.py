@@ -445,7 +445,7 @@ def test_a_bad_report_of_a_run_is_named(name, content, trained, tmp_path):
     replace_file(run / name, content)
     with all_unchanged(trained, tmp_path, name):
         read_runs(run)
-    if content == b"{":
+    if content == b"{" and name != "environment.json":  # which export does not read
         with all_unchanged(trained, tmp_path, name):
             export_beside(run / name)
 
