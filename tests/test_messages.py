@@ -379,7 +379,8 @@ palette.tif: found 9x9 px, expected at most 3 px; cut it into pieces
 > BARE read_image slide.ndpi  # a slide without OpenSlide
 slide.ndpi: a .ndpi slide needs OpenSlide: pip install 'nucsam[slides]' adds it (none)
 > read_image slide.ndpi  # no slide
-slide.ndpi: cannot be read (OpenSlideUnsupportedFormatError: ...), expected a whole .ndpi file
+slide.ndpi: cannot be read (OpenSlideUnsupportedFormatError: ...), expected a whole .ndpi file; if
+the scanner's own program opens it, convert it to TIFF
 > read_mask float.tif  # a mask of real numbers
 float.tif: found float64 of shape (9, 9), expected integers (H, W) or (H, W, 1 to 4)
 > read_label negative.npy  # negative ids

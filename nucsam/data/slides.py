@@ -145,7 +145,10 @@ def unreadable(path: Path, error: Exception, *, decoding: bool = False) -> UserE
         expected = "expected a common compression; save it as TIFF with deflate"
         return UserError(f"{path}: cannot be decoded ({error}), {expected}")
     reason = f"{type(error).__name__}: {error}"
-    return UserError(f"{path}: cannot be read ({reason}), expected a whole {path.suffix} file")
+    expected = f"expected a whole {path.suffix} file"
+    if path.suffix.lower() in (*SCANNERS, ".svs"):
+        expected += "; if the scanner's own program opens it, convert it to TIFF"
+    return UserError(f"{path}: cannot be read ({reason}), {expected}")
 
 
 def check_size(path: Path, shape: Sequence[int]) -> None:
