@@ -32,6 +32,7 @@ Settings = Annotated[
 Grid = Annotated[list[str] | None, Option(metavar="'table.key=[a, b]'", help="May be repeated.")]
 DataFolder = Annotated[str, Option(help="Folder of RUN's images, if it has moved.")]
 Force = Annotated[bool, Option("--force", help="Replace existing results.")]
+RegionClass = Annotated[str, Option(help="Class of annotated regions, beside QuPath's Region*.")]
 
 
 def run_command(arguments: list[str]) -> int:
@@ -127,6 +128,7 @@ def evaluate_command(
     zone: Annotated[int | None, Option(help="Ignored ring around true boundaries, px.")] = None,
     connected: Annotated[bool, Option("--connected", help="Label binary masks.")] = False,
     organ: Annotated[str, Option(help="Regular expression on the stem, gives the organ.")] = "",
+    region_class: RegionClass = "",
     workers: Annotated[int, Option(help="Processes; 0: one per core.")] = 0,
     csv: Annotated[Path | None, Option(help="File with a line per image.")] = None,
     as_json: Annotated[str, Option("--json", help="File of all scores; - prints them.")] = "",
@@ -148,6 +150,7 @@ def evaluate_command(
         strict = False if at_least else None
         rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone}
         maps = {"vague": vague, "connected": connected, "organ": organ}
+        maps["region_class"] = region_class
         results = pairs.score_folders(truth, pred, workers=workers, **rules, **maps)
         for remark in pairs.remarks(results):
             console.print(remark, style="yellow", markup=False)
@@ -174,11 +177,14 @@ def predict_command(
     batch: Annotated[int | None, Option(help="Tiles at a time; GPU default: as trained.")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     tta: Annotated[bool, Option("--tta", help="Average 8 flips and turns: 8 times slower")] = False,
+    roi: Annotated[Path | None, Option(help="GeoJSON, or a folder of STEM.geojson.")] = None,
     force: Force = False,
 ) -> None:
     """Predict images of any size: label maps, GeoJSON for QuPath, tables of nuclei, overlays.
 
     Formats: labels (STEM.tif), geojson, csv, and overlay (overlays/STEM.png).
+
+    With --roi, only nuclei inside the regions of a file are predicted, such as QuPath exports.
 
     A failed image is named, the others continue, and the exit status is 1.
 
@@ -189,7 +195,7 @@ def predict_command(
     names = [name.strip() for name in formats.split(",") if name.strip()]
     tiling = {"scale": scale, "mpp": mpp, "tile": tile, "overlap": overlap, "batch": batch}
     status = predict_files(
-        model, paths, out, formats=names, device=device, tta=tta, force=force, **tiling
+        model, paths, out, formats=names, device=device, tta=tta, force=force, roi=roi, **tiling
     )
     raise typer.Exit(status)
 
@@ -208,12 +214,26 @@ def synth_command(
     print(f"{out}: {images} images of {size} px")
 
 
+@app.command("download")
+def download_command(
+    name: Annotated[str, Argument(metavar="SET", help="nuinsseg, monuseg, tnbc, ...")],
+    folder: Annotated[Path, Argument(metavar="DIR", help="Folder to unpack it into.")],
+) -> None:
+    """Download a public data set, or say where to click for it."""
+    from nucsam.data.sources import download_set
+
+    print(f"{download_set(name, folder)}: a data set, ready for nucsam inspect")
+
+
 @app.command("inspect")
 def inspect_command(
     data: Annotated[Path, Argument(metavar="DATA", help="Folder of images and label maps.")],
-    layout: Annotated[str, Option(help="auto, nuinsseg or plain.")] = "auto",
+    layout: Annotated[str, Option(help="auto, or how DATA is arranged.")] = "auto",
     group: Annotated[str, Option(help="Regular expression on the stem, gives the group.")] = "",
-    sheet: Annotated[Path, Option(help="File of the contact sheet.")] = Path("contact_sheet.png"),
+    region_class: RegionClass = "",
+    sheet: Annotated[
+        Path | None, Option(help="File of the contact sheet; default: contact_sheet.png.")
+    ] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count images and nuclei per organ, name every bad file, and draw a contact sheet."""
@@ -221,17 +241,24 @@ def inspect_command(
 
     from nucsam.data.summary import draw_examples, inspect_folder, summary_table
 
-    summary = inspect_folder(data, layout=layout, group=group)
+    summary = inspect_folder(data, layout=layout, group=group, region_class=region_class)
     console = Console(stderr=as_json)
+    title = f"{summary['root']}, layout {summary['layout']}: {summary['taken']}"
+    console.print(title, markup=False, highlight=False)
     console.print(summary_table(summary))
     for kind, style in (("remarks", "yellow"), ("bad", "red")):
         for text in summary[kind]:
             console.print(text, style=style, markup=False)
-    if summary["examples"]:
-        draw_examples(summary, sheet)
-        console.print(f"contact sheet: {sheet}", markup=False)
     if as_json:
         print(json.dumps(summary, indent=2))
+    if summary["examples"]:
+        try:
+            draw_examples(summary, sheet or Path("contact_sheet.png"))
+            console.print(f"contact sheet: {sheet or 'contact_sheet.png'}", markup=False)
+        except UserError as error:
+            if sheet:
+                raise
+            console.print(f"no contact sheet: {error}; name a file", style="yellow", markup=False)
     raise typer.Exit(1 if summary["bad"] else 0)
 
 
@@ -275,8 +302,8 @@ def report_command(
 
 def configuration(arguments: list[str]) -> tuple[Path, list[str]]:
     """Separate the TOML file and the overrides among positional arguments."""
-    files = [text for text in arguments if text.endswith(".toml")]
-    overrides = [text for text in arguments if not text.endswith(".toml")]
+    files = [text for text in arguments if text.endswith(".toml") and "=" not in text]
+    overrides = [text for text in arguments if text not in files]
     options = [text for text in overrides if text.startswith("-")]
     if len(files) > 1:
         raise UserError(f"found {len(files)} configurations ({', '.join(files)}), expected one")

@@ -79,8 +79,20 @@ def setting(default: Any, rule: Rule) -> Any:
 class Data:
     """[data]: the images and how they are split."""
 
-    root: str = "data/NuInsSeg"  # folder of images and label maps
-    layout: Literal["auto", "nuinsseg", "plain"] = "auto"  # how the folder is arranged
+    root: str = "data/NuInsSeg"  # folder of images and label maps; ~ is the home folder
+    # How the folder is arranged; auto looks what it is.
+    layout: Literal[
+        "auto",
+        "nuinsseg",
+        "pannuke",
+        "monuseg",
+        "consep",
+        "lizard",
+        "cryonuseg",
+        "tnbc",
+        "plain",
+        "flat",
+    ] = "auto"
     # official: NuInsSeg's KFold; organ: stratified by organ
     split: Literal["official", "organ"] = "official"
     folds: int = setting(5, at_least(2))
@@ -88,6 +100,8 @@ class Data:
     fold: int | Literal["all"] = 0
     # Searched in the file stem; no split separates images of one group (first capture or match).
     group: str = setting("", regular_expression)
+    # Class of outlines that bound what was annotated, beside QuPath's `Region*`; "": none.
+    region_class: str = ""
     # Split that chooses the best epoch; "test" only to compare with papers.
     select: Literal["inner", "test"] = "inner"
     inner: float = setting(0.15, UP_TO_HALF)  # share of the training images in the inner split
@@ -282,7 +296,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: the file, which holds differences from the defaults.
-        overrides: `table.key=value` with the value in TOML's notation; a bare word is a string.
+        overrides: `table.key=value`. A setting that holds a string takes the value as it is, or
+            in TOML's quotes; any other one takes TOML's notation.
 
     Raises:
         UserError: the file cannot be read, or the configuration is not valid.
@@ -306,7 +321,7 @@ def override(
         UserError: an override has another form, or the configuration is not valid.
     """
     Config.from_dict(tables, source)  # so that an error names the file, not the command line
-    values = {}
+    values, defaults = {}, Config().flat()
     for text in overrides:
         name, equals, value = text.partition("=")
         table, dot, key = name.strip().partition(".")
@@ -315,7 +330,10 @@ def override(
                 f"override: found {text!r}, expected table.key=value, such as "
                 "data.root=my_folder or train.epochs=10"
             )
-        values[f"{table}.{key}"] = parse_value(value)
+        parsed, name = parse_value(value), f"{table}.{key}"
+        if isinstance(defaults.get(name), str) and not isinstance(parsed, str):
+            parsed = value.strip()  # a folder may be named 2024-05-01 or true
+        values[name] = parsed
     return changed(tables, values, "command line" if overrides else source)
 
 

@@ -36,6 +36,14 @@ def atomic(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with the home folder for a first `~`, unless a file of that very name is there."""
+    try:
+        return Path(path) if os.path.lexists(path) else Path(path).expanduser()
+    except (RuntimeError, ValueError):  # no such user; a null byte
+        return Path(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, atomically, with the line ends of `text`.
 

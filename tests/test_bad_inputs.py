@@ -26,7 +26,7 @@ from PIL import Image
 from nucsam.config import load_config
 from nucsam.data import draw, geojson
 from nucsam.data.folders import find_records
-from nucsam.data.images import read_image, read_label, read_mpp, write_label
+from nucsam.data.images import read_image, read_label, read_mask, read_mpp, write_label
 from nucsam.data.samples import Samples, read_nuclei
 from nucsam.errors import UserError
 from nucsam.export.merged import export_run
@@ -78,7 +78,7 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def read_outlines(path: Path) -> np.ndarray:
-    return read_nuclei(path, (H, W))
+    return read_nuclei(path, (H, W))[0]
 
 
 def damaged_files() -> Iterator[tuple]:
@@ -267,7 +267,7 @@ def test_what_may_not_be_read_is_named(name, tmp_path, monkeypatch):
 
     before = snapshot(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{re.escape(name)}: "):
-        for module, function in ((builtins, "open"), (io, "open"), (os, "listdir")):
+        for module, function in ((builtins, "open"), (io, "open"), (os, "scandir")):
             patch.setattr(module, function, denying(getattr(module, function)))
         read_all(root)
     assert snapshot(tmp_path) == before
@@ -514,6 +514,7 @@ READERS = {  # what reads a file, and the names of files that a user may hand ov
     load_base: "base.pt base.safetensors base",
     read_label: "label.npy label.tif label.png",
     read_image: "image.png",
+    read_mask: "vague.npy",
     read_outlines: "outlines.geojson",
     load_config: "config.toml",
     open_model: "export.safetensors",

@@ -55,8 +55,8 @@ def fetch(server, tmp_path):
 
     def run(*paths):
         urls = [p if "://" in p else f"http://127.0.0.1:{server.server_port}{p}" for p in paths]
-        file, digest = tmp_path / "cache" / "file.pt", hashlib.sha256(BODY).hexdigest()
-        download.fetch(file, urls, sha256=digest, size=len(BODY), advice=", or ask a friend")
+        file, digest = tmp_path / "cache" / "file.pt", f"sha256:{hashlib.sha256(BODY).hexdigest()}"
+        download.fetch(file, urls, checksum=digest, size=len(BODY), advice=", or ask a friend")
         return file
 
     return run

@@ -11,6 +11,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from test_geojson import drawing, polygon, square
 from test_predict import Colour, discs, maps_of, predictor
 from test_writers import same_nuclei
 
@@ -144,6 +145,51 @@ def test_bad_images_leave_the_good_ones(anything, tmp_path, colour, capsys, monk
     assert f" {nuclei:,} nuclei, " in errors
     assert read_label(out / "large.tif").max() > 150
     np.testing.assert_array_equal(read_label(out / "deep.tif"), read_label(out / "alpha.tif"))
+
+
+def test_only_regions_are_predicted(tmp_path, colour):
+    """A round region and a small one, without an ignored area: all nuclei of them, few tiles."""
+    Image.fromarray(discs(700)[0]).save(tmp_path / "a.png")
+    turn = np.linspace(0, 2 * np.pi, 60)
+    circle = np.stack([180 + 130 * np.cos(turn), 200 + 130 * np.sin(turn)], 1).tolist()
+    shapes = [
+        drawing(polygon(circle[:-1]), name="Region*"),
+        drawing(polygon(square(560, 40, 60)), name="Region*"),
+        drawing(polygon(square(150, 170, 60)), name="Ignore*"),
+        drawing(polygon(square(600, 600, 90)), "detection"),
+    ]
+    (tmp_path / "a.geojson").write_text(json.dumps(shapes))
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert predict(tmp_path / "a.png", "--out", whole) == 0
+    assert predict(tmp_path / "a.png", "--out", part, "--roi", tmp_path / "a.geojson") == 0
+    label = read_label(whole / "a.tif")
+    kept = []
+    for value in range(1, label.max() + 1):
+        y, x = (axis.mean() // 1 for axis in np.nonzero(label == value))
+        inside = np.hypot(x + 0.5 - 180, y + 0.5 - 200) < 130 or (560 <= x < 620 and 40 <= y < 100)
+        if inside and not (150 <= x < 210 and 170 <= y < 230):
+            kept.append(value)
+    assert 60 < len(kept) < label.max() / 4
+    assert same_nuclei(read_label(part / "a.tif"), np.where(np.isin(label, kept), label, 0))
+    tiles = [p.tiles_done for p in colour]
+    assert tiles == [49, 20]
+
+
+def test_regions_lie_beside_several_images(tmp_path, colour, capsys):
+    """One file for two images, a file for each, and regions of another image."""
+    for name in ("a", "b"):
+        Image.fromarray(some_image(200, 300)).save(tmp_path / f"{name}.png")
+        left = 0 if name == "a" else 5000
+        region = drawing(polygon(square(left, 0, 60)))
+        (tmp_path / f"{name}.geojson").write_text(json.dumps([region]))
+    paths = [tmp_path / "a.png", tmp_path / "b.png", "--out", tmp_path / "out", "--roi"]
+    assert predict(*paths, tmp_path / "a.geojson") == 2
+    assert "roi: " in capsys.readouterr().err
+    assert predict(*paths, tmp_path) == 1
+    assert "b.png" in (errors := capsys.readouterr().err) and "b.geojson" in errors
+    assert names(tmp_path / "out") == ["a.tif", "predict.json"]
+    assert predict(tmp_path / "a.png", "--out", tmp_path / "out") == 2  # everywhere: other results
+    assert "roi" in capsys.readouterr().err
 
 
 def test_results_are_skipped_or_replaced(anything, tmp_path, colour, capsys):

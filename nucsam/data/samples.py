@@ -2,18 +2,21 @@
 
 import math
 import os
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nucsam.data import geojson
+from nucsam.data import geojson, published, rois
 from nucsam.data.folders import Record, format_size, raise_problems
-from nucsam.data.images import read_image, read_label
+from nucsam.data.images import open_image, read_image, read_label, read_mask, read_remarks
+from nucsam.data.rois import Outlines
 from nucsam.errors import UserError
 from nucsam.progress import with_bar
 
@@ -28,25 +31,108 @@ class Sample:
     image: np.ndarray  # uint8 (H, W, 3)
     label: np.ndarray  # int32 (H, W), 0 = background, ids 1..n without gaps
     vague: np.ndarray | None  # bool (H, W), True where the annotators were unsure
+    partial: bool = False  # whether `vague` is also what was not annotated, which no score counts
+
+    def counted(self, label: np.ndarray) -> np.ndarray:
+        """A label map (H, W) of the image without the pixels that no score counts."""
+        return np.where(self.vague, 0, label) if self.partial else label
 
 
-def read_nuclei(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Read a label map, or draw the outlines of a GeoJSON file.
+READERS = {
+    ".geojson": geojson.read_shapes,
+    ".json": geojson.read_shapes,
+    ".gz": geojson.read_shapes,
+    ".zip": rois.read_imagej,
+    ".roi": rois.read_imagej,
+    ".xml": rois.read_aperio,
+}
+
+
+def read_outlines(path: Path, region_class: str = "") -> Outlines | None:
+    """Read a file of outlines; None for a label map.
 
     Args:
-        path: a label file or a .geojson file.
+        path: a file of a type in `rois.SUFFIXES`, or a label file, also one of a public data set.
+        region_class: as of `Outlines`.
+
+    Raises:
+        UserError: names the file that cannot be read.
+    """
+    read_shapes = READERS.get(path.suffix.lower())
+    return Outlines(path, *read_shapes(path), region_class) if read_shapes else None
+
+
+def read_nuclei(
+    path: Path, shape: tuple[int, int], region_class: str = ""
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read a label map, or draw outlines.
+
+    Args:
+        path, region_class: as of `read_outlines`.
         shape: (H, W) of the image, which outlines need.
 
     Returns:
-        Integer ids (H, W), 0 = background.
+        Integer ids (H, W), 0 = background; bool (H, W), True where nobody annotated, or None where
+        all was annotated.
     """
-    if path.suffix.lower() == ".geojson":
-        return geojson.read(path, shape)
-    return read_label(path)
+    outlines = read_outlines(path, region_class)
+    if outlines is None:
+        return _read_map(path), None
+    return outlines.label(shape), outlines.uncounted(shape)
+
+
+def _read_map(path: Path) -> np.ndarray:
+    instances = published.read_instances(path)
+    if instances is not None:
+        return instances
+    label = read_label(path)
+    if published.is_split_mask(path):
+        from skimage.measure import label as components
+
+        return components(label)
+    return label
+
+
+def by_region(records: Sequence[Record], region_class: str = "") -> list[Record]:
+    """One record per region of each image that has regions and is read by windows.
+
+    An image that cannot be read stays one record, so that `read_sample` says why. Regions keep the
+    group of their image, but in a data set of one image each is a group of its own.
+
+    Args:
+        records: of `find_records`.
+        region_class: as of `Outlines`.
+
+    Returns:
+        The records, with `region_class` set.
+    """
+    parts = []
+    for record in records:
+        record = replace(record, region_class=region_class)
+        count = attempt(_count_regions, record)
+        if not count or isinstance(count, UserError):
+            parts.append(record)
+            continue
+        for region in range(count):
+            name = f"{record.name}_region{region + 1}"
+            group = record.group if len(records) > 1 else name
+            parts.append(replace(record, name=name, group=group, region=region))
+    return parts
+
+
+def _count_regions(record: Record) -> int:
+    """The number of regions of an image that is read by windows; 0 for another image."""
+    outlines = read_outlines(record.label, record.region_class)
+    if outlines is None or not outlines.regions:
+        return 0
+    return 0 if isinstance(open_image(record.image), np.ndarray) else len(outlines.regions)
 
 
 def read_sample(record: Record) -> Sample:
     """Read and check the files of one record.
+
+    Where outlines have regions, or unsure areas, `vague` has the rest too, and the label map has no
+    nucleus that lies in the rest alone.
 
     Raises:
         UserError: a file is bad, sizes differ, a side is under MIN_SIDE px, or the label is a
@@ -55,10 +141,12 @@ def read_sample(record: Record) -> Sample:
     from scipy import ndimage
     from skimage.segmentation import relabel_sequential
 
-    image = read_image(record.image)
+    try:
+        image, label, rest, vague = _read_files(record)
+    except UserError:
+        _check_swapped(record)
+        raise
     size = image.shape[:2]
-    label = read_nuclei(record.label, size)
-    vague = read_image(record.vague).any(-1) if record.vague else None
     if min(size) < MIN_SIDE:
         found = format_size(size)
         raise UserError(f"{record.image}: found {found} px, expected at least {MIN_SIDE} px a side")
@@ -66,15 +154,51 @@ def read_sample(record: Record) -> Sample:
         if mask is not None and mask.shape != size:
             found, expected = format_size(mask.shape), format_size(size)
             raise UserError(f"{path}: found {found} px, expected {expected} as in {record.image}")
+    if rest is not None:
+        counted = np.bincount(label[~rest], minlength=label.max() + 1) > 0
+        label = np.where(counted[label], label, 0)
+        vague = rest if vague is None else rest | vague
     largest = label.max()
     label = relabel_sequential(label)[0]
-    if label.max() == 1:
+    if label.max() == 1 and record.label.suffix.lower() not in READERS:
         _, components = ndimage.label(label, np.ones((3, 3)))
         if components > 1:
             found = f"a binary mask ({components} components that all have the value {largest})"
             expected = "one id per nucleus, as of skimage.measure.label"
             raise UserError(f"{record.label}: found {found}, expected {expected}")
-    return Sample(image, label, vague)
+    return Sample(image, label, vague, partial=rest is not None)
+
+
+def _read_files(record: Record) -> tuple[np.ndarray, ...]:
+    """Image, label map, what was not annotated or None, vague area or None; of its region alone."""
+    if record.region is None:
+        image = read_image(record.image)
+        vague = read_mask(record.vague) if record.vague else None
+        return image, *read_nuclei(record.label, image.shape[:2], record.region_class), vague
+    outlines = read_outlines(record.label, record.region_class)
+    whole = open_image(record.image)
+    size = whole.shape[:2]
+    place = outlines.window(record.region, size)
+    rest = outlines.uncounted(size, place, record.region)
+    vague = open_image(record.vague)[place].any(-1) if record.vague else None
+    return whole[place], outlines.label(size, place), rest, vague
+
+
+def _check_swapped(record: Record) -> None:
+    """Raise a UserError where the label is a picture and the image a label map."""
+    files = attempt(read_image, record.label), attempt(read_label, record.image)
+    if not any(isinstance(file, UserError) for file in files):
+        found = f"a picture, and a label map in {record.image}"
+        raise UserError(f"{record.label}: found {found}; swap the folders of images and labels")
+
+
+def image_remarks(records: Sequence[Record]) -> list[str]:
+    """What a user must know of how the images are read, each remark once with its first image."""
+    images = defaultdict(list)
+    for record in records:
+        for remark in read_remarks(record.image):
+            images[remark].append(record.image)
+    return [f"{len(paths)} image(s): {what}; first: {paths[0]}" for what, paths in images.items()]
 
 
 def attempt(function: Callable[[Any], Any], item: Any) -> Any:
@@ -135,6 +259,7 @@ class Samples:
     ):
         self.records = list(records)
         self.sizes = []  # (H, W) of each image
+        self.partial = []  # of each sample
         self.kept = True
         self._planes: list[Planes] = []
         problems = []
@@ -144,6 +269,7 @@ class Samples:
                 problems.append(str(sample))
                 continue
             self.sizes.append(sample.label.shape)
+            self.partial.append(sample.partial)
             planes = _planes(sample)
             kept_bytes += sum(plane.nbytes for plane in planes if plane is not None)
             self.kept &= kept_bytes <= memory_gib * 2**30
@@ -152,6 +278,8 @@ class Samples:
             else:
                 self._planes.clear()
         raise_problems(f"{len(self.records)} images", problems)
+        for remark in image_remarks(self.records):
+            warnings.warn(remark, stacklevel=2)
 
     def planes(self, index: int) -> Planes:
         """One image as it is kept, not to be changed.
@@ -166,7 +294,8 @@ class Samples:
 
     def __getitem__(self, index: int) -> Sample:
         image, label, vague = self.planes(index)
-        return Sample(np.ascontiguousarray(image.transpose(1, 2, 0)), label.astype(np.int32), vague)
+        image = np.ascontiguousarray(image.transpose(1, 2, 0))
+        return Sample(image, label.astype(np.int32), vague, self.partial[index])
 
 
 class Crops:

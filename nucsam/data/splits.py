@@ -9,6 +9,7 @@ import numpy as np
 
 from nucsam.config import Data
 from nucsam.data.folders import Record, find_records
+from nucsam.data.samples import by_region
 from nucsam.errors import UserError
 
 TRAIN, INNER, TEST = range(3)
@@ -95,4 +96,5 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
 def find_split(data: Data) -> tuple[list[Record], Split]:
     """The images of a configuration and their split; training and scoring must agree on it."""
     records = find_records(data.root, layout=data.layout, group=data.group)
+    records = by_region(records, data.region_class)
     return records, split_records(records, data)

@@ -19,7 +19,7 @@ from nucsam.errors import UserError
 from nucsam.model.network import Nucsam, build_model
 from nucsam.model.weights import load_base
 from nucsam.predict.devices import autocast_dtype, find_device
-from nucsam.predict.tiles import Key, Tiles, Window, own_nuclei, windows
+from nucsam.predict.tiles import Area, Key, Tiles, Window, own_nuclei, windows, windows_in
 from nucsam.run import checkpoint
 
 CORE = 1024  # px: longest side of a window's core
@@ -105,12 +105,13 @@ class Predictor:
                 count += int(label.max())
             yield whole
 
-    def grid(self, image: Any, *, mpp: float | None = None) -> Tiles:
+    def grid(self, image: Any, *, mpp: float | None = None, area: Area | None = None) -> Tiles:
         """The tiles and windows of an image.
 
         Args:
             image: uint8 (H, W, 3), or what slices like it.
             mpp: microns per px of the image; None = not known.
+            area: where to predict; None = everywhere.
 
         Raises:
             UserError: a magnification more than `RATIO` times off.
@@ -126,7 +127,11 @@ class Predictor:
             for px in (self.tile, self.overlap, self.core, self.margin)
         )
         places = windows(image.shape[:2], core, margin)
-        return Tiles(image, scale=self.scale / ratio, tile=tile, overlap=overlap, windows=places)
+        if area is not None:
+            places = windows_in(places, area, margin)
+        tiles = Tiles(image, scale=self.scale / ratio, tile=tile, overlap=overlap, windows=places)
+        tiles.area = area
+        return tiles
 
     def extract(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, Window, np.ndarray]]:
         """The nuclei of each window of images, in order.
@@ -151,7 +156,7 @@ class Predictor:
     ) -> tuple[Tiles, Window, np.ndarray]:
         area = round(self.instances.area * (self.scale / tiles.scale) ** 2)
         label = self.model.instances(maps, replace(self.instances, area=area))
-        return tiles, window, own_nuclei(label, window)
+        return tiles, window, own_nuclei(label, window, tiles.area)
 
     def _dense(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, Window, np.ndarray]]:
         """Tiles, window and dense maps (C, h, w) of its outer place, in order.

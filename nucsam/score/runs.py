@@ -53,7 +53,7 @@ def score_images(
     """
     places = range(accelerator.process_index, len(indices), accelerator.num_processes)
     share = [indices[place] for place in places]
-    vague = any(samples.records[i].vague for i in indices)
+    vague = any(samples.records[i].vague or samples.partial[i] for i in indices)
     protocols = protocols_for(PROTOCOL, vague=vague)
     was_training = net.training
     net.eval()
@@ -61,8 +61,9 @@ def score_images(
     predictor = scoring_predictor(net, config, tta=tta)
     for index, label in zip(share, predictor.predict_many(samples[i].image for i in share)):
         record, sample = samples.records[index], samples[index]
+        truth, pred = sample.counted(sample.label), sample.counted(label)
         for protocol in protocols:
-            score = score_maps(sample.label, label, vague=sample.vague, protocol=protocol)
+            score = score_maps(truth, pred, vague=sample.vague, protocol=protocol)
             rows.append((index, image_row(record.name, record.organ, score)))
     net.train(was_training)
     if accelerator.num_processes > 1:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from nucsam import __version__
 from nucsam.config import Config, Train
 from nucsam.data.augment import window
-from nucsam.data.folders import Record
+from nucsam.data.folders import Record, taken
 from nucsam.data.images import read_mpp
 from nucsam.data.samples import Crops, EpochBatches, Samples
 from nucsam.data.splits import find_split, identity
@@ -35,7 +35,7 @@ from nucsam.processes import check_joined
 from nucsam.run import checkpoint
 from nucsam.run.checkpoint import Progress
 from nucsam.run.directory import RunDirectory
-from nucsam.train.progress import print_start, print_warning
+from nucsam.train.progress import console, print_start, print_warning
 from nucsam.train.signals import ignore_sigterm, kill_workers
 
 CALIBRATION_IMAGES = 16  # crops that set a random base's BatchNorm statistics
@@ -166,6 +166,7 @@ class Training:
         if accelerator.is_main_process:
             facts = self._environment()
             self.run.write_environment(facts)
+            console.print(f"{self.config.data.root}: {taken(self.samples.records)}", markup=False)
             print_start(facts, accelerator.device)
 
     def _environment(self) -> dict[str, Any]:
