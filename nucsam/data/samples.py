@@ -266,9 +266,8 @@ class Crops:
     """A map-style data set of square crops.
 
     A key (epoch, index) fixes everything random, so that batch size, loader workers and processes
-    change nothing. Where all of a crop is vague, another place is drawn, up to TRIES times. An image
-    smaller than the window lies somewhere in the crop, reflected around
-    its edges.
+    change nothing. A place that is vague all over is drawn again, up to TRIES times. An image
+    smaller than the window lies somewhere in the crop, reflected around its edges.
 
     Args:
         samples: the images.
