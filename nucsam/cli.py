@@ -150,7 +150,7 @@ def evaluate_command(
         strict = False if at_least else None
         rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone}
         maps = {"vague": vague, "connected": connected, "organ": organ}
-        maps["region_class"] = region_class
+        maps |= {"region_class": region_class}
         results = pairs.score_folders(truth, pred, workers=workers, **rules, **maps)
         for remark in pairs.remarks(results):
             console.print(remark, style="yellow", markup=False)

@@ -392,7 +392,7 @@ geometry.geojson: feature 1: expected a Feature with a geometry
 > read_outlines numbers  # a ring of numbers
 numbers.geojson: feature 1: found a ring that is no list of points [x, y] (...)
 > read_outlines rings  # a number for rings
-rings.geojson: feature 1: found the polygon 7, expected a list of rings
+rings.geojson: feature 1: found the geometry {'type': 'MultiPolygon', ... expected a Polygon or ...
 > read_outlines far  # a coordinate of another planet
 far.geojson: feature 1: found a coordinate that is not finite or over 1e+09 px
 > read_outlines outside  # coordinates of another image

@@ -198,6 +198,15 @@ def test_the_outside_of_a_region_is_unsure(tmp_path):
     assert np.array_equal(item["counted"].numpy(), ~expected)
 
 
+def test_crops_of_a_large_image_lie_on_its_regions(tmp_path):
+    """One uniform place in four meets the region; 16 tries leave one crop in 65 without."""
+    region = drawing(polygon(square(500, 300, 40)), name="Region*")
+    root = dataset(tmp_path, region, drawing(polygon(square(510, 310, 9))), side=700)
+    crops = Crops(Samples(find_records(root), progress=False), window=200, seed=0)
+    met = [bool(crops[epoch, 0]["counted"].any()) for epoch in range(60)]
+    assert 55 < sum(met) <= 60
+
+
 def test_ignored_areas_and_masks_add_up(tmp_path):
     root = dataset(
         tmp_path, drawing(NUCLEI[0]), drawing(polygon(square(60, 0, 40)), name="Ignore*")

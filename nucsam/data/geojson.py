@@ -303,22 +303,18 @@ def _parse_polygons(geometry: Any, unused: Counter) -> list[Polygon]:
             return []
         case {"type": "Polygon", "coordinates": list() as rings}:
             polygons = [rings]
-        case {"type": "MultiPolygon", "coordinates": list() as polygons}:
+        case {"type": "MultiPolygon", "coordinates": list() as polygons} if all(
+            isinstance(rings, list) for rings in polygons
+        ):
             pass
         case _:
             found = f"found the geometry {str(geometry)[:60]}"
             raise UserError(f"{found}, expected a Polygon or MultiPolygon")
-    parsed = [[_parse_ring(ring) for ring in rings] for rings in map(_list, polygons)]
+    parsed = [[_parse_ring(ring) for ring in rings] for rings in polygons]
     whole = [rings for rings in parsed if rings and rings[0] is not None]
     if empty := max(len(parsed), 1) - len(whole):
         unused["empty geometry"] += empty
     return [[ring for ring in rings if ring is not None] for rings in whole]
-
-
-def _list(rings: Any) -> list[Any]:
-    if isinstance(rings, list):
-        return rings
-    raise UserError(f"found the polygon {str(rings)[:60]}, expected a list of rings")
 
 
 def _parse_ring(ring: Any) -> np.ndarray | None:

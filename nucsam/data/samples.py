@@ -21,6 +21,7 @@ from nucsam.errors import UserError
 from nucsam.progress import with_bar
 
 MIN_SIDE = 64  # px, the least that the encoder takes
+TRIES = 16  # places of a crop until one has a pixel that counts
 DRAWS = 32  # uniform numbers that a crop hands to its augmentation
 
 
@@ -302,8 +303,8 @@ class Crops:
     """A map-style data set of square crops.
 
     A key (epoch, index) fixes everything random, so that batch size, loader workers and processes
-    change nothing. An image smaller than the window lies somewhere in the crop, reflected around
-    its edges.
+    change nothing. A place that is vague all over is drawn again, up to TRIES times. An image
+    smaller than the window lies somewhere in the crop, reflected around its edges.
 
     Args:
         samples: the images.
@@ -330,8 +331,11 @@ class Crops:
         rng = np.random.default_rng((self.seed, epoch, index))
         image, label, vague = self.samples.planes(index)
         room = [side - window for side in label.shape]  # negative where the image is smaller
-        starts = [int(rng.integers(min(0, spare), max(0, spare) + 1)) for spare in room]
-        rows, columns = (slice(max(0, start), start + window) for start in starts)
+        for _ in range(TRIES):
+            starts = [int(rng.integers(min(0, spare), max(0, spare) + 1)) for spare in room]
+            rows, columns = (slice(max(0, start), start + window) for start in starts)
+            if vague is None or not vague[rows, columns].all():
+                break
         image = image[:, rows, columns]
         label = label[rows, columns].astype(np.int32)
         counted = np.ones_like(label, bool) if vague is None else ~vague[rows, columns]

@@ -218,8 +218,8 @@ def score_folders(
     if workers < 0:
         raise UserError(f"workers: found {workers}, expected 0 or more")
     workers = workers or min(os.cpu_count() or 1, 8, 1 + len(pairs) // 16)
-    rules = {"protocols": protocols, "connected": connected, "region_class": region_class}
-    score = partial(score_pair, **rules)
+    settings = {"connected": connected, "region_class": region_class}
+    score = partial(score_pair, protocols=protocols, **settings)
     results = list(with_bar(_score_all(score, pairs, workers), len(pairs), "Scoring"))
     problems = [str(result) for result in results if isinstance(result, UserError)]
     folders.raise_problems(f"{len(pairs)} images", problems)
