@@ -145,7 +145,8 @@ def evaluate_command(
         results = score_run(run, untrained=untrained, root=data, overlays=overlays)
         console.print(scores_sentence(results), style="bold")
     else:
-        rules = {"protocol": protocol, "iou": iou, "at_least": at_least, "zone": zone}
+        strict = False if at_least else None
+        rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone}
         maps = {"vague": vague, "connected": connected, "organ": organ}
         results = pairs.score_folders(truth, pred, workers=workers, **rules, **maps)
         for remark in pairs.remarks(results):
@@ -267,7 +268,7 @@ def report_command(
 ) -> None:
     """Write RUN/report.html: a run or a cross-validation as one page that needs no network.
 
-    --figures writes every chart and picture as a file, and a contact sheet of the data.
+    --figures writes every chart and picture as a file.
     """
     from nucsam.report.page import write_report
 

@@ -26,7 +26,7 @@ from PIL import Image
 from nucsam.config import Config, load_config, override
 from nucsam.data import geojson
 from nucsam.data.folders import find_records
-from nucsam.data.images import read_image, read_label, read_mask, read_mpp
+from nucsam.data.images import read_image, read_label, read_mpp
 from nucsam.data.samples import Samples, read_nuclei
 from nucsam.errors import UserError
 from nucsam.export.merged import export_run
@@ -445,7 +445,7 @@ def test_a_bad_report_of_a_run_is_named(name, content, trained, tmp_path):
     replace_file(run / name, content)
     with all_unchanged(trained, tmp_path, name):
         read_runs(run)
-    if content == b"{":
+    if content == b"{" and name != "environment.json":  # which export does not read
         with all_unchanged(trained, tmp_path, name):
             export_beside(run / name)
 
@@ -507,7 +507,6 @@ READERS = {  # what reads a file, and the names of files that a user may hand ov
     load_base: "base.pt base.safetensors base",
     read_label: "label.npy label.tif label.png",
     read_image: "image.png",
-    read_mask: "vague.npy",
     read_outlines: "outlines.geojson",
     load_config: "config.toml",
     open_model: "export.safetensors",

@@ -46,11 +46,8 @@ def test_findings_of_misses_and_merges():
         "the images of all other organs have 90.0.",
         "24 of 150 true nuclei (16 %) and 2 of 120 predicted ones (2 %) have no match: "
         "more nuclei are missed than are false.",
-        "120 nuclei are predicted for 150 true ones: 20 % too few.",
         "Predictions that merge nuclei: 10; nuclei that are split: 1. "
         "This is under-segmentation, where nuclei touch. Most merges: 9 in liver, 9 in a.",
-        "Mean DQ is 60.0 and mean SQ is 70.0: finding nuclei (DQ) costs more than outlining them "
-        "(SQ).",
         "The worst image is a with AJI 20.0; the median over images is 40.0.",
     ]
 
@@ -61,18 +58,14 @@ def test_findings_of_misses_and_merges():
         ({"fn": 9, "fp": 10}, "(18 %) and 10 of 50 predicted ones (20 %) have no match: about as"),
         ({"fp": 5, "fn": 3}, "more nuclei are false than are missed"),
         ({"n_truth": 0, "fp": 50}, "0 of 0 true nuclei (–) and 50 of 50"),
-        ({"n_pred": 100}, "100 % too many"),
-        ({"n_pred": 52}, "true ones: about as many"),
         ({"splits": 9}, "This is over-segmentation. Most splits: 9 in a."),
         ({"merges": 2, "splits": 1}, "Both happen. Most merges: 2 in a."),
         ({"merges": 1, "splits": 2}, "Both happen. Most splits: 2 in a."),
-        ({"dq": 0.9}, "outlining nuclei (SQ) costs more"),
     ],
 )
 def test_findings_weigh_numbers(changes, expected):
     texts = sentences([image("a", 0.5, **changes)])
     assert expected in " ".join(texts)
-    assert any("true ones" in text for text in texts) == ("n_truth" not in changes)
     assert any("merge" in text for text in texts) == bool({"merges", "splits"} & {*changes})
 
 
@@ -115,7 +108,7 @@ def test_charts_of_one_run():
         {"epoch": 2, "loss": 2.0, "loss_b": 0.5, "loss_a_c": 1.5, "lr": 0.0, "aji": 0.4},
     ]
     run = record([image("a", 0.25), image("b", 0.75), image("c", 0.1, "skin")], epochs)
-    texts = {name: chart.text for name, chart in charts.run_charts([run], [run]).items()}
+    texts = {name: chart.text for name, chart in charts.run_charts([run]).items()}
     assert texts == {
         "loss": "Training loss by epoch: total 3 to 2; a c 2 to 1.5; b 1 to 0.5",
         "rate": "Learning rate by epoch: fold 0 0.01 to 0",
@@ -125,23 +118,19 @@ def test_charts_of_one_run():
         "organs-aji": "Mean AJI by organ: skin 10.0, liver 50.0",
         "organs-pq": "Mean PQ by organ: liver 40.0, skin 40.0",
     }
-    drawn = charts.svg(charts.run_charts([run], [run])["validation"], "v")
+    drawn = charts.svg(charts.run_charts([run])["validation"], "v")
     assert ">kept<" in drawn
     unscored = record([], epochs[:1])
-    assert list(charts.run_charts([unscored], [unscored])) == ["validation"]
-    assert charts.run_charts([record()], [record()]) == {}
+    assert list(charts.run_charts([unscored])) == ["validation"]
+    assert charts.run_charts([record()]) == {}
 
 
-def test_charts_of_folds_and_variants():
+def test_charts_of_folds():
     epochs = [{"epoch": k, "loss": 3.0 - k, "lr": 0.1, "aji": k / 4} for k in (1, 2)]
     runs = [record([image("a", 0.5)], epochs, fold(k), variant="x") for k in (0, 1)]
-    other = record([image("a", 0.5)], epochs, fold(0), variant="y")
-    runs[1].scores["headline"]["aji"] = 0.7
-    drawn = charts.run_charts(runs, [*runs, other, record(variant="z")])
+    drawn = charts.run_charts(runs)
     assert drawn["loss"].text == "Training loss by epoch: fold 0 2 to 1; fold 1 2 to 1"
     assert drawn["validation"].text.startswith("Validation: AJI, inner split by epoch: fold 0 25.0")
-    assert "fold 0: Dice 80.0 AJI 50.0 PQ 40.0; fold 1: Dice 80.0 AJI 70.0" in drawn["folds"].text
-    assert "x: Dice 80.0 AJI 60.0 PQ 40.0; y: Dice 80.0 AJI 50.0" in drawn["variants"].text
 
 
 def test_a_chart_takes_the_colours_of_the_page_and_its_own_ids():

@@ -208,7 +208,7 @@ def test_two_processes_share_five_jobs(launch):
         assert job["environment"]["ACCELERATE_MIXED_PRECISION"] == "bf16"
     numbers = "done, epoch 2 of 2, Dice 80.0, AJI 60.0, PQ 50.0, 12.3 images/s"
     assert all(f"fold {fold}: {numbers}" in output for fold in range(5))
-    assert re.search(r"fold \d: running, \S+ 3, epoch 0 of 2\n", output)
+    assert re.search(r"fold \d: running on \S+ 3, epoch 0 of 2\n", output)
     assert "80.00 ± 0.00" in output and "published: CellViT (ViT-256)" in output
     assert json.loads(Path("runs/table.json").read_text())["variants"][0]["missing"] == []
 

@@ -126,7 +126,7 @@ def read_mask(path: str | Path) -> np.ndarray:
     """Read a mask: stored values other than 0 are marked, except where alpha is 0.
 
     Args:
-        path: a file as of `read_image`, or an NPY file.
+        path: a PNG, JPEG, BMP or TIFF file.
 
     Returns:
         bool (H, W).
@@ -135,7 +135,7 @@ def read_mask(path: str | Path) -> np.ndarray:
         UserError: the file is damaged, or has other values or another shape.
     """
     path = Path(path)
-    values, alpha = _stored(path, (*PICTURES, *TIFF, ".npy"))
+    values, alpha = _stored(path, (*PICTURES, *TIFF))
     channels = values.shape[2] if values.ndim == 3 else 1
     if values.ndim not in (2, 3) or channels > 4 or values.dtype.kind not in "uib":
         found = f"{values.dtype} of shape {values.shape}"

@@ -115,27 +115,22 @@ def read_each(
         yield from with_bar(results, len(records), title) if progress else results
 
 
-def _shared(planes: list[np.ndarray]):
-    """The pixels of all planes in one flat tensor in shared memory; empties the list."""
-    import torch
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # image, label, vague
 
-    flat = torch.from_numpy(np.concatenate(planes, axis=None))
-    planes.clear()
-    try:
-        flat.share_memory_()
-    except RuntimeError:  # the /dev/shm of a container is often 64 MB
-        need = f"/dev/shm: found no room for {flat.nbytes / 2**20:.1f} MiB of decoded images"
-        warnings.warn(f"{need}; forked loader workers share them, spawned ones copy", stacklevel=3)
-    return flat
+
+def _planes(sample: Sample) -> Planes:
+    """A sample as crops are cut from it, in 5 bytes a pixel and one more with a vague area."""
+    label = sample.label
+    if label.max() <= 65535:
+        label = label.astype(np.uint16)
+    return np.ascontiguousarray(sample.image.transpose(2, 0, 1)), label, sample.vague
 
 
 class Samples:
-    """The samples of the records, decoded once and kept in memory that loader workers share.
+    """The samples of the records, decoded once and kept in memory.
 
-    Every image is read once to check it. Each of `image`, `label` and `vague` is one flat tensor,
-    so that workers share it under fork, forkserver and spawn. Where the three would exceed the
-    limit, `kept` is False and each access reads the files again. Decoding takes up to 1.6 times
-    the memory kept.
+    Every image is read once to check it. Forked loader workers share what is kept; spawned ones
+    copy it. Where it would exceed the limit, `kept` is False and each access reads the files again.
 
     Args:
         records: the images.
@@ -151,56 +146,39 @@ class Samples:
     ):
         self.records = list(records)
         self.sizes = []  # (H, W) of each image
-        self.starts = [0]  # where each image begins, in pixels
         self.kept = True
-        masks = any(record.vague for record in records)
-        pixel_bytes = 6 if masks else 5  # 3 of the image, 2 of the label, 1 of the vague area
-        images, labels, vagues, problems = [], [], [], []
+        self._planes: list[Planes] = []
+        problems = []
+        kept_bytes = 0
         for sample in read_each(read_sample, self.records, "Decoding images", progress):
             if isinstance(sample, UserError):
                 problems.append(str(sample))
                 continue
-            shape = sample.label.shape
-            self.sizes.append(shape)
-            self.starts.append(self.starts[-1] + sample.label.size)
-            self.kept &= self.starts[-1] * pixel_bytes <= memory_gib * 2**30
-            if not self.kept:
-                images, labels, vagues = [], [], []
-                continue
-            images.append(sample.image.transpose(2, 0, 1))
-            small = sample.label.max() <= 65535
-            labels.append(sample.label.astype(np.uint16) if small else sample.label)
-            no_vague = np.zeros(shape if masks else 0, bool)
-            vagues.append(no_vague if sample.vague is None else sample.vague)
+            self.sizes.append(sample.label.shape)
+            planes = _planes(sample)
+            kept_bytes += sum(plane.nbytes for plane in planes if plane is not None)
+            self.kept &= kept_bytes <= memory_gib * 2**30
+            if self.kept:
+                self._planes.append(planes)
+            else:
+                self._planes.clear()
         raise_problems(f"{len(self.records)} images", problems)
         for remark in image_remarks(self.records):
             warnings.warn(remark, stacklevel=2)
-        if self.kept:
-            self.image, self.label, self.vague = map(_shared, (images, labels, vagues))
 
-    def planes(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """One image as views of the memory kept.
+    def planes(self, index: int) -> Planes:
+        """One image as it is kept, not to be changed.
 
         Returns:
             image uint8 (3, H, W); label uint16 or int32 (H, W); vague bool (H, W) or None.
         """
-        if not self.kept:
-            sample = read_sample(self.records[index])
-            return sample.image.transpose(2, 0, 1), sample.label, sample.vague
-        first, last = self.starts[index : index + 2]
-        size = self.sizes[index]
-        image = self.image.numpy()[3 * first : 3 * last].reshape(3, *size)
-        label = self.label.numpy()[first:last].reshape(size)
-        if not self.records[index].vague:
-            return image, label, None
-        return image, label, self.vague.numpy()[first:last].reshape(size)
+        return self._planes[index] if self.kept else _planes(read_sample(self.records[index]))
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
         image, label, vague = self.planes(index)
-        vague = None if vague is None else vague.copy()
         return Sample(np.ascontiguousarray(image.transpose(1, 2, 0)), label.astype(np.int32), vague)
 
 

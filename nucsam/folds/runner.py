@@ -16,18 +16,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.live import Live
 from rich.markdown import Markdown
-from rich.markup import escape
-from rich.table import Table
 
 from nucsam import config
 from nucsam.claims import Claim, is_claimed
@@ -59,8 +54,6 @@ class Board:
         self.since = since
         self.shown = shown
         self.console = Console()
-        live = shown and self.console.is_terminal
-        self.live = Live(console=self.console, auto_refresh=False) if live else None
         self.done: set[Job] = set()
         self._told: dict[Job, tuple[str, int | None]] = {}
 
@@ -95,32 +88,25 @@ class Board:
         return None
 
     def refresh(self) -> None:
-        """Show the jobs: in a terminal a live table, elsewhere a line for each change."""
+        """Print a line for each job that has changed since the last call."""
         if not self.shown:
             return
-        titles = [COLUMNS[name] for name in HEADLINE]
-        table = Table("job", "state", "epoch", *titles, "images/s", "time", box=SIMPLE)
         for job in self.jobs:
             state, note = self.state(job), job.note()
             epochs, validated, speed = _progress(job)
-            where = f"{state}, {note['where']}" if state == "running" and note else state
-            epoch = f"{epochs} of {job.config.train.epochs}"
-            scores = [percent(validated[name]) if validated else "" for name in HEADLINE]
-            table.add_row(escape(job.name), where, epoch, *scores, speed, _duration(note))
             news = (state, validated.get("epoch"))
             if news == self._told.get(job, ("waiting", None)):
                 continue
             self._told[job] = news
             if state == "failed":
                 self.say(_failure(job, note), "red")
-            elif not self.live:
-                text = f"{job.name}: {where}, epoch {epoch}"
-                if validated:
-                    named = [f"{title} {score}" for title, score in zip(titles, scores)]
-                    text = ", ".join([text, *named, f"{speed} images/s"])
-                self.say(text)
-        if self.live:
-            self.live.update(table, refresh=True)
+                continue
+            where = f" on {note['where']}" if state == "running" and note else ""
+            texts = [f"{job.name}: {state}{where}, epoch {epochs} of {job.config.train.epochs}"]
+            if validated:
+                texts += [f"{COLUMNS[name]} {percent(validated[name])}" for name in HEADLINE]
+                texts += [f"{speed} images/s", _duration(note)]
+            self.say(", ".join(texts))
 
 
 def _progress(job: Job) -> tuple[int, dict[str, Any], str]:
@@ -207,7 +193,7 @@ def run_jobs(jobs: Sequence[Job], base: Config, out: Path) -> Board:
     environment = child_environment(os.environ, device_of(os.environ))
     _prepare(out, base, jobs)
     board = Board(jobs, since=launch_time(), shown=is_first())
-    with _Stop() as stop, board.live or nullcontext():
+    with _Stop() as stop:
         while not stop() and not board.ended():
             if claimed := board.claim():
                 _work(*claimed, environment, stop, board)
@@ -298,7 +284,7 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
     if RunDirectory(out).exists():
         raise UserError(f"out: {out} is one run, expected a folder for the runs of all folds")
     (out / ".locks").mkdir(parents=True, exist_ok=True)
-    with Claim.wait(out / ".locks" / "folds"):
+    with Claim.take(out / ".locks" / "folds", wait=True):
         common = out / "folds.toml"
         wanted = {common: base} | {RunDirectory(job.run).config_file: job.config for job in jobs}
         changed = [line for path, new in wanted.items() for line in _changed(path, new)]

@@ -1,6 +1,6 @@
-"""Charts of runs: curves of training, bars of organs, folds and variants.
+"""Charts of runs: curves of training, bars of organs.
 
-Series differ in colour and in marker, dash or hatch. matplotlib is imported inside functions: the
+Series differ in colour, marker and dash. matplotlib is imported inside functions: the
 end of a training imports this module, and must work without the extra `report`.
 """
 
@@ -11,7 +11,6 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from nucsam.files import atomic
-from nucsam.report.facts import SHOWN, by_organ, grouped
+from nucsam.report.facts import SHOWN, by_organ
 from nucsam.run.directory import RunRecord
 from nucsam.score.tables import percent
 
@@ -39,7 +38,6 @@ COLOURS = {  # CSS variable of the page -> colour in a file
 SERIES = [COLOURS[name] for name in ("s1", "s2", "s3", "s4")]
 MARKERS = "os^DvPX"
 DASHES = ("-", "--", "-.", (0, (1, 1.5)))
-HATCHES = ("", "///", "...", "xxx")
 
 STYLE = {
     "text.parse_math": False,  # a name may hold a $
@@ -60,8 +58,6 @@ STYLE = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "legend.frameon": False,
-    "hatch.color": COLOURS["soft"],
-    "hatch.linewidth": 1.2,
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "nucsam",  # the same chart gives the same file
 }
@@ -77,25 +73,14 @@ class Chart(NamedTuple):
 # ---- what to draw ----
 
 
-def run_charts(runs: Sequence[RunRecord], all_runs: Sequence[RunRecord]) -> dict[str, Chart]:
-    """Every chart of a report, by name.
-
-    Args:
-        runs: the folds of the variant that the report shows.
-        all_runs: the folds of every variant.
-    """
+def run_charts(runs: Sequence[RunRecord]) -> dict[str, Chart]:
+    """Every chart of a report on the folds of one variant, by name."""
     rows = [row for run in runs for row in run.rows]
     groups = by_organ(rows)
     charts = training_charts([run for run in runs if run.epochs])
     for metric, title in SHOWN.items() if rows else ():
         values = {organ: [row[metric] for row in group] for organ, group in groups.items()}
         charts[f"organs-{metric}"] = organs(values, title)
-    folds = _headlines(runs, "name")
-    if len(folds) > 1:
-        charts["folds"] = compare(folds, "Test scores by fold", "percent")
-    variants = _headlines(all_runs, "variant")
-    if len(variants) > 1:
-        charts["variants"] = compare(variants, "Test scores by variant", "percent; dots: folds")
     return charts
 
 
@@ -130,12 +115,6 @@ def training_charts(runs: Sequence[RunRecord]) -> dict[str, Chart]:
 def _points(run: RunRecord, key: str, factor: float = 1) -> Points:
     epochs = [epoch for epoch in run.epochs if key in epoch]
     return [epoch["epoch"] for epoch in epochs], [factor * epoch[key] for epoch in epochs]
-
-
-def _headlines(runs: Sequence[RunRecord], attribute: str) -> dict[str, list[dict[str, float]]]:
-    """Value of the runs' attribute -> headline scores of its runs."""
-    groups = grouped([run for run in runs if run.scores], attrgetter(attribute))
-    return {name: [run.scores["headline"] for run in group] for name, group in groups.items()}
 
 
 # ---- drawing ----
@@ -221,37 +200,6 @@ def organs(values: Mapping[str, Sequence[float]], metric: str) -> Chart:
     axes.grid(axis="y", visible=False)
     text = ", ".join(f"{organ} {percent(means[organ])}" for organ in order)
     return Chart(figure, f"Mean {metric} by organ: {text}")
-
-
-@_style()
-def compare(groups: Mapping[str, Sequence[Mapping[str, float]]], title: str, y: str) -> Chart:
-    """Bars side by side: the mean of each metric in each group, with a dot per run of several.
-
-    Args:
-        groups: name -> headline scores of its runs, 0..1.
-        title: of the chart.
-        y: label of the vertical axis.
-    """
-    width = 0.8 / len(SHOWN)
-    figure, axes = _axes(max(4.3, 1.1 * len(groups) + 1), 3.3, title, y)
-    dots = {"s": 14, "facecolor": COLOURS["soft"], "edgecolor": COLOURS["ink"]}
-    texts = dict.fromkeys(groups, "")
-    for k, (metric, label) in enumerate(SHOWN.items()):
-        places = np.arange(len(groups)) + (k - (len(SHOWN) - 1) / 2) * width
-        values = [[100 * scores[metric] for scores in group] for group in groups.values()]
-        means = [fmean(scores) for scores in values]
-        axes.bar(places, means, 0.9 * width, color=SERIES[k], hatch=HATCHES[k], label=label)
-        for name, x, mean, scores in zip(groups, places, means, values):
-            if len(scores) > 1:
-                axes.scatter([x] * len(scores), scores, **dots)
-            axes.text(x, max(scores) + 2.5, f"{mean:.1f}", ha="center", va="bottom", fontsize=8)
-            texts[name] += f" {label} {mean:.1f}"
-    axes.set_xticks(range(len(groups)), [textwrap.fill(name, 16) for name in groups])
-    axes.set_ylim(0, 108)
-    axes.grid(axis="x", visible=False)
-    figure.legend(loc="outside lower center", ncols=len(SHOWN), fontsize=9)
-    text = "; ".join(f"{name}:{numbers}" for name, numbers in texts.items())
-    return Chart(figure, f"{title}: {text}")
 
 
 # ---- on a page and as files ----

@@ -1,16 +1,12 @@
-"""What a report says of runs: scores of folds, findings, notices, cost, parts of the network."""
+"""What a report says of runs: scores of folds, findings, notices, cost."""
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from nucsam.files import without_nan
-from nucsam.model.lora import LoRALinear
 from nucsam.run.directory import RunRecord
 from nucsam.score.tables import COLUMNS, HEADLINE, over_folds, percent
 
@@ -139,40 +135,6 @@ def organ_table(rows: Iterable[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def network_table(net: nn.Module) -> list[dict[str, Any]]:
-    """A row per part of the network, from input to output.
-
-    Args:
-        net: a `Nucsam` with its adapters, not folded.
-
-    Returns:
-        Dicts of `part`, its name; `parameters`; `trained`, how many of them train; `lora`: (name of
-        a linear layer within its block, parameters that LoRA adds) -> number of such layers.
-    """
-    encoder = net.image_encoder
-    parts = {"image_encoder.patch_embed": encoder.patch_embed}
-    parts |= {f"image_encoder.layers.{k}": stage for k, stage in enumerate(encoder.layers)}
-    if hasattr(net, "mask_decoder"):  # the instance head does not use the neck
-        parts["image_encoder.neck"] = encoder.neck
-    parts |= {name: child for name, child in net.named_children() if name != "image_encoder"}
-    rows = []
-    for name, module in parts.items():
-        parameters = list(module.parameters())
-        adapters = Counter(
-            (re.sub(r".*\d\.", "", path), layer.lora_A.numel() + layer.lora_B.numel())
-            for path, layer in module.named_modules()
-            if isinstance(layer, LoRALinear)
-        )
-        row = {
-            "part": name,
-            "parameters": sum(p.numel() for p in parameters),
-            "trained": sum(p.numel() for p in parameters if p.requires_grad),
-            "lora": adapters,
-        }
-        rows.append(row)
-    return rows
-
-
 # ---- findings: sentences made from the scores and the training curves ----
 
 
@@ -191,7 +153,7 @@ def findings(runs: Sequence[RunRecord], places: dict[str, str]) -> list[Finding]
     rows = [row for run in runs for row in run.rows]
     sentences = []
     if rows:
-        for describe in (_worst_organ, _matches, _touching, _quality):
+        for describe in (_worst_organ, _matches, _touching):
             sentences += describe(rows)
         worst = min(rows, key=lambda row: row["aji"])
         middle = median(row["aji"] for row in rows)
@@ -241,14 +203,6 @@ def _matches(rows: list[Row]) -> Iterator[Finding]:
         f"{predicted:,} predicted ones ({_share(false, predicted)}) have no match: {verdict}.",
         "gallery",
     )
-    if nuclei:
-        excess = predicted - nuclei
-        verdict = f"{_share(abs(excess), nuclei)} too {'few' if excess < 0 else 'many'}"
-        if abs(excess / nuclei) < 0.05:
-            verdict = "about as many"
-        yield Finding(
-            f"{predicted:,} nuclei are predicted for {nuclei:,} true ones: {verdict}.", "images"
-        )
 
 
 def _touching(rows: list[Row]) -> Iterator[Finding]:
@@ -274,16 +228,6 @@ def _touching(rows: list[Row]) -> Iterator[Finding]:
         f"{verdict}. Most {kind}: {where}{image['counts'][kind]:,} in {image['name']}.",
         "gallery",
     )
-
-
-def _quality(rows: list[Row]) -> Iterator[Finding]:
-    dq = fmean(row["dq"] for row in rows)
-    sq = fmean(row["sq"] for row in rows)
-    if dq < sq:
-        verdict = "finding nuclei (DQ) costs more than outlining them (SQ)"
-    else:
-        verdict = "outlining nuclei (SQ) costs more than finding them (DQ)"
-    yield Finding(f"Mean DQ is {percent(dq)} and mean SQ is {percent(sq)}: {verdict}.", "images")
 
 
 def _training(run: RunRecord) -> Iterator[str]:

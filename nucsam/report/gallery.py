@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from nucsam.data.folders import Record
 from nucsam.data.samples import read_sample
@@ -53,7 +52,7 @@ def picks(rows: Iterable[dict[str, Any]]) -> list[tuple[str, int, dict[str, Any]
 
 def make_gallery(
     picked: Sequence[tuple[str, int, dict[str, Any]]], runs: Sequence[RunRecord], root: str
-) -> tuple[list[dict[str, Any]], nn.Module]:
+) -> list[dict[str, Any]]:
     """Predict and outline images.
 
     Args:
@@ -62,13 +61,13 @@ def make_gallery(
         root: folder of the images, if it has moved.
 
     Returns:
-        A dict of `picture` per image, with an `id` on the page, and the network of one of the runs.
+        A dict of `picture` per image, with an `id` on the page.
 
     Raises:
         UserError: weights or images are missing or damaged.
     """
     scored = {row["run"].folder: row["run"] for *_, row in picked}
-    predictors = {folder: open_predictor(folder) for folder in scored or [runs[0].folder]}
+    predictors = {folder: open_predictor(folder) for folder in scored}
     records = {folder: find_records(run, root) for folder, run in scored.items()}
     pictures = []
     for number, (kind, rank, row) in enumerate(picked):
@@ -81,7 +80,7 @@ def make_gallery(
             )
         place = {"id": f"image-{number}", "kind": kind, "rank": rank}
         pictures.append(place | picture(row, predictors[folder], record))
-    return pictures, next(iter(predictors.values())).model
+    return pictures
 
 
 def find_records(run: RunRecord, root: str) -> dict[str, Record]:

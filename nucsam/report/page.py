@@ -4,21 +4,18 @@ Its numbers come from the run directories; only the images of the gallery are pr
 the extra `report` (matplotlib, jinja2).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from nucsam.config import Config, differences
 from nucsam.data.draw import overlay, write_png
-from nucsam.data.folders import Record
-from nucsam.data.summary import EXAMPLES, draw_examples
 from nucsam.errors import UserError
 from nucsam.files import printable, write_text
 from nucsam.report import facts
 from nucsam.report.charts import Chart, run_charts, svg, write_chart
-from nucsam.report.gallery import SHAPES, find_records, make_gallery, picks, scaled
+from nucsam.report.gallery import SHAPES, make_gallery, picks, scaled
 from nucsam.run.directory import RunDirectory, RunRecord, read_runs
 from nucsam.score.metrics import OUTCOMES
 from nucsam.score.tables import percent
@@ -35,7 +32,7 @@ def write_report(folder: Path, *, root: str = "", figures: Path | None = None) -
     Args:
         folder: run directory, or folder of `nucsam folds`.
         root: folder of the images, if it has moved.
-        figures: folder for the charts, the pictures and a contact sheet; None = page only.
+        figures: folder for the charts and the pictures; None = page only.
 
     Returns:
         The paths written, the page first.
@@ -53,12 +50,11 @@ def write_report(folder: Path, *, root: str = "", figures: Path | None = None) -
         facts.by_variant(all_runs).values(),
         key=lambda runs: facts.summary(runs)["mean"]["aji"] or -1,
     )
-    charts = run_charts(runs, all_runs)
+    charts = run_charts(runs)
     notices = facts.notices(folder, all_runs)
-    pictures, network = [], []
+    pictures = []
     try:
-        pictures, net = make_gallery(picks(_rows(runs)), runs, root)
-        network = facts.network_table(net)
+        pictures = make_gallery(picks(_rows(runs)), runs, root)
     except (UserError, OSError) as error:
         notices.append(
             f"The page has no pictures: {error}. If the images have moved, run "
@@ -69,13 +65,12 @@ def write_report(folder: Path, *, root: str = "", figures: Path | None = None) -
         notices=notices,
         charts={name: svg(chart, name) for name, chart in charts.items()},
         pictures=pictures,
-        network=network,
     )
     page = RunDirectory(folder).report_file
     write_text(page, printable(text))
     if figures is None:
         return [page]
-    return [page, *_write_figures(figures, charts, pictures, runs[0], root)]
+    return [page, *_write_figures(figures, charts, pictures)]
 
 
 def finish(folder: Path) -> str:
@@ -140,10 +135,8 @@ def _write_figures(
     folder: Path,
     charts: Mapping[str, Chart],
     pictures: Sequence[dict[str, Any]],
-    run: RunRecord,
-    root: str,
 ) -> list[Path]:
-    """Write every chart, every picture of the gallery and a contact sheet of the data set."""
+    """Write every chart and every picture of the gallery."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, chart in charts.items():
@@ -152,19 +145,4 @@ def _write_figures(
         sample = picture["sample"]
         paths.append(folder / f"{picture['kind']}-rank{picture['rank']}.png")
         write_png(paths[-1], overlay(sample.image, sample.label, picture["pred"]))
-    try:
-        records = find_records(run, root)
-    except UserError:  # the page names the problem
-        return paths
-    paths.append(folder / "samples.png")
-    _write_sheet(paths[-1], records.values())
     return paths
-
-
-def _write_sheet(path: Path, records: Iterable[Record]) -> None:
-    """Write a contact sheet of images with their ground truth, taken from the organs in turn."""
-    organs = facts.grouped(records, lambda record: record.organ)
-    turns = chain.from_iterable(zip_longest(*organs.values()))
-    chosen = [record for record in turns if record][:EXAMPLES]
-    examples = [(record.name, record.image, record.label) for record in chosen]
-    draw_examples({"examples": examples}, path)

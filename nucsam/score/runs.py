@@ -51,8 +51,8 @@ def score_images(
     Returns:
         One dict of `nucsam.score.tables.scored` per protocol, the same on every process.
     """
-    indices = list(indices)
-    share = indices[accelerator.process_index :: accelerator.num_processes]
+    places = range(accelerator.process_index, len(indices), accelerator.num_processes)
+    share = [indices[place] for place in places]
     vague = any(samples.records[i].vague for i in indices)
     protocols = protocols_for(PROTOCOL, vague=vague)
     was_training = net.training
@@ -201,7 +201,6 @@ def open_predictor(path: Path) -> Predictor:
 
 
 def _write_overlays(net: nn.Module, config: Config, samples: Samples, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     net.eval()
     images = (samples[i].image for i in range(len(samples)))
     labels = scoring_predictor(net, config).predict_many(images)
