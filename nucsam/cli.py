@@ -171,7 +171,7 @@ def predict_command(
     out: Annotated[Path, Option(help="Folder of the results, named by the images' stems.")],
     formats: Annotated[str, Option(help="Comma-separated.")] = "labels",
     scale: Annotated[float | None, Option(help="Model px per image px; default: by mpp.")] = None,
-    mpp: Annotated[float | None, Option(help="Microns per image px; default: TIFF tags.")] = None,
+    mpp: Annotated[float | None, Option(help="Microns per image px; default: the file's.")] = None,
     tile: Annotated[int | None, Option(help="Side in px as trained; default: a crop.")] = None,
     overlap: Annotated[int | None, Option(help="Px that tiles share; default: tile / 32.")] = None,
     batch: Annotated[int | None, Option(help="Tiles at a time; GPU default: as trained.")] = None,

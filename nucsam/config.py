@@ -108,7 +108,7 @@ class Data:
     seed: int = setting(19, seed_below(2**32))  # of the folds
     crop: int = setting(512, at_least(1))  # side of a training crop, image px
     scale: float = setting(2.0, POSITIVE)  # model px per image px
-    mpp: float = setting(0.0, at_least(0))  # microns per image px; 0: from the TIFF tags, if any
+    mpp: float = setting(0.0, at_least(0))  # microns per image px; 0: as the files say, if they do
     workers: int = setting(2, at_least(0))  # loader processes; 0: the training process itself
     # GiB of decoded images kept in memory; a larger data set is read as needed.
     memory: float = setting(16.0, at_least(0))

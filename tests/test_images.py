@@ -87,7 +87,7 @@ def test_windows_are_the_whole(tmp_path, layout, dtype, top, channels):
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
 def test_hot_pixels_change_no_other_pixel(tmp_path, bits):
-    """Of all windows and of a PNG: the bits follow from 999 in 1000 values."""
+    """Of windows and of a PNG, dark in https://github.com/danforthcenter/plantcv/issues/1804."""
     image = picture().astype(np.uint16) << (bits - 8)
     image[-1, -20:] = 65535
     tifffile.imwrite(path := tmp_path / "a.tif", image, photometric="rgb", **TILES)
@@ -268,7 +268,10 @@ def test_one_orientation_for_images_labels_masks_and_windows(tmp_path, orientati
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_exif_turns_a_photograph_and_is_named(tmp_path, suffix):
-    """Masks that do not match: https://github.com/wkentaro/labelme/issues/1529."""
+    """Masks that do not match: https://github.com/wkentaro/labelme/issues/1529.
+
+    6 is clockwise: https://github.com/imageio/imageio/pull/983.
+    """
     exif = Image.Exif()
     exif[274] = 6
     for k, folder in enumerate(("images", "labels")):
@@ -288,7 +291,10 @@ def test_exif_turns_a_photograph_and_is_named(tmp_path, suffix):
 
 
 def test_labels_are_stored_values(tmp_path):
-    """ImageJ inverts masks: https://github.com/MouseLand/cellpose/issues/9."""
+    """ImageJ inverts masks: https://github.com/MouseLand/cellpose/issues/9.
+
+    A script of Fiji gives floats: https://github.com/angelolab/Nimbus-Inference/issues/18.
+    """
     ids = np.arange(H * W).reshape(H, W) // 5000 * 3
     grey = Image.fromarray(ids.astype(np.uint8))
     tifffile.imwrite(tmp_path / "white.tif", ids.astype(np.uint8), photometric="miniswhite")
@@ -322,6 +328,7 @@ def png_of_4_bits(values: np.ndarray) -> bytes:
     "array", [np.ones((2, 70, 90)), np.full((70, 90), 0.5), np.full((70, 90), np.inf)]
 )
 def test_stacks_and_fractions_are_no_labels(tmp_path, array):
+    """Probabilities: https://github.com/chanzuckerberg/napari-cryoet-data-portal/issues/22."""
     tifffile.imwrite(tmp_path / "a.tif", array.astype(np.float32), photometric="minisblack")
     np.save(tmp_path / "a.npy", array)
     for name in ("a.tif", "a.npy"):
@@ -330,6 +337,7 @@ def test_stacks_and_fractions_are_no_labels(tmp_path, array):
 
 
 def test_a_mask_marks_what_is_stored_and_not_transparent(tmp_path):
+    """Of a palette: https://github.com/facebookresearch/detectron2/issues/1760."""
     marked = np.zeros((70, 90), bool)
     marked[:20, :30] = True
     grey = Image.fromarray((marked * 255).astype(np.uint8))
@@ -344,9 +352,8 @@ def test_a_mask_marks_what_is_stored_and_not_transparent(tmp_path):
     clear = Image.fromarray(np.where(marked, 2, 1).astype(np.uint8), "P")
     clear.putpalette([9] * 9)
     clear.save(tmp_path / "clear.png", transparency=1)
-    np.save(tmp_path / "a.npy", marked)
     files = list(tmp_path.iterdir())
-    assert len(files) == 7
+    assert len(files) == 6
     for path in files:
         np.testing.assert_array_equal(read_mask(path), marked, err_msg=path.name)
 

@@ -128,7 +128,7 @@ def read_mask(path: str | Path) -> np.ndarray:
     """Read a mask: stored values other than 0 are marked, except where alpha is 0.
 
     Args:
-        path: a file as of `read_image`, or an NPY file.
+        path: a PNG, JPEG, BMP or TIFF file.
 
     Returns:
         bool (H, W).
@@ -137,7 +137,7 @@ def read_mask(path: str | Path) -> np.ndarray:
         UserError: the file is damaged, or has other values or another shape.
     """
     path = Path(path)
-    values, alpha = _stored(path, (*PICTURES, *TIFF, ".npy"))
+    values, alpha = _stored(path, (*PICTURES, *TIFF))
     channels = values.shape[2] if values.ndim == 3 else 1
     if values.ndim not in (2, 3) or channels > 4 or values.dtype.kind not in "uib":
         found = f"{values.dtype} of shape {values.shape}"
@@ -177,27 +177,29 @@ def _stored(path: Path, suffixes: Sequence[str]) -> tuple[np.ndarray, np.ndarray
     suffix = _suffix(path, suffixes)
     if suffix in PICTURES:
         return _read_picture(path, ("PNG",) if suffixes is LABELS else ANY, colour=False)
-    alpha = None
-    if suffix == ".npy":
-        try:
-            values = np.lib.format.open_memmap(path, mode="r")  # takes no memory
-        except Exception as error:  # a damaged file makes numpy raise nearly anything
-            raise unreadable(path, error) from error
-        while values.ndim > 2 and 1 in values.shape:
-            values = values.squeeze(values.shape.index(1))
-        check_size(path, (*values.shape, 1))
-        values = np.asarray(values)
-    else:
-        tiff, series = slides.open_tiff(path)
-        check_size(path, (series.keyframe.imagelength, series.keyframe.imagewidth))
-        pixels = slides.TiffPixels(path, tiff, series)
-        height, width = pixels.size
-        values = pixels[0:height, 0:width]
-        if pixels.alpha:
-            values, alpha = values[..., :-1], values[..., -1]
-        if values.shape[2] == 1:
-            values = values[..., 0]
-    return values, alpha
+    try:
+        return _read_npy(path) if suffix == ".npy" else _read_tiff(path)
+    except Exception as error:  # a damaged file makes decoders raise nearly anything
+        raise unreadable(path, error) from error
+
+
+def _read_npy(path: Path) -> tuple[np.ndarray, None]:
+    values = np.lib.format.open_memmap(path, mode="r")  # takes no memory
+    while values.ndim > 2 and 1 in values.shape:
+        values = values.squeeze(values.shape.index(1))
+    check_size(path, (*values.shape, 1))
+    return np.asarray(values), None
+
+
+def _read_tiff(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    tiff, series = slides.open_tiff(path)
+    check_size(path, (series.keyframe.imagelength, series.keyframe.imagewidth))
+    pixels = slides.TiffPixels(path, tiff, series)
+    height, width = pixels.size
+    values, alpha = pixels[0:height, 0:width], None
+    if pixels.alpha:
+        values, alpha = values[..., :-1], values[..., -1]
+    return values[..., 0] if values.shape[2] == 1 else values, alpha
 
 
 def _read_picture(

@@ -26,6 +26,7 @@ from nucsam.errors import UserError
 TIFF = (".tif", ".tiff", ".svs")
 SCANNERS = (".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide", ".dcm")
 
+BAND = 2**24  # px that are counted at once
 CACHE = 2**27  # bytes of decoded tiles or strips that a TIFF keeps
 MOST = 2**30  # px: largest array that is read whole
 HOT = 1e-3  # share of values that may exceed the bits of a 16-bit image
@@ -182,7 +183,7 @@ def _only_image(tiff: tifffile.TiffFile) -> tifffile.TiffPageSeries:
     if others:
         sizes = ", ".join(f"{s.keyframe.imagewidth}x{s.keyframe.imagelength}" for s in images)
         raise UserError(f"found {len(images)} images ({sizes} px), expected one")
-    if _axes(first) not in ("YX", "YXS", "SYX", "CYX"):
+    if "".join(_axes(first)) not in ("YX", "YXS", "SYX", "CYX"):
         found = f"a stack with axes {first.axes} of shape {first.shape}"
         raise UserError(f"found {found}, expected one image")
     # tifffile reads zeros past the end of the file
@@ -196,9 +197,9 @@ def _area(series: tifffile.TiffPageSeries) -> int:
     return series.keyframe.imagelength * series.keyframe.imagewidth
 
 
-def _axes(series: tifffile.TiffPageSeries) -> str:
-    """Axes that have more than one element, rows and columns always."""
-    return "".join(a for a, n in zip(series.axes, series.shape) if n > 1 or a in "YX")
+def _axes(series: tifffile.TiffPageSeries) -> dict[str, int]:
+    """Axes that have more than one element, rows and columns always, and their lengths."""
+    return {axis: n for axis, n in zip(series.axes, series.shape) if n > 1 or axis in "YX"}
 
 
 def ome_pixels(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> dict[str, str]:
@@ -250,24 +251,19 @@ class TiffPixels:
         return turned(self._stored(*place), self.orientation)
 
     def bands(self) -> Iterator[np.ndarray]:
-        """All pixels, one row of tiles or strips at a time."""
-        height, width, step = self.page.imagelength, self.page.imagewidth, self.page.chunks[0]
+        """All pixels, at most one row of tiles or strips at a time."""
+        height, width = self.page.imagelength, self.page.imagewidth
+        step = min(self.page.chunks[0], max(1, BAND // width))
         for top in range(0, height, step):
             yield self._stored(slice(top, min(top + step, height)), slice(0, width))
 
     def _stored(self, rows: slice, columns: slice) -> np.ndarray:
         if self._series.dataoffset is not None:
             # a new map each time releases the memory of earlier windows
-            pixels = np.memmap(
-                self._tiff.filehandle.path,
-                self._tiff.byteorder + self.page.dtype.char,
-                "r",
-                self._series.dataoffset,
-                tuple(
-                    n for a, n in zip(self._series.axes, self._series.shape) if a in "YX" or n > 1
-                ),
-            )
-            if _axes(self._series)[0] in "SC":
+            path, dtype = self._tiff.filehandle.path, self._tiff.byteorder + self.page.dtype.char
+            axes = _axes(self._series)
+            pixels = np.memmap(path, dtype, "r", self._series.dataoffset, tuple(axes.values()))
+            if next(iter(axes)) in "SC":
                 pixels = np.moveaxis(pixels, 0, -1)
             pixels = pixels[rows, columns]
             return pixels.reshape(*pixels.shape[:2], self.channels)
@@ -357,7 +353,7 @@ class TiffWindows(Windows):
             self.sizes = [level.size for level in self._levels]
             self.shape = (*self.sizes[0], 3)
             self._bits = _tiff_bits(tiff, self._levels[0])
-        except UserError as error:
+        except Exception as error:  # a damaged file makes tifffile raise nearly anything
             raise unreadable(path, error) from error
 
     def _read(self, level: int, rows: slice, columns: slice) -> np.ndarray:
@@ -378,7 +374,7 @@ def _tiff_bits(tiff: tifffile.TiffFile, pixels: TiffPixels) -> int:
         low, high = values.min(initial=0), values.max(initial=0)
         if low < 0 or high > 65535:
             raise UserError(f"found {page.dtype} in {low}..{high}, expected 8 or 16 bits")
-        counts += np.bincount(values.ravel(), minlength=2**16)
+        counts += np.bincount(values.astype(np.uint16).ravel(), minlength=2**16)
     return used_bits(counts, min(int(bits) for bits in declared if str(bits).isdecimal()))
 
 
@@ -396,6 +392,8 @@ def used_bits(counts: np.ndarray, declared: int = 16) -> int:
 
 def to_bytes(pixels: np.ndarray, bits: int) -> np.ndarray:
     """Values of 1 to 16 bits as uint8 of 8 bits."""
+    if pixels.dtype == np.uint8 and bits == 8:
+        return pixels
     if bits < 8:
         return pixels.astype(np.uint8) * np.uint8(255 // (2**bits - 1))
     return np.minimum(pixels >> (bits - 8), 255).astype(np.uint8)
