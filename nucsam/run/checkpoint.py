@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from nucsam.config import Config
+from nucsam.config import SPLIT, Config, differences
 from nucsam.errors import UserError
-from nucsam.files import atomic, read_json
+from nucsam.files import COUNT, NUMBER, TEXT, Leaf, atomic, check_form, read_json
 from nucsam.model import lora
 from nucsam.model.network import Nucsam, build_model
 from nucsam.model.weights import Base, load_base, misfit, read_safetensors
@@ -24,7 +24,12 @@ from nucsam.run.directory import RunDirectory
 
 ENCODER = "image_encoder."
 HEADLESS = "adapter of the encoder"  # kind of an adapter file without a head
-LORA_SETTINGS = ("train", "rank", "alpha", "pattern")  # of [model]; shapes do not tell all of them
+FIXED = {  # settings that an adapter keeps, by table; its shapes do not tell all of them
+    "model": ("train", "rank", "alpha", "pattern"),
+    "data": SPLIT,
+}
+MPP = Leaf("microns per px over 0, or null", lambda v: v is None or (NUMBER.holds(v) and v > 0))
+PRECISION = Leaf("a precision", lambda value: value in ("no", "fp16", "bf16", "fp8"))
 _START_AGAIN = "delete it to start the run again"
 
 
@@ -86,7 +91,7 @@ def open_adapter(path: Path, weights: str = "auto") -> tuple[Nucsam, Config, Bas
         As `open_run`.
     """
     tensors, metadata = _read_adapter(path, ("adapter", HEADLESS))
-    config = Config.from_dict(metadata["config"], f"{path}: configuration")
+    config = check_metadata(path, metadata)
     base = load_base(weights)
     net = build_model(config.model, base, seed=config.train.seed)
     _apply_adapter(path, tensors, metadata, net, base)
@@ -121,10 +126,22 @@ def _read_adapter(path: Path, kinds: tuple[str, ...]) -> tuple[dict[str, Tensor]
         raise UserError(
             f"{path}: found a file of kind {metadata.get('kind')!r}, expected {kinds[0]!r}"
         )
-    match metadata:
-        case {"base": {"sha256": str(), "source": str()}, "config": {"model": dict()}}:
-            return weights, metadata
-    raise UserError(f"{path}: found metadata without base and config, expected an adapter's")
+    check_metadata(path, metadata)
+    return weights, metadata
+
+
+def check_metadata(path: Path, metadata: dict[str, Any]) -> Config:
+    """Check the metadata of an adapter or a merged export, and return their configuration.
+
+    Raises:
+        UserError: an entry is missing, of another type or out of range.
+    """
+    source = f"{path}: metadata"
+    check_form(metadata, {"base": {"sha256": TEXT, "source": TEXT}, "config": dict}, source)
+    for name, form in (("mpp", MPP), ("precision", PRECISION), ("selected", {"epoch": COUNT})):
+        if name in metadata:
+            check_form(metadata[name], form, f"{source}: {name}")
+    return Config.from_dict(metadata["config"], f"{path}: configuration")
 
 
 def _apply_adapter(
@@ -174,7 +191,7 @@ def open_run(path: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
 
     Raises:
         UserError: a file is missing or damaged, or the adapter was trained with other LoRA
-            settings than those in the configuration.
+            settings or on another split than the configuration says.
     """
     run = RunDirectory(path)
     config = run.read_config()
@@ -186,12 +203,9 @@ def open_run(path: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
     base = run_base(run, config)
     net = build_model(config.model, base, seed=config.train.seed)
     metadata = load_adapter(run.adapter_file, net, base)
-    trained, configured = metadata["config"]["model"], config.to_dict()["model"]
-    changes = [
-        f"model.{key}: {trained[key]!r} -> {configured[key]!r}"
-        for key in LORA_SETTINGS
-        if trained.get(key, configured[key]) != configured[key]
-    ]
+    kept = {f"{table}.{key}" for table, keys in FIXED.items() for key in keys}
+    trained = Config.from_dict(metadata["config"])
+    changes = [line for line in differences(trained, config) if line.split(":")[0] in kept]
     if changes:
         raise UserError(
             f"{run.adapter_file}: trained with other settings than {run.config_file} says: "
