@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import whole_scores
 
 from nucsam.cli import run_command
 from nucsam.config import load_config, to_toml
@@ -58,11 +59,7 @@ if does == "slow":
 line = {"epoch": 2, "dice": 0.8, "aji": 0.6, "pq": 0.5, "images_per_second": 12.34}
 (out / "metrics.jsonl").write_text(json.dumps(line) + "\\n")
 (out / "environment.json").write_text('{"parameters_trainable": 1000, "parameters": 5000000}')
-mean = {"dice": 0.8, "aji": 0.6, "pq": 0.5}
-summary = {"images": 1, "mean": mean, "organs": {}}
-scores = [{"protocol": {"name": "nuinsseg"}, "rules": "nuinsseg: its rules", "summary": summary}]
-document = {"epoch": 2, "base": {"source": "a.pt"}, "scores": scores}
-(out / "scores.json").write_text(json.dumps(document))
+(out / "scores.json").write_text(os.environ["SCORES"])
 """
 LAUNCHED = {  # what torchrun, accelerate and MPI tell a process
     **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), "1"),
@@ -83,6 +80,7 @@ def launch(tmp_path, monkeypatch):
 
     def start(*arguments, fake=(), command=(sys.executable, "driver.py"), **environment):
         told = {"STARTED": str(tmp_path / "started"), "FAKE": json.dumps(dict(fake))}
+        told["SCORES"] = json.dumps(whole_scores())
         return subprocess.Popen(
             [*command, *arguments],
             env=clean | told | {"COLUMNS": "200"} | environment,
@@ -261,6 +259,7 @@ def test_a_launcher_that_dies_ends_its_process(launch):
 def test_another_configuration_is_refused_before_anything_runs(launch, monkeypatch, capsys):
     assert end(launch())[0] == 0 and len(started()) == 5
     monkeypatch.setenv("STARTED", "started")
+    monkeypatch.setenv("SCORES", json.dumps(whole_scores()))
     monkeypatch.setattr(runner, "TRAINER", (sys.executable, "trainer.py"))
     same = ["folds", "five.toml", "--out", "runs"]
     assert run_command([*same, "train.epochs=3", "data.seed=20"]) == 2 and started() == []

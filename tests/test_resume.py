@@ -57,7 +57,7 @@ def assert_readable(run):
 
 def assert_equal(run, whole_run):
     names = [{str(path.relative_to(r)) for path in r.rglob("*")} for r in (run, whole_run)]
-    assert names[0] == names[1] and len(names[0]) == 8  # nothing half-written is left
+    assert names[0] == names[1] and len(names[0]) == 10  # nothing half-written is left
     for name in ("adapter.safetensors", "base.safetensors", "state/last.safetensors"):
         assert same(run / name, whole_run / name), name
     assert history(run) == history(whole_run)

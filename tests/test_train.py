@@ -49,6 +49,8 @@ def test_run_directory_explains_itself(once):
     assert {path.name for path in run.iterdir()} == {
         "config.toml",
         "environment.json",
+        "images.json",
+        ".lock",
         "metrics.jsonl",
         "adapter.safetensors",
         "base.safetensors",
