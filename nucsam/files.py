@@ -35,12 +35,18 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def stale_partials(folder: Path) -> list[Path]:
     """Temporary files of `atomic`, anywhere in a folder, whose process does not run here."""
-    partials = [(path, path.name.split(".")[-2]) for path in folder.rglob(".*.*.partial")]
-    return [
-        path
-        for path, process in partials
-        if process.isdecimal() and not (len(process) < 10 and psutil.pid_exists(int(process)))
-    ]
+    names = [(path, _PARTIAL.fullmatch(path.name)) for path in folder.rglob(".*.partial")]
+    return [path for path, match in names if match and not psutil.pid_exists(int(match[2]))]
+
+
+def result_of(partial: Path) -> Path:
+    """The path that a temporary file of `atomic` stands for."""
+    match = _PARTIAL.fullmatch(partial.name)
+    assert match is not None
+    return partial.with_name(match[1])
+
+
+_PARTIAL = re.compile(r"\.(.+)\.(\d{1,9})\.partial")
 
 
 def write_text(path: Path, text: str) -> None:

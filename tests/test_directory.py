@@ -97,9 +97,9 @@ def test_scores_of_another_split_are_refused(tmp_path):
 def test_one_process_holds_a_run_directory(tmp_path):
     run = RunDirectory(tmp_path / "a" / "run")
     with run.claim():
-        with pytest.raises(UserError, match=rf"a/run: process {os.getpid()} .* trains"):
-            with RunDirectory(run.path).claim():
-                raise AssertionError
+        refused = pytest.raises(UserError, match=rf"a/run: process {os.getpid()} .* trains")
+        with refused, RunDirectory(run.path).claim():
+            raise AssertionError
         assert run.path.is_dir()
     assert not (tmp_path / "a").exists()  # no run has begun
     with run.claim():
@@ -123,14 +123,14 @@ def test_other_images_are_named(tmp_path):
         run.check_images(changed, "data")
     for text in ("added: d", "removed: a", "labels: b", "group: c", "split: c"):
         assert text in str(error.value)
-    with pytest.raises(UserError, match="removed: c$"):  # without pixels, by name alone
+    with pytest.raises(UserError, match=r"removed: c$"):  # without pixels, by name alone
         run.check_images({name: {"group": "g", "part": "train"} for name in "ab"}, "data")
 
 
 def test_preparing_clears_partial_files_and_nothing_else(tmp_path):
     run = write_run(tmp_path, config(), 1)
     (tmp_path / "state").mkdir()
-    (tmp_path / "state" / f".last.safetensors.{2**30}.partial").write_text("half")
+    (tmp_path / "state" / ".last.safetensors.999999999.partial").write_text("half")
     alive = tmp_path / f".report.html.{os.getppid()}.partial"
     alive.write_text("half")
     run.prepare(config())

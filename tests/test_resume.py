@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tifffile
 from test_train import history, same
 
 from nucsam.config import to_toml
@@ -188,9 +189,39 @@ def test_a_run_resumes_only_on_the_same_images(whole, tmp_path):
     shutil.copy(image, image.with_name("added.png"))
     shutil.copy(mask, mask.with_name("added.tif"))
     moved = replace(config, data=replace(config.data, root=str(more)))
-    with pytest.raises(UserError, match="images"):
+    with pytest.raises(UserError, match=r"more: .*added: .*added"):
         fit(moved, run, resume=True)
     assert (run / "config.toml").read_text() == to_toml(config)
     fit(config, run, resume=True)
     with pytest.raises(UserError, match=str(more)):
         score_run(run, root=str(more))
+    image.with_name("added.png").unlink()
+    mask.with_name("added.tif").unlink()
+    assert score_run(run, root=str(more))["headline"] == score_run(run)["headline"]
+    label = tifffile.imread(mask)
+    label[label == label.max()] = 0
+    tifffile.imwrite(mask, label)
+    with pytest.raises(UserError, match=f"other pixels or labels: .*{image.stem}"):
+        score_run(run, root=str(more))
+
+
+def test_a_run_is_scored_only_on_its_own_split_and_kept_only_at_its_end(whole, tmp_path):
+    run = shutil.copytree(whole[1], tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    (run / "scores.json").unlink()
+    assert score_run(run)["unfinished"] == "2 of 10 epochs"
+    assert not (run / "scores.json").exists()
+    (run / "metrics.jsonl").write_text("".join(lines))
+    assert score_run(run)["unfinished"] == "" and (run / "scores.json").exists()
+    text = (run / "config.toml").read_text()
+    for old, new in (
+        ("fold = 0", "fold = 1"),
+        ("inner = 0.3", "inner = 0.4"),
+        ("seed = 19", "seed = 2"),
+    ):
+        assert old in text
+        (run / "config.toml").write_text(text.replace(old, new))
+        key = f"data.{old.split()[0]}"
+        with pytest.raises(UserError, match=rf"adapter\.safetensors.*{key}"):
+            score_run(run)

@@ -21,7 +21,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
 from rich.markdown import Markdown
 
 from nucsam import config
@@ -35,6 +34,7 @@ from nucsam.files import write_text
 from nucsam.folds.jobs import Job, child_environment, device_of, plan, variants
 from nucsam.folds.table import cross_validation, table_sections
 from nucsam.processes import handled, is_first
+from nucsam.progress import PlainConsole
 from nucsam.run.directory import RunDirectory
 from nucsam.score.tables import COLUMNS, HEADLINE, percent, write_json
 
@@ -55,12 +55,12 @@ class Board:
         self.jobs = jobs
         self.failures = {job: _failures(job) for job in jobs}  # before this launch
         self.shown = shown
-        self.console = Console()
+        self.console = PlainConsole()
         self.done: set[Job] = set()
         self._told: dict[Job, tuple[str, int | None]] = {}
 
     def say(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, style=style, soft_wrap=True)
 
     def outcome(self, job: Job) -> str:
         """Of a job that nobody holds: done, failed in this launch, or waiting."""
