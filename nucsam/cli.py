@@ -146,7 +146,8 @@ def evaluate_command(
         results = score_run(run, untrained=untrained, root=data, overlays=overlays)
         console.print(scores_sentence(results), style="bold")
     else:
-        rules = {"protocol": protocol, "iou": iou, "at_least": at_least, "zone": zone}
+        strict = False if at_least else None
+        rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone}
         maps = {"vague": vague, "connected": connected, "organ": organ}
         results = pairs.score_folders(truth, pred, workers=workers, **rules, **maps)
         for remark in pairs.remarks(results):

@@ -95,14 +95,12 @@ def _check(
         raise UserError(f"base: {source} is a run and names its base, expected an adapter file")
     if format == "onnx":
         graph.check_packages()
-    if out.is_dir():
-        raise UserError(f"{out}: found a folder, expected the name of a file")
-    if out.exists() and not force:
+    if out.is_file() and not force:
         raise UserError(f"{out}: exists; force replaces it")
 
 
 def _finished(run: RunDirectory, config: Config) -> dict[str, Any]:
-    """The scores and versions of a run, for the metadata of its export.
+    """The scores of a run, for the metadata of its export.
 
     Raises:
         UserError: the run is not finished.
@@ -114,11 +112,7 @@ def _finished(run: RunDirectory, config: Config) -> dict[str, Any]:
             f"{run.path}: found an unfinished run, {run.progress(config)}{scoreless}; "
             f"nucsam train {run.config_file} --out {run.path} --resume finishes it"
         )
-    facts = {"scores": scores["headline"], "scores_of": scores["images_of"]}
-    if environment := run.read_environment():
-        names = ("nucsam", "python", "packages")
-        facts["versions"] = {name: environment.get(name) for name in names}
-    return facts
+    return {"scores": scores["headline"], "scores_of": scores["images_of"]}
 
 
 def _tensors(format: str, has_head: bool, net: Nucsam, stock: Base) -> dict[str, Tensor]:
@@ -140,11 +134,6 @@ def _write(
     config: Config,
 ) -> str:
     """Write the file, and return a remark on it."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"cannot be made ({error.strerror}), expected a folder"
-        raise UserError(f"{out.parent}: {reason}") from error
     if format == "onnx":
         with atomic(out) as partial:
             onnx = graph.Graph(net.fold(), config.data.scale)

@@ -293,7 +293,7 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
         raise UserError(f"out: {out} is one run, expected a folder for the runs of all folds")
     (out / ".locks").mkdir(parents=True, exist_ok=True)
     _check_images(jobs)
-    with Claim.wait(out / ".locks" / "folds"):
+    with Claim.take(out / ".locks" / "folds", wait=True):
         common = out / "folds.toml"
         wanted = {RunDirectory(job.run).config_file: job.config for job in jobs}
         changed = _changed(common, base, free=("data.fold:",))

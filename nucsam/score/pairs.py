@@ -11,8 +11,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from nucsam.config import compiled
 from nucsam.data import folders
 from nucsam.data.images import IMAGES, LABELS, read_image, read_label
@@ -97,7 +95,7 @@ def find_pairs(
             organ; or a data set in NuInsSeg's or the plain layout, with its vague areas. Outlines
             in `annotations` are taken to be of an image of the prediction's size.
         pred: folder of label maps, flat or with sub-folders.
-        vague: folder of masks, nonzero = vague.
+        vague: folder of image files, nonzero = vague.
         organ: regular expression searched in the name; its first group, or else the whole match,
             is the organ.
 
@@ -109,7 +107,7 @@ def find_pairs(
     """
     pattern = compiled("organ", organ)
     truths, predictions = _truth_files(Path(truth)), _label_files(Path(pred), LABELS)
-    masks = _label_files(Path(vague), tuple({*IMAGES, *LABELS})) if vague else {}
+    masks = _label_files(Path(vague), IMAGES) if vague else {}
     predicted, unsure = _by_any_name(predictions), _by_any_name(masks)
     missing = sorted(truths.keys() - predicted.keys())
     used = {predicted[name] for name in truths.keys() & predicted.keys()}
@@ -126,13 +124,6 @@ def find_pairs(
     return pairs, missing, extra
 
 
-def read_vague(path: str | Path) -> np.ndarray:
-    """bool (H, W): the nonzero pixels of an image file or of a .npy label map."""
-    if Path(path).suffix.lower() == ".npy":
-        return read_label(path) != 0
-    return read_image(path).any(axis=-1)
-
-
 def score_pair(pair: Pair, protocols: Sequence[Protocol], connected: bool = False) -> list[dict]:
     """A row of one image for each protocol.
 
@@ -141,7 +132,7 @@ def score_pair(pair: Pair, protocols: Sequence[Protocol], connected: bool = Fals
     """
     pred = read_label(pair.pred)
     truth = read_nuclei(pair.truth, pred.shape)
-    vague = read_vague(pair.vague) if pair.vague else None
+    vague = read_image(pair.vague).any(-1) if pair.vague else None
     rows = []
     for protocol in protocols:
         with warnings.catch_warnings(record=True) as caught:
@@ -155,22 +146,13 @@ def score_pair(pair: Pair, protocols: Sequence[Protocol], connected: bool = Fals
     return rows
 
 
-def protocols_for(
-    protocol: str,
-    *,
-    vague: bool = False,
-    iou: float | None = None,
-    at_least: bool = False,
-    zone: int | None = None,
-) -> list[Protocol]:
+def protocols_for(protocol: str, *, vague: bool = False, **changes: Any) -> list[Protocol]:
     """The named protocol and, where vague areas are known, its variant without them.
 
     Args:
         protocol: name in PROTOCOLS.
         vague: whether vague areas are known.
-        iou: matching threshold instead of the protocol's, 0..1.
-        at_least: match at IoU >= iou rather than >.
-        zone: `zone_width` instead of the protocol's, px.
+        changes: fields of `Protocol` instead of the protocol's own; None changes nothing.
 
     Raises:
         UserError: there is no such protocol, or a number is out of range.
@@ -178,7 +160,6 @@ def protocols_for(
     protocols = [protocol_named(protocol)]
     if vague and protocols[0].without_vague:
         protocols.append(protocol_named(protocols[0].without_vague))
-    changes = {"iou": iou, "strict": False if at_least else None, "zone_width": zone}
     changes = {rule: value for rule, value in changes.items() if value is not None}
     if not changes:
         return protocols
@@ -191,18 +172,16 @@ def score_folders(
     *,
     vague: str | Path | None = None,
     protocol: str = "nuinsseg",
-    iou: float | None = None,
-    at_least: bool = False,
-    zone: int | None = None,
     connected: bool = False,
     organ: str = "",
     workers: int = 0,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Score a folder of predicted label maps against a folder of true ones.
 
     Args:
         truth, pred, vague, organ: as of `find_pairs`.
-        protocol, iou, at_least, zone: as of `protocols_for`.
+        protocol, changes: as of `protocols_for`.
         connected: as of `score_maps`.
         workers: processes; 0 = one for each core, at most 8, and only one for a few images.
 
@@ -215,7 +194,7 @@ def score_folders(
     """
     pairs, missing, extra = find_pairs(truth, pred, vague, organ=organ)
     known = any(pair.vague for pair in pairs)
-    protocols = protocols_for(protocol, vague=known, iou=iou, at_least=at_least, zone=zone)
+    protocols = protocols_for(protocol, vague=known, **changes)
     if workers < 0:
         raise UserError(f"workers: found {workers}, expected 0 or more")
     workers = workers or min(os.cpu_count() or 1, 8, 1 + len(pairs) // 16)

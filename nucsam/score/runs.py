@@ -54,8 +54,8 @@ def score_images(
     Returns:
         One dict of `nucsam.score.tables.scored` per protocol, the same on every process.
     """
-    indices = list(indices)
-    share = indices[accelerator.process_index :: accelerator.num_processes]
+    places = range(accelerator.process_index, len(indices), accelerator.num_processes)
+    share = [indices[place] for place in places]
     vague = any(samples.records[i].vague for i in indices)
     protocols = protocols_for(PROTOCOL, vague=vague)
     was_training = net.training
@@ -231,7 +231,6 @@ def _write_overlays(
     folder: Path,
     mpp: float | None,
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     net.eval()
     images = (samples[i].image for i in indices)
     predictor = scoring_predictor(net, config, mpp=mpp)
