@@ -14,6 +14,7 @@ import typer
 from typer import Argument, Option
 
 from nucsam.errors import UserError
+from nucsam.files import printable
 
 app = typer.Typer(
     help="Nuclei instance segmentation in H&E images: MobileSAM fine-tuned with LoRA.",
@@ -46,7 +47,8 @@ def run_command(arguments: list[str]) -> int:
     Returns:
         The exit status.
     """
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # no source line
+    # without a source line
+    warnings.formatwarning = lambda message, *_, **__: printable(f"warning: {message}\n")
     try:
         app(arguments, prog_name="nucsam")
     except SystemExit as exit:
@@ -55,7 +57,7 @@ def run_command(arguments: list[str]) -> int:
         names_file = isinstance(error, UserError) or error.filename
         if not names_file and error.errno != errno.ENOSPC:
             raise
-        print(f"nucsam: {error}", file=sys.stderr)
+        print(printable(f"nucsam: {error}"), file=sys.stderr)
         return 2
     return 0
 
@@ -110,7 +112,7 @@ def _draw_report(out: Path) -> None:
     if is_first():
         from nucsam.report.page import finish
 
-        print(finish(out))
+        print(printable(finish(out)))
 
 
 @app.command("evaluate")
@@ -134,13 +136,12 @@ def evaluate_command(
     as_json: Annotated[str, Option("--json", help="File of all scores; - prints them.")] = "",
 ) -> None:
     """Score a run's test images, or --pred against --truth: label maps with the same stems."""
-    from rich.console import Console
-
+    from nucsam.progress import PlainConsole
     from nucsam.score import pairs, tables
 
     if (run is None) == (truth is None or pred is None):
         raise UserError("evaluate: expected either RUN, or both --truth and --pred")
-    console = Console(stderr=as_json == "-")
+    console = PlainConsole(stderr=as_json == "-")
     if run is not None:
         from nucsam.score.runs import score_run, scores_sentence  # imports torch
 
@@ -153,7 +154,7 @@ def evaluate_command(
         maps |= {"region_class": region_class}
         results = pairs.score_folders(truth, pred, workers=workers, **rules, **maps)
         for remark in pairs.remarks(results):
-            console.print(remark, style="yellow", markup=False)
+            console.print(remark, style="yellow")
     for result in results["scores"]:
         console.print(tables.organ_table(result), tables.summary_table(result))
     if as_json == "-":
@@ -237,28 +238,26 @@ def inspect_command(
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count images and nuclei per organ, name every bad file, and draw a contact sheet."""
-    from rich.console import Console
-
     from nucsam.data.summary import draw_examples, inspect_folder, summary_table
+    from nucsam.progress import PlainConsole
 
     summary = inspect_folder(data, layout=layout, group=group, region_class=region_class)
-    console = Console(stderr=as_json)
-    title = f"{summary['root']}, layout {summary['layout']}: {summary['taken']}"
-    console.print(title, markup=False, highlight=False)
+    console = PlainConsole(stderr=as_json)
+    console.print(f"{summary['root']}, layout {summary['layout']}: {summary['taken']}")
     console.print(summary_table(summary))
     for kind, style in (("remarks", "yellow"), ("bad", "red")):
         for text in summary[kind]:
-            console.print(text, style=style, markup=False)
+            console.print(text, style=style)
     if as_json:
         print(json.dumps(summary, indent=2))
     if summary["examples"]:
         try:
             draw_examples(summary, sheet or Path("contact_sheet.png"))
-            console.print(f"contact sheet: {sheet or 'contact_sheet.png'}", markup=False)
+            console.print(f"contact sheet: {sheet or 'contact_sheet.png'}")
         except UserError as error:
             if sheet:
                 raise
-            console.print(f"no contact sheet: {error}; name a file", style="yellow", markup=False)
+            console.print(f"no contact sheet: {error}; name a file", style="yellow")
     raise typer.Exit(1 if summary["bad"] else 0)
 
 
@@ -275,13 +274,12 @@ def export_command(
     Formats: safetensors (merged LoRA and head, for nucsam), mobile-sam (stock MobileSAM's tensors),
     onnx, or adapter (LoRA and head alone).
     """
-    from rich.console import Console
-
     from nucsam.export.merged import export_run
+    from nucsam.progress import PlainConsole
 
-    with Console(stderr=True).status(f"writing {out}"):
+    with PlainConsole(stderr=True).status(f"writing {out}"):
         sentence = export_run(run, out, format=format, base=base, force=force)
-    print(sentence)
+    print(printable(sentence))
 
 
 @app.command("report")
@@ -297,7 +295,7 @@ def report_command(
     from nucsam.report.page import write_report
 
     for path in write_report(run, root=data, figures=figures):
-        print(path)
+        print(printable(str(path)))
 
 
 def configuration(arguments: list[str]) -> tuple[Path, list[str]]:

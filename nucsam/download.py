@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import wrap_file
 
 from nucsam.claims import Claim
 from nucsam.errors import UserError
+from nucsam.progress import PlainConsole
 
 TIMEOUT_SECONDS = 10.0
 
@@ -85,7 +85,7 @@ def _transfer(url: str, partial: Path, size: int) -> None:
         if size and announced is not None and int(announced) != size - start:
             raise ValueError(f"found a Content-Length of {announced}, expected {size - start}")
         total = size - start if size else int(announced or 0)
-        shown = {"total": total, "description": url, "console": Console(stderr=True)}
+        shown = {"total": total, "description": url, "console": PlainConsole(stderr=True)}
         with partial.open("r+b") as file, wrap_file(response, **shown) as body:
             file.seek(start)
             file.truncate()

@@ -14,6 +14,25 @@ TINY = {
 }
 
 
+def whole_scores(**changes):
+    """A scores.json with one image, as far as nucsam reads it, with other entries on top."""
+    mean = {"dice": 0.8, "aji": 0.6, "pq": 0.5}
+    counts = dict.fromkeys(("tp", "fp", "fn", "merges", "splits"), 1)
+    image = {"name": "a", "organ": "b", **mean, "n_truth": 2, "n_pred": 2, "counts": counts}
+    summary = {"images": 1, "mean": mean, "low": mean, "high": mean, "organs": {}}
+    rules = {"protocol": {"name": "nuinsseg"}, "rules": "nuinsseg: its rules"}
+    return {
+        "images_of": "test",
+        "untrained": False,
+        "epoch": 2,
+        "epoch_chosen_by": "aji on the inner split",
+        "base": {"source": "a.pt"},
+        "headline": mean,
+        "scores": [rules | {"images": [image], "summary": summary}],
+        **changes,
+    }
+
+
 def snapshot(folder):
     """Mode, size and time of writing of everything in a folder; of a folder only its mode."""
     states = {}

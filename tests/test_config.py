@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nucsam.config import Config, Data, Model, Train, differences, load_config, override, to_toml
+from nucsam.config import (
+    Config,
+    Data,
+    Model,
+    Train,
+    compiled,
+    differences,
+    load_config,
+    override,
+    to_toml,
+)
 from nucsam.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -312,3 +322,19 @@ def test_differences_name_old_and_new_values():
         "model.head: 'instance' -> 'sam'",
         "train.epochs: 100 -> 7",
     ]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+$", "(a|ab)*c", r"(\w+)\1", "(?P<x>a)?(?(x)b|c)", "(?:a?){30}b", "(?=(a+)*)", "a" * 201],
+)
+def test_a_regular_expression_that_could_hang_is_refused(pattern):
+    with pytest.raises(UserError, match=r"data\.group"):
+        Config.from_dict({"data": {"group": pattern}})
+    with pytest.raises(UserError, match="organ"):
+        compiled("organ", pattern)
+
+
+@pytest.mark.parametrize("pattern", [r"^(.*?)_x\d+_y\d+", r"(patient\d+)?", "(ab)+", "a|b+"])
+def test_a_usual_regular_expression_is_taken(pattern):
+    assert compiled("organ", pattern).pattern == pattern

@@ -634,3 +634,40 @@ def test_import_is_light():
     code = "import sys, nucsam.data; print({'torch', 'scipy', 'PIL', 'rich'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_crop_of_another_magnification_is_resampled(tmp_path):
+    """Of an image with half the microns per px a crop takes twice the side."""
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    squares = np.kron(np.arange(1, 65).reshape(8, 8), np.ones((16, 16), int)).astype(np.uint16)
+    tags = {"resolutionunit": "CENTIMETER", "photometric": "rgb"}
+    for name, mpp in (("fine", 0.25), ("near", 0.51), ("same", 0.5)):
+        picture = np.repeat(squares[..., None] * 3, 3, 2).astype(np.uint8)
+        place = tmp_path / "images" / f"{name}.tif"
+        tifffile.imwrite(place, picture, resolution=(1e4 / mpp, 1e4 / mpp), **tags)
+        tifffile.imwrite(tmp_path / "labels" / f"{name}.tif", squares)
+    samples = Samples(find_records(tmp_path), progress=False)
+    assert samples.mpps == pytest.approx([0.25, 0.51, 0.5])
+    fine, near, same = (Crops(samples, window=64, seed=1, mpp=0.5)[0, k] for k in range(3))
+    assert len(np.unique(fine["label"])) == 64 and fine["label"].shape == (64, 64)
+    assert np.array_equal(fine["label"], squares[::2, ::2])  # squares of 16 px become 8 px
+    assert np.array_equal(fine["image"][0, 4::8, 4::8], 3 * np.arange(1, 65).reshape(8, 8))
+    assert len(np.unique(near["label"])) <= 25 and len(np.unique(same["label"])) <= 25
+    whole = Crops(samples, window=128, seed=1)[0, 0]  # microns of the run not known
+    assert np.array_equal(whole["label"], squares)
+
+
+def test_an_image_is_known_by_its_pixels_and_ids_not_by_its_files(tmp_path):
+    first = Samples(find_records(plain(tmp_path / "a", 2)), progress=False).digests
+    moved = find_records(plain(tmp_path / "b", 2))
+    for record in moved:  # another format, the same pixels
+        Image.open(record.image).convert("RGB").save(record.image.with_suffix(".tif"))
+        record.image.unlink()
+    moved = find_records(tmp_path / "b")
+    assert Samples(moved, progress=False).digests == first and len(set(first)) == 2
+    pixels = read_image(moved[0].image).copy()
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(moved[0].image)
+    second = Samples(moved, progress=False).digests
+    assert second[0] != first[0] and second[1] == first[1]

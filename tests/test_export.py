@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from conftest import whole_scores
 from safetensors.torch import load_file
 from scipy.special import expit
 
@@ -50,7 +51,7 @@ def make_run(run: Path, base: Base, model: Model) -> Nucsam:
     files = {
         "config.toml": to_toml(config),
         "metrics.jsonl": "".join(json.dumps({"epoch": epoch}) + "\n" for epoch in (1, 2, 3)),
-        "scores.json": json.dumps({"images_of": "test", "headline": SCORES, "scores": []}),
+        "scores.json": json.dumps(whole_scores(headline=SCORES)),
         "environment.json": json.dumps({"command": ["/home/somebody/bin/nucsam"]}),
     }
     for name, text in files.items():

@@ -6,6 +6,7 @@ Where the training is not the point a tiny script stands for the trainer, which 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,16 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import whole_scores
 
 from nucsam.cli import run_command
 from nucsam.config import load_config, to_toml
+from nucsam.data.samples import read_digest
+from nucsam.data.splits import find_split, inventory
 from nucsam.errors import UserError
 from nucsam.folds import runner
 from nucsam.folds.jobs import child_environment, device_of, plan, variants
+from nucsam.run.directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 DRIVER = """
@@ -58,11 +63,7 @@ while does == "wait" and not Path("go").exists():
 line = {"epoch": 2, "dice": 0.8, "aji": 0.6, "pq": 0.5, "images_per_second": 12.34}
 (out / "metrics.jsonl").write_text(json.dumps(line) + "\\n")
 (out / "environment.json").write_text('{"parameters_trainable": 1000, "parameters": 5000000}')
-mean = {"dice": 0.8, "aji": 0.6, "pq": 0.5}
-summary = {"images": 1, "mean": mean, "organs": {}}
-scores = [{"protocol": {"name": "nuinsseg"}, "rules": "nuinsseg: its rules", "summary": summary}]
-document = {"epoch": 2, "base": {"source": "a.pt"}, "scores": scores}
-(out / "scores.json").write_text(json.dumps(document))
+(out / "scores.json").write_text(os.environ["SCORES"])
 """
 LAUNCHED = {  # what torchrun, accelerate and MPI tell a process
     **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), "1"),
@@ -83,6 +84,7 @@ def launch(tmp_path, monkeypatch):
 
     def start(*arguments, fake=(), command=(sys.executable, "driver.py"), **environment):
         told = {"STARTED": str(tmp_path / "started"), "FAKE": json.dumps(dict(fake))}
+        told["SCORES"] = json.dumps(whole_scores())
         return subprocess.Popen(
             [*command, *arguments],
             env=clean | told | {"COLUMNS": "200"} | environment,
@@ -224,6 +226,41 @@ def test_jobs_that_fail_or_are_killed_are_left_to_the_rerun(launch):
     assert end(launch())[0] == 0 and folds_started() == []
 
 
+def test_a_failed_job_is_not_tried_again_under_a_clock_that_is_set_back(launch):
+    driver = Path("driver.py")
+    back = "import time; now = time.time; time.time = lambda: 2e9 - 3600 * now() % 1e9\n"
+    driver.write_text(back + driver.read_text())
+    status, _ = end(launch(fake={"1": "fail"}))
+    assert status == 1 and folds_started() == [0, 1, 2, 3, 4]
+    assert end(launch())[0] == 0 and folds_started() == [1]
+
+
+def test_a_stopped_fold_with_scores_is_not_finished(launch):
+    assert end(launch())[0] == 0 and len(started()) == 5
+    Path("runs/fold2/metrics.jsonl").write_text('{"epoch": 1}\n')  # as after `evaluate` of old
+    assert end(launch())[0] == 0 and folds_started() == [2]
+
+
+def test_runs_of_other_images_are_refused(launch, tmp_path, folder, monkeypatch):
+    data = shutil.copytree(folder, tmp_path / "data")
+    where = [f"data.root={data}"]
+    assert end(launch(*where))[0] == 0 and len(started()) == 5
+    settings = load_config(tmp_path / "runs/fold0/config.toml")
+    records, split = find_split(settings.data)
+    images = inventory(records, split, [read_digest(record) for record in records])
+    RunDirectory(tmp_path / "runs/fold0").write_images(images)
+    data = data.rename(tmp_path / "moved")
+    where = [f"data.root={data}"]
+    assert end(launch(*where))[0] == 0 and started() == []
+    image = sorted(data.glob("*/tissue images/*.png"))[0]
+    label = image.parents[1] / "label masks modify" / f"{image.stem}.tif"
+    shutil.copy(image, image.with_stem("added"))
+    shutil.copy(label, label.with_stem("added"))
+    status, output = end(launch(*where))
+    assert status == 2 and started() == []
+    assert f"{data}: found other images than runs/fold0" in output and "added: added" in output
+
+
 def test_sigterm_saves_and_a_rerun_resumes(launch):
     process = launch(fake={"1": "hang"})
     wait_for("runs/fold1/hangs")
@@ -258,6 +295,7 @@ def test_a_launcher_that_dies_ends_its_process(launch):
 def test_another_configuration_is_refused_before_anything_runs(launch, monkeypatch, capsys):
     assert end(launch())[0] == 0 and len(started()) == 5
     monkeypatch.setenv("STARTED", "started")
+    monkeypatch.setenv("SCORES", json.dumps(whole_scores()))
     monkeypatch.setattr(runner, "TRAINER", (sys.executable, "trainer.py"))
     same = ["folds", "five.toml", "--out", "runs"]
     assert run_command([*same, "train.epochs=3", "data.seed=20"]) == 2 and started() == []

@@ -336,7 +336,7 @@ page.pt/m: ...exists...; what was there before is unharmed
 $ export unfinished --out m  # an unfinished run
 unfinished: found an unfinished run, 1 of 2 epochs; nucsam ... --out unfinished --resume finishes it
 $ export headless --out m  # scores of something else
-headless/scores.json: found no headline, expected the scores of a run
+headless/scores.json: found no images_of, expected one
 $ synth plain  # synthetic images over others
 plain: found files there, expected a new or empty folder
 """

@@ -6,16 +6,21 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tifffile
 from test_train import history, same
 
 from nucsam.config import to_toml
+from nucsam.errors import UserError
 from nucsam.run import checkpoint
+from nucsam.score.runs import score_run
 from nucsam.train.loop import fit
 
 fork = multiprocessing.get_context("fork")  # a child has everything imported already
@@ -53,7 +58,7 @@ def assert_readable(run):
 
 def assert_equal(run, whole_run):
     names = [{str(path.relative_to(r)) for path in r.rglob("*")} for r in (run, whole_run)]
-    assert names[0] == names[1] and len(names[0]) == 8  # nothing half-written is left
+    assert names[0] == names[1] and len(names[0]) == 10  # nothing half-written is left
     for name in ("adapter.safetensors", "base.safetensors", "state/last.safetensors"):
         assert same(run / name, whole_run / name), name
     assert history(run) == history(whole_run)
@@ -192,3 +197,51 @@ def test_sigterm_to_the_whole_process_group_leaves_the_workers_until_all_is_save
     rerun = [sys.executable, "-m", "nucsam.train", *arguments]
     assert subprocess.run(rerun, cwd=tmp_path, timeout=300).returncode == 0
     assert history(run) == history(whole[1])
+
+
+def test_a_run_resumes_only_on_the_same_images(whole, tmp_path):
+    config, run = whole[0], tmp_path / "run"
+    start(dying_in("last.safetensors", 3, 1.0), config, run).join(120)
+    more = tmp_path / "more"
+    shutil.copytree(config.data.root, more)
+    image = sorted(more.glob("*/tissue images/*.png"))[0]
+    mask = image.parents[1] / "label masks modify" / f"{image.stem}.tif"
+    shutil.copy(image, image.with_name("added.png"))
+    shutil.copy(mask, mask.with_name("added.tif"))
+    moved = replace(config, data=replace(config.data, root=str(more)))
+    with pytest.raises(UserError, match=r"more: .*added: .*added"):
+        fit(moved, run, resume=True)
+    assert (run / "config.toml").read_text() == to_toml(config)
+    fit(config, run, resume=True)
+    with pytest.raises(UserError, match=str(more)):
+        score_run(run, root=str(more))
+    image.with_name("added.png").unlink()
+    mask.with_name("added.tif").unlink()
+    assert score_run(run, root=str(more))["headline"] == score_run(run)["headline"]
+    label = tifffile.imread(mask)
+    label[label == label.max()] = 0
+    tifffile.imwrite(mask, label)
+    with pytest.raises(UserError, match=f"other pixels or labels: .*{image.stem}"):
+        score_run(run, root=str(more))
+
+
+def test_a_run_is_scored_only_on_its_own_split_and_kept_only_at_its_end(whole, tmp_path):
+    run = shutil.copytree(whole[1], tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    (run / "scores.json").unlink()
+    assert score_run(run)["unfinished"] == "2 of 10 epochs"
+    assert not (run / "scores.json").exists()
+    (run / "metrics.jsonl").write_text("".join(lines))
+    assert score_run(run)["unfinished"] == "" and (run / "scores.json").exists()
+    text = (run / "config.toml").read_text()
+    for old, new in (
+        ("fold = 0", "fold = 1"),
+        ("inner = 0.3", "inner = 0.4"),
+        ("seed = 19", "seed = 2"),
+    ):
+        assert old in text
+        (run / "config.toml").write_text(text.replace(old, new))
+        key = f"data.{old.split()[0]}"
+        with pytest.raises(UserError, match=rf"adapter\.safetensors.*{key}"):
+            score_run(run)

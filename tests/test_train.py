@@ -2,13 +2,14 @@
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import same_tensors
 from safetensors.torch import load_file
 
-from nucsam.config import Train, load_config
+from nucsam.config import Data, Train, load_config
 from nucsam.errors import UserError
 from nucsam.model import network
 from nucsam.run import checkpoint
@@ -17,6 +18,7 @@ from nucsam.train import loop
 from nucsam.train.loop import fit, rate
 from nucsam.train.progress import epoch_speed
 from nucsam.train.signals import Sigterm
+from nucsam.train.training import run_mpp
 
 
 def history(run):
@@ -44,7 +46,7 @@ def once(tmp_path_factory, tiny):
 
 def test_run_directory_explains_itself(once):
     run, config, scores = once
-    names = "config.toml environment.json metrics.jsonl scores.json state"
+    names = "config.toml environment.json images.json .lock metrics.jsonl scores.json state"
     weights = {"adapter.safetensors", "base.safetensors"}
     assert {path.name for path in run.iterdir()} == {*names.split()} | weights
     assert load_config(run / "config.toml") == config
@@ -123,6 +125,42 @@ def test_resuming_within_an_epoch_skips_every_accumulated_batch(tiny, tmp_path, 
     states = [tmp_path / name / "state" / "last.safetensors" for name in ("whole", "run")]
     assert same(*states)
     assert history(tmp_path / "whole") == history(tmp_path / "run")
+
+
+def test_training_works_in_a_thread(tiny, tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        scores = pool.submit(fit, tiny("train.epochs=1"), tmp_path / "run").result()
+    assert scores["epoch"] == 1
+
+
+def test_a_loader_without_shared_memory_says_what_helps(tiny, tmp_path, monkeypatch):
+    def step(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is ...")
+
+    monkeypatch.setattr(loop, "step", step)
+    with pytest.raises(UserError, match=r"data\.workers=0.*--shm-size"):
+        fit(tiny("data.workers=1"), tmp_path / "run")
+    with pytest.raises(RuntimeError, match="pid 7"):  # without loaders it is a bug
+        fit(tiny(), tmp_path / "other")
+
+
+def test_the_magnification_of_a_run(recwarn):
+    assert run_mpp(Data(), [None, None]) is None
+    assert run_mpp(Data(), [0.25, None, 0.251]) == pytest.approx(0.2505)
+    assert run_mpp(Data(mpp=0.3), []) == 0.3 and not recwarn
+    with pytest.warns(UserWarning, match=r"0\.25 to 0\.5 .* resample them to 0\.5"):
+        assert run_mpp(Data(mpp=0.5), [0.25, 0.5]) == 0.5
+    with pytest.raises(UserError, match=r"data\.root: .*0\.001"):
+        run_mpp(Data(), [0.25, 0.25, 0.001])
+
+
+def test_out_of_memory_says_what_helps(tiny, tmp_path, monkeypatch):
+    def loss(self, *_):
+        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(network.Nucsam, "loss", loss)
+    with pytest.raises(UserError, match=r"train\.batch=2 train\.accumulate=2"):
+        fit(tiny("train.batch=4"), tmp_path / "run")
 
 
 def test_loss_that_is_not_finite_stops_and_saves_nothing(tiny, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Decoded images, crops and batches."""
 
+import hashlib
 import math
 import os
 import warnings
@@ -15,13 +16,14 @@ import numpy as np
 
 from nucsam.data import geojson, published, rois
 from nucsam.data.folders import Record, format_size, raise_problems
-from nucsam.data.images import open_image, read_image, read_label, read_mask, read_remarks
+from nucsam.data.images import open_image, read_image, read_label, read_mask, read_mpp, read_remarks
 from nucsam.data.rois import Outlines
 from nucsam.errors import UserError
 from nucsam.progress import with_bar
 
 MIN_SIDE = 64  # px, the least that the encoder takes
 TRIES = 16  # places of a crop until one has a pixel that counts
+SAME_SCALE = 0.05  # up to this difference of log magnification an image is not resampled
 DRAWS = 32  # uniform numbers that a crop hands to its augmentation
 
 
@@ -202,6 +204,26 @@ def image_remarks(records: Sequence[Record]) -> list[str]:
     return [f"{len(paths)} image(s): {what}; first: {paths[0]}" for what, paths in images.items()]
 
 
+def digest(sample: Sample) -> str:
+    """SHA-256 of an image's pixels, ids and vague area, in hexadecimal; no file format matters."""
+    sha256 = hashlib.sha256()
+    for array in (sample.image, sample.label.astype(np.int32), sample.vague):
+        if array is not None:
+            sha256.update(f"{array.dtype}{array.shape}".encode())
+            sha256.update(np.ascontiguousarray(array))
+    return sha256.hexdigest()
+
+
+def read_digest(record: Record) -> str:
+    """The `digest` of a record. Raises as `read_sample` does."""
+    return digest(read_sample(record))
+
+
+def _read_whole(record: Record) -> tuple[Sample, str, float | None]:
+    sample = read_sample(record)
+    return sample, digest(sample), read_mpp(record.image)
+
+
 def attempt(function: Callable[[Any], Any], item: Any) -> Any:
     """The function's result; a UserError in its place where one was raised."""
     try:
@@ -245,6 +267,7 @@ class Samples:
 
     Every image is read once to check it. Forked loader workers share what is kept; spawned ones
     copy it. Where it would exceed the limit, `kept` is False and each access reads the files again.
+    `digests` are those of `digest`, `mpps` the microns per px of the image files; None = not known.
 
     Args:
         records: the images.
@@ -261,14 +284,19 @@ class Samples:
         self.records = list(records)
         self.sizes = []  # (H, W) of each image
         self.partial = []  # of each sample
+        self.digests: list[str] = []
+        self.mpps: list[float | None] = []
         self.kept = True
         self._planes: list[Planes] = []
         problems = []
         kept_bytes = 0
-        for sample in read_each(read_sample, self.records, "Decoding images", progress):
-            if isinstance(sample, UserError):
-                problems.append(str(sample))
+        for result in read_each(_read_whole, self.records, "Decoding images", progress):
+            if isinstance(result, UserError):
+                problems.append(str(result))
                 continue
+            sample, sha256, mpp = result
+            self.digests.append(sha256)
+            self.mpps.append(mpp)
             self.sizes.append(sample.label.shape)
             self.partial.append(sample.partial)
             planes = _planes(sample)
@@ -304,12 +332,15 @@ class Crops:
 
     A key (epoch, index) fixes everything random, so that batch size, loader workers and processes
     change nothing. A place that is vague all over is drawn again, up to TRIES times. An image
-    smaller than the window lies somewhere in the crop, reflected around its edges.
+    smaller than the window lies somewhere in the crop, reflected around its edges. Where the
+    microns per px of an image differ from `mpp` by over 5 %, its crop is resampled to `mpp`, as
+    prediction does.
 
     Args:
         samples: the images.
-        window: side S of a crop, image px.
+        window: side S of a crop, px of the run.
         seed: of the place of a crop and of its draws.
+        mpp: microns per px of the run; None = not known.
 
     Returns:
         An item is a dict of tensors: image uint8 (3, S, S); label int32 (S, S) with the ids of
@@ -317,17 +348,24 @@ class Crops:
         (DRAWS,), uniform in [0, 1); index int64 (), into the samples.
     """
 
-    def __init__(self, samples: Samples, *, window: int, seed: int):
-        self.samples, self.window, self.seed = samples, window, seed
+    def __init__(self, samples: Samples, *, window: int, seed: int, mpp: float | None = None):
+        self.samples, self.window, self.seed, self.mpp = samples, window, seed, mpp
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def _side(self, index: int) -> int:
+        """Side of a crop in px of its image."""
+        mpp = self.samples.mpps[index]
+        if not mpp or not self.mpp or abs(math.log(self.mpp / mpp)) < SAME_SCALE:
+            return self.window
+        return round(self.window * self.mpp / mpp)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         import torch
 
         epoch, index = key
-        window = self.window
+        window = self._side(index)
         rng = np.random.default_rng((self.seed, epoch, index))
         image, label, vague = self.samples.planes(index)
         room = [side - window for side in label.shape]  # negative where the image is smaller
@@ -344,6 +382,8 @@ class Crops:
             edges = [(pad, window - side - pad) for pad, side in zip(before, label.shape)]
             image = np.pad(image, ((0, 0), *edges), mode="reflect")
             label, counted = np.pad(label, edges), np.pad(counted, edges)
+        if window != self.window:
+            image, label, counted = _resampled(image, label, counted, self.window)
         item = {
             "image": np.ascontiguousarray(image),
             "label": label,
@@ -352,6 +392,18 @@ class Crops:
             "index": np.array(index),
         }
         return {name: torch.from_numpy(array) for name, array in item.items()}
+
+
+def _resampled(
+    image: np.ndarray, label: np.ndarray, counted: np.ndarray, side: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A square crop at another side: pixels smoothed against aliasing, ids of the nearest pixel."""
+    from PIL import Image
+
+    planes = [Image.fromarray(plane).resize((side, side), Image.BILINEAR) for plane in image]
+    nearest = ((np.arange(side) + 0.5) * label.shape[0] / side).astype(int)
+    rows_and_columns = np.ix_(nearest, nearest)
+    return np.stack(planes), label[rows_and_columns], counted[rows_and_columns]
 
 
 @dataclass

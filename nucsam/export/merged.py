@@ -11,6 +11,7 @@
 No path of this machine goes into a file. Of the data folder it holds the name.
 """
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,17 +94,14 @@ def _finished(run: RunDirectory, config: Config) -> dict[str, Any]:
     Raises:
         UserError: the run is not finished.
     """
-    scores = run.read_scores()
-    if not run.is_finished(config):
-        scoreless = " and no scores" if scores is None else ""
+    scores = run.read_scores(config)
+    if scores is None:
+        scoreless = "" if run.scores_file.is_file() else " and no scores"
         raise UserError(
-            f"{run.path}: found an unfinished run, {run.epochs_done()} of {config.train.epochs} "
-            f"epochs{scoreless}; nucsam train {run.config_file} --out {run.path} --resume "
-            "finishes it"
+            f"{run.path}: found an unfinished run, {run.progress(config)}{scoreless}; "
+            f"nucsam train {run.config_file} --out {run.path} --resume finishes it"
         )
-    if "headline" not in scores:
-        raise UserError(f"{run.scores_file}: found no headline, expected the scores of a run")
-    return {"scores": scores["headline"], "scores_of": scores.get("images_of")}
+    return {"scores": scores["headline"], "scores_of": scores["images_of"]}
 
 
 def _tensors(format: str, net: Nucsam, stock: Base) -> dict[str, Tensor]:
@@ -130,8 +128,10 @@ def _write(
             difference = graph.write_graph(partial, onnx, metadata)
         return f", at most {difference:.1g} from PyTorch's maps in onnxruntime"
     if format == "mobile-sam" and out.suffix != ".safetensors":
-        with atomic(out) as partial, partial.open("wb") as file:
-            torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+        buffer = io.BytesIO()  # in a file, torch makes a RuntimeError of a full disk
+        torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, buffer)
+        with atomic(out) as partial:
+            partial.write_bytes(buffer.getbuffer())
     else:
         checkpoint.write_tensors(out, tensors, metadata)
     return ""

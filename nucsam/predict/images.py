@@ -8,7 +8,7 @@ number.
 
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nucsam import __version__
@@ -30,12 +29,13 @@ from nucsam.data.images import IMAGES, open_image, read_mpp, read_remarks
 from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
 from nucsam.errors import UserError
-from nucsam.files import read_json, shortened, write_text
+from nucsam.files import read_json, result_of, shortened, stale_partials, write_text
 from nucsam.model.weights import state_sha256
 from nucsam.predict import writers
 from nucsam.predict.predictor import Predictor, load
 from nucsam.predict.tiles import Tiles, Window
 from nucsam.processes import exit_on_sigterm, is_first, launch_time, process_count
+from nucsam.progress import PlainConsole
 
 POLL = 0.5  # s between looks at the images that other processes hold
 UNRECORDED = ("nucsam", "model")  # entries of predict.json that may differ from run to run
@@ -256,8 +256,12 @@ class Batch:
         for path in self.files:
             self._has_ended(path)
         self.skipped = len(self.outcomes)
+        self.stale = defaultdict(list)  # result -> what a killed process has left of it
+        for folder in {file.parent for results in self.files.values() for file in results.values()}:
+            for partial in stale_partials(folder):
+                self.stale[result_of(partial)].append(partial)
         self.warned = not is_first()  # of images without microns per px
-        self.console = Console(stderr=True)
+        self.console = PlainConsole(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
         self.bar = Progress(*columns, console=self.console, disable=not is_first())
         self.bar.add_task("", total=len(self.files) - self.skipped)
@@ -316,6 +320,9 @@ class Batch:
                 claim.release()
                 continue
             self.held[path] = claim
+            for file in self.files[path].values():
+                for partial in self.stale.pop(file, []):
+                    partial.unlink(missing_ok=True)
             yield path
 
     def _end(self, path: Path, **outcome: Any) -> None:
@@ -391,7 +398,7 @@ class Batch:
         self._end(path, failed=text)
 
     def _say(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, markup=False, soft_wrap=True)
+        self.console.print(text, style=style, soft_wrap=True)
 
     def _show(self, part: float = 0.0) -> None:
         """Show how many images have ended, and `part`, 0..1, of the one that is being written."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
-from itertools import groupby
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +85,21 @@ class Predictor:
             raise UserError(
                 f"image: found {image.dtype} of shape {image.shape}, expected uint8 (H, W, 3)"
             )
-        return next(self.predict_many([image], mpp=mpp))
+        return next(self.predict_many([image], [mpp]))
 
     def predict_many(
-        self, images: Iterable[np.ndarray], *, mpp: float | None = None
+        self, images: Iterable[np.ndarray], mpps: Iterable[float | None] = repeat(None)
     ) -> Iterator[np.ndarray]:
         """Label maps of images, in order, as of `predict`.
 
         Nuclei are extracted while the next tiles are on the device.
+
+        Args:
+            images: uint8 (H, W, 3) each.
+            mpps: microns per px of each.
         """
-        results = self.extract(self.grid(image, mpp=mpp) for image in images)
+        grids = (self.grid(image, mpp=mpp) for image, mpp in zip(images, mpps))
+        results = self.extract(grids)
         for tiles, parts in groupby(results, key=lambda result: result[0]):
             whole = np.zeros(tiles.size, np.int32)
             count = 0
@@ -291,7 +296,7 @@ def open_model(path: Path) -> tuple[Nucsam, Config, dict[str, Any]]:
             "export merges an adapter with its base"
         )
     base = load_base(path)
-    config = Config.from_dict(metadata["config"], f"{path}: configuration")
+    config = checkpoint.check_metadata(path, metadata)
     if config.model.head == "instance" and not base.extra:
         raise UserError(f"{path}: found no tensor of the head, expected a whole export")
     model = build_model(replace(config.model, train="head"), base, seed=0)

@@ -15,16 +15,21 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from nucsam.config import Config, differences
+from nucsam.config import SPLIT, Config, differences
 from nucsam.errors import UserError
-from nucsam.files import atomic, read_json
+from nucsam.files import COUNT, NUMBER, TEXT, Leaf, atomic, check_form, read_json
 from nucsam.model import lora
 from nucsam.model.network import Nucsam, build_model
 from nucsam.model.weights import Base, load_base, misfit, read_safetensors
 from nucsam.run.directory import RunDirectory
 
 # What shapes do not tell of an adapter, as `differences` writes it.
-LORA_SETTINGS = ("model.train:", "model.rank:", "model.alpha:", "model.pattern:")
+FIXED = (
+    *("model.train:", "model.rank:", "model.alpha:", "model.pattern:"),
+    *(f"data.{key}:" for key in SPLIT),
+)
+MPP = Leaf("microns per px over 0, or null", lambda v: v is None or (NUMBER.holds(v) and v > 0))
+PRECISION = Leaf("a precision", lambda value: value in ("no", "fp16", "bf16", "fp8"))
 _START_AGAIN = "delete it to start the run again"
 
 
@@ -104,7 +109,7 @@ def open_adapter(path: Path, weights: str = "auto") -> tuple[Nucsam, Config, Bas
         As `open_run`.
     """
     _, metadata = _read_adapter(path)
-    config = Config.from_dict(metadata["config"], f"{path}: configuration")
+    config = check_metadata(path, metadata)
     base = load_base(weights)
     net = build_model(config.model, base, seed=config.train.seed)
     load_adapter(path, net, base)
@@ -132,10 +137,22 @@ def put_weights(model: Nucsam, weights: Mapping[str, Tensor], source: Path) -> N
 
 def _read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weights, metadata = read_tensors(path, "adapter")
-    match metadata:
-        case {"base": {"sha256": str(), "source": str()}, "config": {"model": dict()}}:
-            return weights, metadata
-    raise UserError(f"{path}: found metadata without base and config, expected an adapter's")
+    check_metadata(path, metadata)
+    return weights, metadata
+
+
+def check_metadata(path: Path, metadata: dict[str, Any]) -> Config:
+    """Check the metadata of an adapter or a merged export, and return their configuration.
+
+    Raises:
+        UserError: an entry is missing, of another type or out of range.
+    """
+    source = f"{path}: metadata"
+    check_form(metadata, {"base": {"sha256": TEXT, "source": TEXT}, "config": dict}, source)
+    for name, form in (("mpp", MPP), ("precision", PRECISION), ("selected", {"epoch": COUNT})):
+        if name in metadata:
+            check_form(metadata[name], form, f"{source}: {name}")
+    return Config.from_dict(metadata["config"], f"{path}: configuration")
 
 
 # ---- base, and the model of a run ----
@@ -167,7 +184,7 @@ def open_run(path: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
 
     Raises:
         UserError: a file is missing or damaged, or the adapter was trained with other LoRA
-            settings than those in the configuration.
+            settings or on another split than the configuration says.
     """
     run = RunDirectory(path)
     config = run.read_config()
@@ -180,7 +197,7 @@ def open_run(path: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
     net = build_model(config.model, base, seed=config.train.seed)
     metadata = load_adapter(run.adapter_file, net, base)
     trained = Config.from_dict(metadata["config"], f"{run.adapter_file}: configuration")
-    changes = [line for line in differences(trained, config) if line.startswith(LORA_SETTINGS)]
+    changes = [line for line in differences(trained, config) if line.startswith(FIXED)]
     if changes:
         raise UserError(
             f"{run.adapter_file}: trained with other settings than {run.config_file} says: "
