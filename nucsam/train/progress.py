@@ -6,7 +6,7 @@ import psutil
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nucsam.progress import PlainConsole
+from nucsam.console import PlainConsole
 from nucsam.score.tables import HEADLINE
 
 console = PlainConsole()
