@@ -212,6 +212,7 @@ def inspect_command(
     data: Annotated[Path, Argument(metavar="DATA", help="Folder of images and label maps.")],
     layout: Annotated[str, Option(help="auto, nuinsseg or plain.")] = "auto",
     group: Annotated[str, Option(help="Regular expression on the stem, gives the group.")] = "",
+    connected: Annotated[bool, Option("--connected", help="Label masks' components.")] = False,
     sheet: Annotated[Path, Option(help="File of the contact sheet.")] = Path("contact_sheet.png"),
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -220,7 +221,7 @@ def inspect_command(
 
     from nucsam.data.summary import draw_examples, inspect_folder, summary_table
 
-    summary = inspect_folder(data, layout=layout, group=group)
+    summary = inspect_folder(data, layout=layout, group=group, connected=connected)
     console = Console(stderr=as_json)
     console.print(summary_table(summary))
     for kind, style in (("remarks", "yellow"), ("bad", "red")):

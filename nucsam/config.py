@@ -88,6 +88,8 @@ class Data:
     fold: int | Literal["all"] = 0
     # Searched in the file stem; no split separates images of one group (first capture or match).
     group: str = setting("", regular_expression)
+    # Each connected component of a label map is a nucleus: for masks and maps of classes.
+    connected: bool = False
     # Split that chooses the best epoch; "test" only to compare with papers.
     select: Literal["inner", "test"] = "inner"
     inner: float = setting(0.15, UP_TO_HALF)  # share of the training images in the inner split

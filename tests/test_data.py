@@ -490,7 +490,7 @@ def test_ids_are_made_compact(tmp_path):
 @pytest.mark.parametrize("value", [1, 255, 65535])
 def test_binary_masks_are_not_instances(tmp_path, value):
     binary = (three() > 0) * np.uint16(value)
-    with pytest.raises(UserError, match=rf"a\.tif: .*3 components .* {value}\)"):
+    with pytest.raises(UserError, match=rf"a\.tif: .*3 separate .* {value},"):
         sample_of(tmp_path, ramp(), binary)
     binary[20:] = 0
     areas = np.bincount(sample_of(tmp_path, ramp(), binary).label.ravel())

@@ -40,7 +40,10 @@ Organs = dict[str, list[list[Path]]]  # organ -> its folders of each kind, as in
 
 @dataclass(frozen=True)
 class Record:
-    """One image on disk. `name` is the file stem, or `ORGAN_STEM` where organs share a stem."""
+    """One image on disk. `name` is the file stem, or `ORGAN_STEM` where organs share a stem.
+
+    With `connected`, each connected component of the label is a nucleus.
+    """
 
     name: str
     organ: str
@@ -48,6 +51,7 @@ class Record:
     label: Path
     vague: Path | None
     group: str
+    connected: bool = False
 
 
 def list_folder(folder: Path) -> list[Path]:

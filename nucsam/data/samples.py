@@ -14,6 +14,7 @@ import numpy as np
 from nucsam.data import geojson
 from nucsam.data.folders import Record, format_size, raise_problems
 from nucsam.data.images import read_image, read_label
+from nucsam.data.labels import components, not_instances
 from nucsam.errors import UserError
 from nucsam.progress import with_bar
 
@@ -49,10 +50,9 @@ def read_sample(record: Record) -> Sample:
     """Read and check the files of one record.
 
     Raises:
-        UserError: a file is bad, sizes differ, a side is under MIN_SIDE px, or the label is a
-            binary mask: several components that share one id.
+        UserError: a file is bad, sizes differ, a side is under MIN_SIDE px, or the label is no map
+            of instances and `record.connected` is off.
     """
-    from scipy import ndimage
     from skimage.segmentation import relabel_sequential
 
     image = read_image(record.image)
@@ -66,15 +66,12 @@ def read_sample(record: Record) -> Sample:
         if mask is not None and mask.shape != size:
             found, expected = format_size(mask.shape), format_size(size)
             raise UserError(f"{path}: found {found} px, expected {expected} as in {record.image}")
-    largest = label.max()
-    label = relabel_sequential(label)[0]
-    if label.max() == 1:
-        _, components = ndimage.label(label, np.ones((3, 3)))
-        if components > 1:
-            found = f"a binary mask ({components} components that all have the value {largest})"
-            expected = "one id per nucleus, as of skimage.measure.label"
-            raise UserError(f"{record.label}: found {found}, expected {expected}")
-    return Sample(image, label, vague)
+    if record.connected:
+        label = components(label)
+    elif found := not_instances(label):
+        expected = "one id per nucleus; data.connected = true makes each component a nucleus"
+        raise UserError(f"{record.label}: found {found}, expected {expected}")
+    return Sample(image, relabel_sequential(label)[0], vague)
 
 
 def attempt(function: Callable[[Any], Any], item: Any) -> Any:

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -110,4 +110,4 @@ def find_split(data: Data) -> tuple[list[Record], Split]:
         inner=data.inner,
         seed=data.seed,
     )
-    return records, split
+    return [replace(record, connected=data.connected) for record in records], split

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -45,11 +46,14 @@ def _row(organ: str, images: Sequence[tuple[Record, Contents]]) -> dict:
     }
 
 
-def inspect_folder(root: str | Path, *, layout: str = "auto", group: str = "") -> dict:
+def inspect_folder(
+    root: str | Path, *, layout: str = "auto", group: str = "", connected: bool = False
+) -> dict:
     """Read a whole data set and count what is in it.
 
     Args:
         root, layout, group: as for `nucsam.data.find_records`.
+        connected: each connected component of a label is a nucleus.
 
     Returns:
         A dict fit for JSON. `rows`: one per organ and a last one for all, with images, groups,
@@ -59,7 +63,8 @@ def inspect_folder(root: str | Path, *, layout: str = "auto", group: str = "") -
         round-robin from the organs.
     """
     scan = Scan(Path(root), layout, group)
-    records, problems = scan.records, scan.problems
+    records = [replace(record, connected=connected) for record in scan.records]
+    problems = scan.problems
     images, organs = [], defaultdict(list)
     for record, contents in zip(records, read_each(_contents, records, "Reading images")):
         if isinstance(contents, UserError):

@@ -47,10 +47,6 @@ class Overlaps:
         """The pairs in which a prediction holds most of each of two or more truths."""
         return _repeated(self.p, 2 * self.inter > self.truth_area[self.t])
 
-    def ids(self, pairs: np.ndarray) -> np.ndarray:
-        """(len(pairs), 2) ids, truth and prediction, of some of the k pairs."""
-        return np.stack([self.truth_ids[self.t[pairs]], self.pred_ids[self.p[pairs]]], axis=1)
-
 
 def overlaps(truth: np.ndarray, pred: np.ndarray, min_area: int = 0) -> Overlaps:
     """The overlaps of two maps of one shape.
