@@ -117,7 +117,7 @@ def evaluate_command(
     run: Annotated[Path | None, Argument(metavar="[RUN]", help="Run directory to score.")] = None,
     untrained: Annotated[bool, Option("--untrained", help="Score RUN before training.")] = False,
     data: DataFolder = "",
-    overlays: Annotated[Path | None, Option(help="Folder for RUN's images with contours.")] = None,
+    overlays: Annotated[Path | None, Option(help="Folder for images with contours.")] = None,
     truth: Annotated[Path | None, Option(help="Folder of true label maps, not RUN.")] = None,
     pred: Annotated[Path | None, Option(help="Folder of any tool's predicted label maps.")] = None,
     vague: Annotated[Path | None, Option(help="Folder of masks of vague areas.")] = None,
@@ -125,29 +125,44 @@ def evaluate_command(
     iou: Annotated[float | None, Option(help="Matching threshold, not the protocol's.")] = None,
     at_least: Annotated[bool, Option("--at-least", help="Match at IoU >= threshold.")] = False,
     zone: Annotated[int | None, Option(help="Ignored ring around true boundaries, px.")] = None,
-    connected: Annotated[bool, Option("--connected", help="Label binary masks.")] = False,
+    connected: Annotated[bool, Option("--connected", help="Label masks' components.")] = False,
     organ: Annotated[str, Option(help="Regular expression on the stem, gives the organ.")] = "",
-    workers: Annotated[int, Option(help="Processes; 0: one per core.")] = 0,
+    workers: Annotated[int | None, Option(help="Processes; default: one per core.")] = None,
     csv: Annotated[Path | None, Option(help="File with a line per image.")] = None,
     as_json: Annotated[str, Option("--json", help="File of all scores; - prints them.")] = "",
 ) -> None:
-    """Score a run's test images, or --pred against --truth: label maps with the same stems."""
+    """Score a run's test images, or --pred against --truth: label maps with the same stems.
+
+    --untrained and --data go with RUN alone. --vague, --connected and --workers go with --truth and
+    --pred alone: a run's data set and its data.connected say how it is scored, by one process.
+    """
     from rich.console import Console
 
     from nucsam.score import pairs, tables
 
-    if (run is None) == (truth is None or pred is None):
+    if run is None and (truth is None or pred is None):
         raise UserError("evaluate: expected either RUN, or both --truth and --pred")
+    if run is None:
+        kind, other = "--truth and --pred", {"--untrained": untrained, "--data": data}
+    else:
+        kind, other = "RUN", {"--truth": truth, "--pred": pred, "--vague": vague}
+        other |= {"--connected": connected, "--workers": workers}
+    given = [
+        name for name, value in other.items() if value not in (None, "") and value is not False
+    ]
+    if given:
+        raise UserError(f"evaluate: found {', '.join(given)}, expected {kind} without (see --help)")
     console = Console(stderr=as_json == "-")
+    rules = {"protocol": protocol, "iou": iou, "at_least": at_least, "zone": zone}
+    both = {"organ": organ, "overlays": overlays, **rules}
     if run is not None:
         from nucsam.score.runs import score_run, scores_sentence  # imports torch
 
-        results = score_run(run, untrained=untrained, root=data, overlays=overlays)
+        results = score_run(run, untrained=untrained, root=data, **both)
         console.print(scores_sentence(results), style="bold")
     else:
-        rules = {"protocol": protocol, "iou": iou, "at_least": at_least, "zone": zone}
-        maps = {"vague": vague, "connected": connected, "organ": organ}
-        results = pairs.score_folders(truth, pred, workers=workers, **rules, **maps)
+        maps = {"vague": vague, "connected": connected, "workers": workers or 0}
+        results = pairs.score_folders(truth, pred, **maps, **both)
         for remark in pairs.remarks(results):
             console.print(remark, style="yellow", markup=False)
     for result in results["scores"]:

@@ -244,6 +244,13 @@ $ report listed  # a report of another document
 listed/scores.json: found a list, expected a dict
 $ evaluate --pred plain/labels  # nothing to score
 evaluate: expected either RUN, or both --truth and --pred
+$ evaluate run --vague flat --connected --workers 0  # options for label maps
+evaluate: found --vague, --connected, --workers, expected RUN without (see --help)
+$ evaluate SAME --untrained --data plain  # options for a run
+evaluate: found --untrained, --data, expected --truth and --pred without (see --help)
+$ evaluate SAME --overlays OUT/o  # pictures without images
+overlays: found label maps without images in plain/labels, expected truth to be a data set with
+images
 $ evaluate --truth plain/labels --pred page.pt  # no folder of predictions
 page.pt: expected a folder of label maps
 $ evaluate --truth plain/labels --pred old  # a folder without label maps
@@ -384,6 +391,7 @@ $ train PLAIN data.crop=128 train.epochs=1 train.precision=fp16 --out OUT/new --
 data.crop: found 128 px, but no image with a shorter side over 96 px; a smaller crop is faster
 resume: OUT/new holds no saved state; a new run starts
 trains ... of ... parameters on base none (random, seed 0); images: 5 train, 3 inner, 4 test; 1
+5 images x 1 epochs = 3 optimizer steps; 1,500 or more are usual
 random base weights: the scores say nothing about MobileSAM
 epoch 1: loss ..., ... images/s; DICE ..., AJI ..., PQ ...
 epoch 1 (chosen by aji on the inner split), test images, one seed, base none (random, seed 0): DICE

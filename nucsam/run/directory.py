@@ -148,6 +148,11 @@ class RunRecord:
     def rows(self) -> list[dict[str, Any]]:
         """One dict per scored image, by the first protocol, with its `fold` and its `run`."""
         images = self.scores["scores"][0]["images"] if self.scores else []
+        if any("outcomes" not in image for image in images):
+            raise UserError(
+                f"{RunDirectory(self.folder).scores_file}: found scores of an earlier version, "
+                f"expected the outcomes of nuclei; nucsam evaluate {self.folder} writes them"
+            )
         place = {"fold": self.config.data.fold, "run": self}
         return [{**image, "organ": printable(image["organ"]), **place} for image in images]
 

@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from nucsam.config import Config
+from nucsam.config import Config, compiled
 from nucsam.data.draw import overlay, write_png
+from nucsam.data.folders import first_group
 from nucsam.data.samples import Samples
 from nucsam.data.splits import find_split, identity
 from nucsam.errors import UserError
@@ -35,8 +36,9 @@ def score_images(
     accelerator: Accelerator,
     *,
     tta: bool = False,
+    **rules: Any,
 ) -> list[dict[str, Any]]:
-    """Scores of images by each variant of NuInsSeg's protocol.
+    """Scores of images by a protocol, NuInsSeg's by default, and its variant without vague areas.
 
     The processes share the images round-robin; each image is scored once.
 
@@ -47,6 +49,7 @@ def score_images(
         indices: of the samples to score.
         accelerator: of this launch.
         tta: average over the eight flips and turns.
+        rules: protocol, iou, at_least and zone of `protocols_for`.
 
     Returns:
         One dict of `nucsam.score.tables.scored` per protocol, the same on every process.
@@ -54,7 +57,7 @@ def score_images(
     indices = list(indices)
     share = indices[accelerator.process_index :: accelerator.num_processes]
     vague = any(samples.records[i].vague for i in indices)
-    protocols = protocols_for(PROTOCOL, vague=vague)
+    protocols = protocols_for(**{"protocol": PROTOCOL, **rules}, vague=vague)
     was_training = net.training
     net.eval()
     rows = []
@@ -78,18 +81,28 @@ def headline(results: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def score_run(
-    path: Path, *, untrained: bool = False, root: str = "", overlays: Path | None = None
+    path: Path,
+    *,
+    untrained: bool = False,
+    root: str = "",
+    overlays: Path | None = None,
+    organ: str = "",
+    **rules: Any,
 ) -> dict[str, Any]:
     """Score a run's test images with the weights of its best epoch.
 
-    With `data.fold = "all"` the inner split is scored. Writes scores.json if the run is scored as
-    it stands: trained, on the images where they were.
+    With `data.fold = "all"` the inner split is scored. Vague areas are those of the data set.
+    Writes scores.json if the run is scored as it stands: trained, on the images where they were,
+    by NuInsSeg's protocol, with the organs of its data set.
 
     Args:
         path: run directory.
         untrained: score the model as it was before the first step.
         root: folder of the images, if it has moved.
         overlays: folder for one PNG per image, with contours of ground truth and prediction.
+        organ: regular expression searched in an image's name; its first group, or else the whole
+            match, is the organ.
+        rules: protocol, iou, at_least and zone of `protocols_for`.
 
     Returns:
         The content of scores.json.
@@ -97,6 +110,8 @@ def score_run(
     Raises:
         UserError: a file is missing or damaged, or the images are not those of the training.
     """
+    pattern = compiled("organ", organ)
+    protocols = protocols_for(**{"protocol": PROTOCOL, **rules})
     net, config, base, metadata = open_run(path)
     if untrained:
         net = build_model(config.model, base, seed=config.train.seed)
@@ -112,17 +127,21 @@ def score_run(
             f"{data.root}: found other images than {path} was split on, so that test images may "
             "have been trained on; expected the same names, organs and groups"
         )
-    indices = split.test or split.inner
-    samples = Samples([records[i] for i in indices], memory_gib=data.memory)
+    records = [records[i] for i in split.test or split.inner]
+    if organ:
+        places = [first_group(pattern, record.name) or record.organ for record in records]
+        records = [replace(r, organ=place) for r, place in zip(records, places)]
+    samples = Samples(records, memory_gib=data.memory)
     accelerator = scoring_accelerator(metadata)
     net = accelerator.prepare_model(net, evaluation_mode=True)  # as training scores it
-    results = score_images(net, config, samples, range(len(samples)), accelerator)
+    results = score_images(net, config, samples, range(len(samples)), accelerator, **rules)
     scores = describe_scores(
         results, metadata, of="test" if split.test else "inner", untrained=untrained
     )
     if overlays is not None:
         _write_overlays(net, config, samples, overlays)
-    if not untrained and not root:
+    as_it_stands = not (untrained or root or organ) and protocols == protocols_for(PROTOCOL)
+    if as_it_stands:
         RunDirectory(path).write_scores(scores)
     return scores
 
@@ -144,6 +163,7 @@ def describe_scores(
         "untrained": untrained,
         "epoch": 0 if untrained else metadata["selected"]["epoch"],
         "epoch_chosen_by": f"{config['train']['best']} on the {config['data']['select']} split",
+        "epoch_chosen_on_these": not untrained and config["data"]["select"] == of,
         "base": metadata["base"],
         "split": {key: config["data"][key] for key in ("split", "folds", "fold", "group", "seed")},
         "seed": config["train"]["seed"],
@@ -158,8 +178,7 @@ def scores_sentence(scores: dict[str, Any]) -> str:
     images = f"{scores['images_of']} images"
     if scores["untrained"]:
         return f"untrained model, {images}: {', '.join(numbers)}"
-    on_test = scores["epoch_chosen_by"].endswith("test split")
-    warning = ", THE IMAGES SCORED HERE" if on_test else ""
+    warning = ", THE IMAGES SCORED HERE" if scores["epoch_chosen_on_these"] else ""
     return (
         f"epoch {scores['epoch']} (chosen by {scores['epoch_chosen_by']}{warning}), {images}, "
         f"one seed, base {scores['base']['source']}: {', '.join(numbers)}"
