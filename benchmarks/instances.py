@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout that is not ins
 import bench
 from metrics import ellipses
 
+from nucsam.config import Instances
 from nucsam.model import targets
 from nucsam.model.instances import from_depth
 from nucsam.score.metrics import PROTOCOLS, score_maps
@@ -150,7 +151,7 @@ def drop_small(labels: np.ndarray, area: int) -> np.ndarray:
 
 
 def ours(maps: Maps) -> np.ndarray:
-    return from_depth(maps["foreground"], maps["depth"])
+    return from_depth(maps["foreground"], maps["depth"], Instances(confidence=0.0))
 
 
 WAYS = {"ours": ours, "hover": hover, "micro-sam": micro_sam}

@@ -27,7 +27,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout that is not installed
 import bench
 
-from nucsam.score.metrics import PROTOCOLS, dice, score_maps
+from nucsam.score.metrics import PROTOCOLS, score_maps
 
 NUCLEI = {512: 300, 1024: 600, 5000: 30_000}
 SLOW = 1.0  # s; a slower call is timed once, after the warm-up
@@ -158,7 +158,6 @@ def ours() -> dict[str, tuple[str, Callable]]:
             "all 11 metrics, AP, pairs",
             lambda: lambda t, p: score_maps(t, p, protocol=plain),
         ),
-        "nucsam dice": ("Dice", lambda: dice),
     }
 
 
@@ -217,9 +216,6 @@ def goals(results: dict) -> list[dict]:
         ("seconds, 5000", at(5000, "nucsam score") / 1e3, "<=", 0.3),
         ("MB above the maps, 5000", at(5000, "nucsam score", "peak_mb"), "<=", 150),
     ]
-    for size in NUCLEI:
-        ratio = at(size, "nucsam dice") / at(size, "medpy")
-        rows.append((f"Dice alone over medpy's, {size}", ratio, "<=", 1))
     return [
         {
             "goal": f"{title} {sign} {limit}",

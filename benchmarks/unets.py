@@ -208,14 +208,9 @@ class Unet(nn.Module):
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         """Maps (C, H, W) of one image -> label map int32 (H, W), 0 = background."""
         foreground = expit(maps[0])
-        limits = {
-            "threshold": config.foreground,
-            "confidence": config.confidence,
-            "area": config.area,
-        }
         if self.depth is None:
-            return instances.from_foreground(foreground, **limits)
-        return instances.from_foreground(foreground, maps[1], sigma=SIGMA, reach=REACH, **limits)
+            return instances.from_foreground(foreground, config)
+        return instances.from_foreground(foreground, config, maps[1], sigma=SIGMA, reach=REACH)
 
     def trainable(self) -> dict[str, Tensor]:
         """All that training changes, by name: the parameters, and the statistics of BatchNorms.

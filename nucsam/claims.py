@@ -28,21 +28,18 @@ class Claim:
         self.descriptor = descriptor
 
     @classmethod
-    def take(cls, path: Path) -> "Claim | None":
+    def take(cls, path: Path, *, wait: bool = False) -> "Claim | None":
         """The claim on `path`, or None where another process holds it.
+
+        Args:
+            path: the job's file.
+            wait: until no other process holds it.
 
         Raises:
             UserError: the system or the file system has no such locks.
         """
-        descriptor = _lock(path, wait=False)
+        descriptor = _lock(path, wait=wait)
         return None if descriptor is None else cls(descriptor)
-
-    @classmethod
-    def wait(cls, path: Path) -> "Claim":
-        """The claim on `path`, once no other process holds it. Raises as `take` does."""
-        descriptor = _lock(path, wait=True)
-        assert descriptor is not None
-        return cls(descriptor)
 
     def __enter__(self) -> "Claim":
         return self

@@ -153,7 +153,8 @@ def evaluate_command(
     if given:
         raise UserError(f"evaluate: found {', '.join(given)}, expected {kind} without (see --help)")
     console = Console(stderr=as_json == "-")
-    rules = {"protocol": protocol, "iou": iou, "at_least": at_least, "zone": zone}
+    strict = False if at_least else None
+    rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone}
     both = {"organ": organ, "overlays": overlays, **rules}
     if run is not None:
         from nucsam.score.runs import score_run, scores_sentence  # imports torch

@@ -179,7 +179,7 @@ class Train:
     ema: float = setting(0.99, BELOW_ONE)  # decay of the averaged weights that are kept; 0: off
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: the launch file's
     checkpoint: bool = False  # recompute encoder blocks in the backward pass: less memory, slower
-    validate_every: int = setting(5, at_least(1))  # epochs
+    validate_every: int = setting(5, at_least(1))  # epochs; the last one is always validated
     best: Literal["dice", "aji", "pq"] = "aji"  # its mean over the selecting images chooses
     # Minutes between saved states within an epoch; each validation saves too.
     save_minutes: float = setting(5.0, at_least(0))
@@ -267,9 +267,6 @@ def _check_pairs(config: Config) -> None:
     low, high = augment.scale_min, augment.scale_max
     if high < low:
         raise UserError(f"augment.scale_max: found {high}, expected at least scale_min = {low}")
-    every, epochs = train.validate_every, train.epochs
-    if every > epochs:
-        raise UserError(f"train.validate_every: found {every}, expected at most epochs = {epochs}")
 
 
 # What a resumed run may change, as `differences` writes it.

@@ -35,7 +35,7 @@ def fetch(path: Path, urls: Sequence[str], *, sha256: str, size: int, advice: st
     partial = path.with_name(f".{path.name}.download")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        claim = Claim.wait(partial)
+        claim = Claim.take(partial, wait=True)
     except (OSError, UserError) as error:
         raise UserError(f"{path}: cannot be written ({error}){advice}") from error
     failures = []

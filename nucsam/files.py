@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,16 @@ from nucsam.errors import UserError
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, which takes its name on success and vanishes on failure.
 
+    The folder is made where there is none.
+
     Raises:
         UserError: the file cannot be written; `path` still holds what it held before.
     """
+    if path.exists() and not path.is_file():  # replacing a device would remove it
+        raise UserError(f"{path}: found a folder or a device, expected the name of a file")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
@@ -27,13 +32,17 @@ def atomic(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path}: {error}; what was there before is unharmed") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, atomically."""
+    """Write a text file in UTF-8, atomically, with the line ends of `text`.
+
+    Names of files may hold any bytes: they are written as they are.
+    """
     with atomic(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def read_json(text: str | bytes, source: str) -> dict[str, Any]:

@@ -35,7 +35,6 @@ from nucsam.model.weights import load_base
 from nucsam.predict.predictor import open_model
 from nucsam.run import checkpoint
 from nucsam.run.directory import read_runs
-from nucsam.score.pairs import read_vague
 from nucsam.train.loop import fit
 
 H, W = 70, 90
@@ -446,7 +445,7 @@ def test_a_bad_report_of_a_run_is_named(name, content, trained, tmp_path):
     replace_file(run / name, content)
     with all_unchanged(trained, tmp_path, name):
         read_runs(run)
-    if content == b"{":
+    if content == b"{" and name != "environment.json":  # which export does not read
         with all_unchanged(trained, tmp_path, name):
             export_beside(run / name)
 
@@ -508,7 +507,6 @@ READERS = {  # what reads a file, and the names of files that a user may hand ov
     load_base: "base.pt base.safetensors base",
     read_label: "label.npy label.tif label.png",
     read_image: "image.png",
-    read_vague: "vague.npy",
     read_outlines: "outlines.geojson",
     load_config: "config.toml",
     open_model: "export.safetensors",

@@ -40,7 +40,7 @@ def test_only_one_process_holds_a_claim_and_its_death_lets_go(path):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert not is_claimed(path)
-    with Claim.wait(path):
+    with Claim.take(path, wait=True):
         other, holds = start_holder(path)
         assert not holds
         other.kill()
@@ -68,7 +68,7 @@ def test_release_lets_go_although_a_child_lives(path):
 
 def test_the_last_note_is_read_while_the_claim_is_held_and_after(path):
     assert read_note(path) == {}
-    with Claim.wait(path) as claim:
+    with Claim.take(path, wait=True) as claim:
         assert read_note(path) == {}
         claim.note({"began": 1.5, "where": "a machine with a long name"})
         claim.note({"began": 2})

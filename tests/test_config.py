@@ -292,7 +292,6 @@ def test_every_number_has_a_rule_and_a_case():
         ({"data": {"crop": 100, "scale": 1.0}}, "data.crop * data.scale"),
         ({"data": {"crop": 33, "scale": 1.5}}, "data.crop * data.scale"),
         ({"augment": {"scale_min": 2.0}}, "augment.scale_max"),
-        ({"train": {"epochs": 4}}, "train.validate_every"),
         ({"model": {"train": "lora", "norms": "moving"}}, "model.norms"),
         ({"model": {"train": "full", "norms": "moving"}, "train": {"checkpoint": True}}, "model"),
     ],

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from nucsam.config import Data
 from nucsam.data import geojson
 from nucsam.data.folders import Record, find_records
 from nucsam.data.images import read_image, read_label, read_mpp, write_label
@@ -571,7 +572,7 @@ OFFICIAL = [  # sklearn.model_selection.KFold(5, shuffle=True, random_state=19) 
 
 @pytest.mark.parametrize("fold", range(5))
 def test_official_folds_are_those_of_nuinsseg(fold):
-    split = split_records(fake_records([""] * 665), fold=fold)
+    split = split_records(fake_records([""] * 665), Data(fold=fold))
     assert len(split.test) == 133
     assert (list(split.test[:8]), sum(split.test)) == OFFICIAL[fold]
 
@@ -582,15 +583,16 @@ def test_official_folds_equal_scikit_learn(count, folds, seed):
     expected = KFold(folds, shuffle=True, random_state=seed).split(np.zeros(count))
     for fold, (train, test) in enumerate(expected):
         records = fake_records([""] * count)
-        split = split_records(records, folds=folds, fold=fold, seed=seed, inner=0)
-        assert (split.train, split.inner, split.test) == (tuple(train), (), tuple(test))
+        split = split_records(records, Data(folds=folds, fold=fold, seed=seed))
+        assert sorted(split.train + split.inner) == train.tolist()
+        assert split.test == tuple(test)
 
 
 def test_official_folds_of_groups_are_those_of_the_sorted_groups():
     groups = [f"g{number % 7}" for number in range(20)][::-1]
     for fold in range(3):
-        of_groups = split_records(fake_records([""] * 7), folds=3, fold=fold).test
-        split = split_records(fake_records([""] * 20, groups), folds=3, fold=fold)
+        of_groups = split_records(fake_records([""] * 7), Data(folds=3, fold=fold)).test
+        split = split_records(fake_records([""] * 20, groups), Data(folds=3, fold=fold))
         assert {groups[index] for index in split.test} == {f"g{number}" for number in of_groups}
 
 
@@ -602,28 +604,28 @@ def test_groups_are_never_separated_and_nothing_is_lost(data):
     number = st.integers(0, 11).map(str)
     groups = data.draw(st.lists(number, min_size=count, max_size=count))
     parts = len(set(groups))
-    options = {
-        "scheme": data.draw(st.sampled_from(["official", "organ"])),
-        "folds": max(2, min(3, parts)),
-        "fold": data.draw(st.sampled_from(["all", *range(min(3, parts))])) if parts > 1 else "all",
-        "inner": data.draw(st.sampled_from([0, 0.1, 0.15, 0.5])),
-        "seed": data.draw(st.integers(0, 9)),
-    }
+    section = Data(
+        split=data.draw(st.sampled_from(["official", "organ"])),
+        folds=max(2, min(3, parts)),
+        fold=data.draw(st.sampled_from(["all", *range(min(3, parts))])) if parts > 1 else "all",
+        inner=data.draw(st.sampled_from([0.1, 0.15, 0.5])),
+        seed=data.draw(st.integers(0, 9)),
+    )
     records = fake_records(organs, groups)
-    split = split_records(records, **options)
+    split = split_records(records, section)
     assert sorted(split.train + split.inner + split.test) == list(range(count))
     kinds = [{groups[index] for index in part} for part in (split.train, split.inner, split.test)]
     assert sum(map(len, kinds)) == parts
-    assert (split.test == ()) == (options["fold"] == "all")
+    assert (split.test == ()) == (section.fold == "all")
     assert split.train
-    assert bool(split.inner) == (options["inner"] > 0 and parts - len(kinds[2]) > 1)
-    assert split_records(records, **options) == split
+    assert bool(split.inner) == (parts - len(kinds[2]) > 1)
+    assert split_records(records, section) == split
 
 
 def test_organ_folds_hold_their_share_of_each_organ():
     organs = ["a"] * 50 + ["b"] * 10 + ["c"] * 23
     records = fake_records(organs)
-    tests = [split_records(records, scheme="organ", fold=fold).test for fold in range(5)]
+    tests = [split_records(records, Data(split="organ", fold=fold)).test for fold in range(5)]
     assert sorted(index for test in tests for index in test) == list(range(83))
     counts = [[sum(organs[index] == organ for index in test) for organ in "abc"] for test in tests]
     assert sorted(counts) == [[10, 2, 4]] * 2 + [[10, 2, 5]] * 3
@@ -632,17 +634,17 @@ def test_organ_folds_hold_their_share_of_each_organ():
 
 def test_the_inner_split_is_stratified_and_depends_on_the_seed():
     records = fake_records(["a"] * 70 + ["b"] * 35 + ["c"] * 7)
-    split = split_records(records, fold="all")
+    split = split_records(records, Data(fold="all"))
     counts = np.bincount(np.digitize(split.inner, [70, 105]))
     assert counts.tolist() == [10, 5, 1]
-    assert split.inner != split_records(records, fold="all", seed=20).inner
+    assert split.inner != split_records(records, Data(fold="all", seed=20)).inner
 
 
 def test_the_inner_split_depends_on_the_fold():
     """Each fold draws other places among its training images, with one seed."""
     places = set()
     for fold in range(5):
-        split = split_records(fake_records([""] * 60), fold=fold, seed=7)
+        split = split_records(fake_records([""] * 60), Data(fold=fold, seed=7))
         training = sorted(split.train + split.inner)
         places.add(tuple(training.index(index) for index in split.inner))
     assert len(places) == 5
@@ -650,14 +652,14 @@ def test_the_inner_split_depends_on_the_fold():
 
 @pytest.mark.parametrize("count, inner", [(2, 0), (3, 1)])
 def test_two_training_images_are_enough_for_an_inner_split(count, inner):
-    assert len(split_records(fake_records([""] * count), folds=count).inner) == inner
+    assert len(split_records(fake_records([""] * count), Data(folds=count)).inner) == inner
 
 
 def test_more_folds_than_groups_are_refused():
     records = fake_records([""] * 8)
-    assert len(split_records(records, folds=8).test) == 1
+    assert len(split_records(records, Data(folds=8)).test) == 1
     with pytest.raises(UserError, match=r"^folds: found 9.* 8"):
-        split_records(records, folds=9)
+        split_records(records, Data(folds=9))
 
 
 # ---- crops ----

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from conftest import TINY
 from safetensors.torch import load_file
 
-from nucsam.config import load_config, override, to_toml
+from nucsam.config import Data, load_config, override, to_toml
 from nucsam.data import folders, splits
 from nucsam.data.samples import Samples
 from nucsam.data.synthetic import write_dataset
@@ -50,9 +50,8 @@ def config(tmp_path_factory):
     tables = {name: dict(values) for name, values in TINY.items()}
     tables["data"] |= {"root": str(out), "folds": 4}
     samples = Samples(folders.find_records(out), progress=False)
-    chosen = [
-        samples[i] for i in splits.split_records(samples.records, folds=4, fold=0, inner=0.3).train
-    ]
+    data = Data(folds=4, fold=0, inner=0.3)
+    chosen = [samples[i] for i in splits.split_records(samples.records, data).train]
     assert sum(sample.label.max() == 0 for sample in chosen) == 2
     assert sum(bool(sample.vague.any()) for sample in chosen) == 4
     return lambda *overrides: override(tables, list(overrides))

@@ -30,7 +30,6 @@ MODEL = Model(width=32, weights="none", rank=2, alpha=6.0)
 IMAGES = 255 * torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(2))
 PIXELS = 255 * torch.rand(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(3))
 SCORES = {"dice": 0.5, "aji": 0.25, "pq": 0.125}
-VERSIONS = {"nucsam": "0.0.7", "python": "3.11.1", "packages": {"torch": "2.6.0"}}
 
 
 def make_run(run: Path, base: Base, model: Model) -> Nucsam:
@@ -53,7 +52,7 @@ def make_run(run: Path, base: Base, model: Model) -> Nucsam:
         "config.toml": to_toml(config),
         "metrics.jsonl": "".join(json.dumps({"epoch": epoch}) + "\n" for epoch in (1, 2, 3)),
         "scores.json": json.dumps({"images_of": "test", "headline": SCORES, "scores": []}),
-        "environment.json": json.dumps({**VERSIONS, "command": ["/home/somebody/bin/nucsam"]}),
+        "environment.json": json.dumps({"command": ["/home/somebody/bin/nucsam"]}),
     }
     for name, text in files.items():
         write_text(run / name, text)
@@ -151,7 +150,7 @@ def test_metadata_is_all_that_prediction_needs_and_no_path(run, base, tmp_path, 
     assert (config.data.scale, config.instances.foreground, config.model) == (2.0, 0.4, MODEL)
     assert config.data.root == metadata["data"] == "Slides of 2024"
     expected = {"epoch": 3, "mpp": 0.25, "precision": "bf16", "version": __version__}
-    expected |= {"versions": VERSIONS, "scores": SCORES, "scores_of": "test"}
+    expected |= {"scores": SCORES, "scores_of": "test"}
     assert {name: metadata[name] for name in expected} == expected
     assert "somebody" in (run / "config.toml").read_text()
     assert "somebody" not in json.dumps(metadata)
@@ -236,13 +235,6 @@ def test_unfinished_runs_are_refused(run, tmp_path, format, name, text, found):
     assert not (tmp_path / "a.safetensors").exists()
 
 
-def test_a_run_without_its_environment_has_no_versions(run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "environment.json").unlink()
-    export_run(tmp_path / "run", tmp_path / "a.safetensors")
-    assert "versions" not in read_tensors(tmp_path / "a.safetensors")[1]
-
-
 @pytest.mark.parametrize(
     "options, names_it",
     [
@@ -250,7 +242,7 @@ def test_a_run_without_its_environment_has_no_versions(run, tmp_path):
         ({"format": "onnx", "without_head": True}, "without_head: "),
         ({"base": "auto"}, "base: "),
         ({"out": ""}, "found a folder"),
-        ({"out": "file/a.safetensors"}, "file: cannot be made"),
+        ({"out": "file/a.safetensors"}, "file/a.safetensors: .*exists"),
     ],
 )
 def test_arguments_that_do_not_fit(run, tmp_path, options, names_it):
@@ -373,7 +365,7 @@ def test_onnx_gives_our_maps_at_any_batch_and_size(onnx, trained):
         np.testing.assert_allclose(graph_maps, expected, atol=1e-4)
         assert expected.std() > 0.01
         options = Instances(foreground=0.4, confidence=0.0, area=5)
-        nuclei = from_depth(*graph_maps[0], threshold=0.4, area=5)
+        nuclei = from_depth(*graph_maps[0], options)
         assert np.array_equal(nuclei, trained.instances(logits[0], options))
 
 

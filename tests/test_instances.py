@@ -10,8 +10,13 @@ from scipy import ndimage
 from skimage.morphology import local_maxima, reconstruction
 from skimage.segmentation import watershed
 
+from nucsam.config import Instances
 from nucsam.model.instances import from_depth, from_foreground, whole
 from nucsam.model.targets import classes, depth
+
+
+def limits(**values: float) -> Instances:
+    return Instances(**{"confidence": 0.0} | values)
 
 
 def discs(*places: tuple[float, float, float], side: int = 64) -> np.ndarray:
@@ -40,7 +45,7 @@ touching = discs((20, 20, 10), (20, 39, 9), (38, 30, 11))
 
 
 def test_perfect_maps_give_the_nuclei_back():
-    label = from_depth(*perfect(touching))
+    label = from_depth(*perfect(touching), limits())
     assert label.dtype == np.int32
     assert sorted(np.unique(label)) == [0, 1, 2, 3]
     assert ((label > 0) == (touching > 0)).all()
@@ -53,7 +58,9 @@ def test_perfect_maps_give_the_nuclei_back():
 def test_a_flat_depth_splits_nothing():
     foreground, depths = perfect(touching)
     for flat in (0 * depths, 0 * depths + 1):
-        assert np.array_equal(from_depth(foreground, flat), (touching > 0).astype(np.int32))
+        assert np.array_equal(
+            from_depth(foreground, flat, limits()), (touching > 0).astype(np.int32)
+        )
 
 
 @pytest.mark.parametrize(("rise", "nuclei"), [(0.249, 2), (0.25, 2), (0.251, 1)])
@@ -62,7 +69,7 @@ def test_a_seed_rises_at_least_so_much_above_its_saddle(rise, nuclei):
     depths = np.full((9, 90), 0.5)
     for column, top in ((15, 1.0), (45, 0.625), (75, 0.75)):
         depths[:, column - 10 : column + 11] = top
-    label = from_depth(np.ones_like(depths), depths, rise=rise)
+    label = from_depth(np.ones_like(depths), depths, limits(seed_rise=rise))
     assert label.max() == nuclei
     assert len({label[4, 15], label[4, 75]}) == nuclei
     assert (label > 0).all()
@@ -71,7 +78,7 @@ def test_a_seed_rises_at_least_so_much_above_its_saddle(rise, nuclei):
 def test_the_end_of_a_row_does_not_touch_the_next_one():
     foreground = np.zeros((2, 6))
     foreground[0, 3:] = foreground[1, :3] = 1.0
-    label = from_depth(foreground, foreground, area=1)
+    label = from_depth(foreground, foreground, limits(area=1))
     assert label.tolist() == [[0, 0, 0, 1, 1, 1], [2, 2, 2, 0, 0, 0]]
 
 
@@ -79,14 +86,14 @@ def test_ids_follow_the_first_pixels_not_the_seeds():
     depths = np.zeros((9, 9))
     depths[:, :3] = np.linspace(0.1, 0.9, 9)[:, None]  # its seed is in the last row
     depths[1:4, 5:] = 0.5
-    label = from_depth((depths > 0).astype(float), depths, area=1)
+    label = from_depth((depths > 0).astype(float), depths, limits(area=1))
     assert (label[0, 0], label[1, 5]) == (1, 2)
 
 
 def test_the_threshold_is_exclusive_and_a_nucleus_lies_within_it():
     foreground, depths = perfect(discs((30, 30, 12)))
     foreground = np.where((foreground > 0) & (np.arange(64) < 30), 0.6, 0.5 * foreground)
-    label = from_depth(foreground, depths, threshold=0.5)
+    label = from_depth(foreground, depths, limits())
     assert label.any()
     assert ((label > 0) == (foreground > 0.5)).all()
 
@@ -95,8 +102,8 @@ def test_nuclei_under_the_area_are_dropped():
     label = discs((15, 15, 8), (45, 45, 4))
     small = int((label == 2).sum())
     for area, nuclei in ((small, 2), (small + 1, 1)):
-        assert from_depth(*perfect(label), area=area).max() == nuclei
-        assert from_foreground((label > 0).astype(float), area=area).max() == nuclei
+        assert from_depth(*perfect(label), limits(area=area)).max() == nuclei
+        assert from_foreground((label > 0).astype(float), limits(area=area)).max() == nuclei
 
 
 @pytest.mark.parametrize(
@@ -109,8 +116,8 @@ def test_unsure_nuclei_are_dropped_by_their_mean(confidence, ids):
     foreground[45, 45] = 1.0  # one sure pixel makes no sure nucleus
     expected = np.where(np.isin(label, ids), label, 0)
     for found in (
-        from_depth(foreground, depths, confidence=confidence),
-        from_foreground(foreground, confidence=confidence),
+        from_depth(foreground, depths, limits(confidence=confidence)),
+        from_foreground(foreground, limits(confidence=confidence)),
     ):
         assert same_up_to_ids(found, expected)
         assert found.max() == len(ids)
@@ -118,20 +125,22 @@ def test_unsure_nuclei_are_dropped_by_their_mean(confidence, ids):
 
 def test_nothing_from_nothing():
     empty = np.zeros((16, 24))
-    assert from_depth(empty, empty).tolist() == empty.tolist()
-    assert from_foreground(empty).tolist() == empty.tolist()
+    assert from_depth(empty, empty, limits()).tolist() == empty.tolist()
+    assert from_foreground(empty, limits()).tolist() == empty.tolist()
 
 
 def test_a_foregrounds_own_depth_splits_a_waist():
     """Two discs that overlap a little are two; a disc and a long ellipse are one each."""
     waist = discs((30, 20, 10), (30, 37, 10)) > 0
-    label = from_foreground(np.where(waist, 0.9, 0.1))
+    label = from_foreground(np.where(waist, 0.9, 0.1), limits())
     assert label.max() == 2
     assert len({label[30, 20], label[30, 37]}) == 2
     y, x = np.mgrid[:64, :64]
     ellipse = ((y - 32) / 7) ** 2 + ((x - 32) / 16) ** 2 <= 1
     for shape in (discs((30, 30, 14)) > 0, ellipse):
-        assert same_up_to_ids(from_foreground(np.where(shape, 0.8, 0.2)), shape.astype(int))
+        assert same_up_to_ids(
+            from_foreground(np.where(shape, 0.8, 0.2), limits()), shape.astype(int)
+        )
 
 
 @pytest.mark.parametrize(("gap", "nuclei"), [(5, 1), (6, 2), (-5, 1), (-6, 2)])
@@ -139,7 +148,7 @@ def test_a_seed_is_the_highest_pixel_within_reach(gap, nuclei):
     """A slope with its top at column 20, and a lower one `gap` columns from it."""
     column = np.tile(np.arange(41), (9, 1))
     depths = np.where(column == 20 + gap, 0.999, 1 - np.abs(column - 20) / 100)
-    label = from_foreground(np.ones((9, 41)), depths, sigma=0, reach=5)
+    label = from_foreground(np.ones((9, 41)), limits(), depths, sigma=0, reach=5)
     assert label.max() == nuclei
 
 
@@ -169,7 +178,7 @@ def slow_whole(labels: np.ndarray, foreground: np.ndarray, area: int, confidence
 def test_whole_equals_a_loop(labels, area, confidence, seed):
     quarters = np.random.default_rng(seed).integers(0, 5, labels.shape)
     foreground = quarters / 4  # sums without rounding
-    found = whole(labels, foreground, area=area, confidence=confidence)
+    found = whole(labels, foreground, limits(area=area, confidence=confidence))
     assert found.dtype == np.int32
     assert np.array_equal(found, slow_whole(labels, foreground, area, confidence))
 
@@ -178,11 +187,11 @@ def test_whole_by_hand():
     labels = np.array([[7, 7, 0, 3], [0, 0, 7, 3], [7, 0, 0, 3], [2, 2, 0, 0]])
     sure = np.ones(labels.shape)
     expected = [[1, 1, 0, 2], [0, 0, 0, 2], [0, 0, 0, 2], [3, 3, 0, 0]]
-    assert whole(labels, sure, area=2, confidence=0.0).tolist() == expected
+    assert whole(labels, sure, limits(area=2, confidence=0.0)).tolist() == expected
     expected = [[0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
-    assert whole(labels, sure, area=3, confidence=0.0).tolist() == expected
+    assert whole(labels, sure, limits(area=3, confidence=0.0)).tolist() == expected
     sure[1, 3] = 0.0  # the long one's mean is two thirds
-    assert whole(labels, sure, area=3, confidence=0.7).max() == 0
+    assert whole(labels, sure, limits(area=3, confidence=0.7)).max() == 0
 
 
 def plain_from_depth(nucleus: np.ndarray, depths: np.ndarray, rise: float) -> np.ndarray:
@@ -208,7 +217,7 @@ def test_equals_a_flood_from_the_h_maxima(share, rise):
     for seed in range(6):
         rng = np.random.default_rng(seed)
         nucleus, depths = uniform_noise(rng) < share, 0.2 + 0.8 * uniform_noise(rng)
-        label = from_depth(np.where(nucleus, 0.9, 0.1), depths, rise=rise, area=0)
+        label = from_depth(np.where(nucleus, 0.9, 0.1), depths, limits(seed_rise=rise, area=0))
         expected = plain_from_depth(nucleus, depths.astype(np.float32), rise)
         assert label.max() == len(np.unique(expected[nucleus]))
         overlap = np.zeros((label.max() + 1, expected.max() + 1), int)

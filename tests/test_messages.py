@@ -111,8 +111,6 @@ $ train model.norms=moving  # statistics that cannot move
 model.norms: found 'moving', expected it only with model.train = 'full' and train.checkpoint = false
 $ train augment.scale_min=2  # a range upside down
 augment.scale_max: found 1.3, expected at least scale_min = 2.0
-$ train train.epochs=3  # a validation that never comes
-train.validate_every: found 5, expected at most epochs = 3
 $ train PLAIN train.log_with=board  # no such tracker
 train.log_with: found 'board', expected one of ..., tensorboard, ... or ''
 $ train PLAIN train.log_with=aim  # a tracker that is not installed
@@ -130,7 +128,8 @@ found 2 configurations (a.toml, b.toml), expected one
 $ train PLAIN model.weights=sam.pth  # weights that are not there
 model.weights: no such file: sam.pth...expected a path, 'auto' or 'none'...
 $ train PLAIN model.weights=other.pt  # weights of another model
-other.pt does not fit MobileSAM (vit_t)...unexpected: ... mobile_sam.pt or ... of nucsam export...
+other.pt does not fit MobileSAM (vit_t): ... tensors differ; ...: found none, expected fractions
+(...)... mobile_sam.pt or ... of nucsam export...
 $ train PLAIN model.weights=page.pt  # a web page saved as weights
 page.pt is not a whole checkpoint of tensors alone (UnpicklingError)... would run code ... Expected
 MobileSAM's mobile_sam.pt (download it again) or a file of nucsam export
@@ -193,7 +192,8 @@ lora.safetensors: found an adapter without a head,... format onnx ...
 $ export heads --out m --format adapter --without-head  # nothing but a head
 ...without...head: heads trained nothing but a head
 $ evaluate wide  # the head of another width
-wide/adapter.safetensors: weights do not fit the model: ... tensors of another shape: head...
+wide/adapter.safetensors: weights do not fit the model: ... tensors differ; head...: found
+fractions (...), expected fractions (...), ...
 $ evaluate baseless  # another program's tensors for the base
 baseless/base.safetensors: found a file of kind None, expected 'base'
 $ train PLAIN --out torn --resume  # a state cut off
@@ -264,13 +264,14 @@ $ evaluate --truth plain/labels --pred cut/labels --workers 1  # predictions of 
 $ evaluate --truth flat --pred flat --protocol nuinseg  # a typo in the protocol
 protocol: found 'nuinseg', expected one of nuinsseg, nuinsseg-no-vague, nuceval, plain
 $ evaluate SAME --iou 50  # a percentage for a threshold of overlap
-protocol nuinsseg (changed): found iou 50, min_area 50, ... 0 to 1 and no other number below 0
+protocol nuinsseg (changed): match at IoU > 50, ...; expected iou from 0 to 1; min_area, zone_width
+and vague_overlap from 0
 $ evaluate SAME --organ (  # half a pattern of organs
 organ: found '(', expected a regular expression: missing ), ...
 $ evaluate SAME --workers -1  # fewer than no processes
 workers: found -1, expected 0 or more
 $ evaluate SAME --json flat  # scores into a folder
-flat: [Errno 21] Is a directory: ...; what was there before is unharmed
+flat: found a folder or a device, expected the name of a file
 $ predict model flat --out p  # no such model
 model: found no such file, expected a run directory or a safetensors file of nucsam export
 $ predict other.pt flat --out p  # a file that is no model
@@ -308,11 +309,11 @@ $ export run --out m --without-head  # a head too many
 $ export run --out m --base auto  # a base too many
 ...base: ...run...names its base...expected an adapter file
 $ export run --out flat  # export into a folder
-flat: found a folder, expected the name of a file
+flat: found a folder or a device, expected the name of a file
 $ export run --out other.pt  # export over a file
 other.pt: exists; ...force replaces it
 $ export run --out page.pt/m  # export under a file
-page.pt: cannot be made (...), expected a folder
+page.pt/m: ...exists...; what was there before is unharmed
 $ export unfinished --out m  # an unfinished run
 unfinished: found an unfinished run, 1 of 2 epochs; nucsam ... --out unfinished --resume finishes it
 $ export headless --out m  # scores of something else

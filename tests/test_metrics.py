@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from nucsam.errors import UserError
 from nucsam.score import overlaps
 from nucsam.score.assignment import assign
-from nucsam.score.metrics import METRICS, PROTOCOLS, Protocol, dice, pool, score_maps
+from nucsam.score.metrics import METRICS, PROTOCOLS, Protocol, pool, score_maps
 
 PLAIN = PROTOCOLS["plain"]
 RING = PROTOCOLS["nuceval"]
@@ -436,12 +436,6 @@ def test_outcomes_of_every_object():
     assert of_pred == {1: "matched", 2: "false", 3: "merged", 5: "split", 6: "merged"}
 
 
-def test_dice_alone():
-    truth, pred = square((9, 9), (0, 4, 0, 4)), square((9, 9), (0, 4, 1, 5))
-    assert dice(truth, pred) == dice(truth > 0, pred * 255.0) == 0.75
-    assert math.isnan(dice(truth * 0, pred * 0))
-
-
 label_maps = array_shapes(min_dims=2, max_dims=2, max_side=12).flatmap(
     lambda shape: st.tuples(*[arrays(np.int16, shape, elements=st.integers(0, 6))] * 2)
 )
@@ -483,3 +477,14 @@ def test_ranges_and_the_perfect_prediction(maps):
     found, perfect = plain(*maps, empty="one"), plain(maps[0], maps[0], empty="one")
     assert all(0 <= getattr(found, m) <= 1 for m in METRICS)
     assert all(getattr(perfect, m) == 1 for m in METRICS)
+
+
+def test_matched_missed_and_false_objects_are_named():
+    truth, pred = np.zeros((2, 10, 10), int)
+    truth[0:4, 0:4], truth[6:9, 0:3] = 70, 5
+    pred[0:4, 1:4], pred[6:9, 6:9] = 3, 900
+    score = score_maps(truth, pred, protocol="plain")
+    assert score.outcomes() == (
+        {70: "matched", 5: "missed"},
+        {3: "matched", 900: "false"},
+    )

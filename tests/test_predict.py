@@ -1,5 +1,8 @@
 """Images of any size and scale to maps and nuclei, with models whose maps are known."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +67,12 @@ def predictor(model: nn.Module | None = None, scale: float = 1.0, **arguments) -
     return Predictor(model or Fake(), **arguments)
 
 
+def maps_of(predictor: Predictor, images: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Dense maps float32 (C, H, W) of images, in order."""
+    one_window = replace(predictor, core=2**31)
+    return (maps for _, _, maps in one_window._dense(map(one_window.grid, images)))
+
+
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     """A smooth image: to magnify and shrink it again changes little."""
     generator = torch.Generator().manual_seed(seed)
@@ -97,7 +106,7 @@ def test_label_map_is_the_images_at_any_size(size):
 @given(height=st.integers(16, 300), width=st.integers(16, 300))
 def test_maps_are_the_images_at_any_size_and_scale(scale, height, width):
     image = picture(height, width)
-    (maps,) = predictor(scale=scale, tile=128).maps([image])
+    (maps,) = maps_of(predictor(scale=scale, tile=128), [image])
     assert maps.dtype == np.float32
     assert maps.shape == (2, height, width)
     np.testing.assert_allclose(maps, red_green(image), atol=1e-3 if scale == 1 else 8.0)
@@ -109,7 +118,7 @@ def test_nothing_is_shifted(scale):
     """A ramp, magnified and shrunk, stays where it is: half a pixel more would be 2 grey levels."""
     y, x = np.mgrid[:60, :60]
     image = np.stack([4 * y, 4 * x, 0 * x], -1).astype(np.uint8)
-    (maps,) = predictor(scale=scale, tile=64, overlap=0).maps([image])
+    (maps,) = maps_of(predictor(scale=scale, tile=64, overlap=0), [image])
     np.testing.assert_allclose(maps[:, 4:-4, 4:-4], red_green(image)[:, 4:-4, 4:-4], atol=0.2)
 
 
@@ -118,9 +127,9 @@ def test_nothing_is_shifted(scale):
 def test_tiles_equal_the_whole_for_a_local_model(scale, size):
     """But for the few px where the blur reaches over a tile's border, and fades out."""
     image = picture(*size, seed=1)
-    (tiled,) = predictor(Blur(), scale, tile=128, overlap=48).maps([image])
+    (tiled,) = maps_of(predictor(Blur(), scale, tile=128, overlap=48), [image])
     model = Blur()
-    (whole,) = predictor(model, scale, tile=512, overlap=48).maps([image])
+    (whole,) = maps_of(predictor(model, scale, tile=512, overlap=48), [image])
     assert len(model.seen) == 1
     assert tiled.shape == whole.shape == (2, *size)
     # At the image's border the whole has its mirror where a tile has nothing
@@ -135,7 +144,7 @@ def test_tiles_without_overlap_show_their_borders():
     """Negative control of the test above."""
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     whole, bare, faded = (
-        next(predictor(Blur(), tile=tile, overlap=overlap).maps([image]))
+        next(maps_of(predictor(Blur(), tile=tile, overlap=overlap), [image]))
         for tile, overlap in ((512, 48), (128, 0), (128, 48))
     )
     assert np.abs(bare - whole).mean() > 5 * np.abs(faded - whole).mean() > 0
@@ -155,7 +164,8 @@ def test_order_is_kept_and_grouping_changes_nothing(batch):
     assert max(shape[0] for shape in model.seen) <= batch
     assert sum(shape[0] for shape in model.seen) == sum(tiles)
     grouped, single = (
-        list(predictor(Blur(), 2.0, tile=64, overlap=16, batch=b).maps(images)) for b in (batch, 1)
+        list(maps_of(predictor(Blur(), 2.0, tile=64, overlap=16, batch=b), images))
+        for b in (batch, 1)
     )
     for maps, same in zip(grouped, single, strict=True):
         np.testing.assert_array_equal(maps, same)
@@ -164,7 +174,7 @@ def test_order_is_kept_and_grouping_changes_nothing(batch):
 def test_tiles_of_one_size_share_a_batch():
     model = Fake()
     images = [picture(128, 128), picture(64, 64), picture(64, 64)]
-    list(predictor(model, tile=64, overlap=0, batch=4).maps(images))
+    list(maps_of(predictor(model, tile=64, overlap=0, batch=4), images))
     assert model.seen == [(4, 3, 64, 64), (2, 3, 64, 64)]
 
 
@@ -190,7 +200,7 @@ def test_small_images_are_mirrored_and_not_blackened():
             return images[:, :2].mean((2, 3), keepdim=True).expand(-1, -1, *images.shape[2:])
 
     image = np.full((20, 30, 3), 200, np.uint8)
-    (maps,) = predictor(Mean(), 2.0).maps([image])
+    (maps,) = maps_of(predictor(Mean(), 2.0), [image])
     np.testing.assert_allclose(maps, 200.0, atol=1e-3)
 
 
@@ -203,7 +213,7 @@ def test_every_scale_that_can_train_can_predict(crop, scale, size):
     """Whatever `data.crop * data.scale` allows, tiles are multiples of 32 model px."""
     assert crop * scale % 32 == 0
     image = np.full((*size, 3), 100, np.uint8)
-    (maps,) = predictor(scale=scale, tile=1024).maps([image])
+    (maps,) = maps_of(predictor(scale=scale, tile=1024), [image])
     np.testing.assert_allclose(maps, np.full((2, *size), 100.0), atol=1e-3)
 
 
@@ -212,7 +222,7 @@ def test_every_scale_that_can_train_can_predict(crop, scale, size):
 def test_tiles_have_the_asked_scale(scale, size):
     model = Fake()
     p = predictor(model, scale, tile=256)
-    list(p.maps([picture(size, size)]))
+    list(maps_of(p, [picture(size, size)]))
     side = p.grid(picture(size, size)).sides[0]
     assert model.seen[0][2] / side == pytest.approx(scale, rel=0.01)
 
@@ -233,10 +243,10 @@ def test_forward_pass_runs_in_the_asked_precision():
             return product
 
     model = Product()
-    (maps,) = predictor(model, 2.0, autocast=torch.bfloat16).maps([picture(64, 64)])
+    (maps,) = maps_of(predictor(model, 2.0, autocast=torch.bfloat16), [picture(64, 64)])
     assert model.dtype == torch.bfloat16
     assert maps.dtype == np.float32
-    (exact,) = predictor(model, 2.0).maps([picture(64, 64)])
+    (exact,) = maps_of(predictor(model, 2.0), [picture(64, 64)])
     assert model.dtype == torch.float32
     assert 0 < np.abs(maps - exact).max() <= 1.0
 
@@ -340,7 +350,7 @@ def test_a_net_in_windows_is_the_net_in_one(base):
     net = build_model(Model(width=32), base, seed=0).eval()
     image = picture(230, 300)
     arguments = {"tile": 96, "overlap": 16, "batch": 2}
-    (whole,) = predictor(net, **arguments).maps([image])
+    (whole,) = maps_of(predictor(net, **arguments), [image])
     parts = predictor(net, core=100, margin=30, **arguments)
     tiles = parts.grid(image)
     assert len(tiles.windows) == 9
@@ -405,7 +415,7 @@ def test_flips_and_turns_are_undone(size):
     image = picture(*size)
     np.testing.assert_array_equal(predictor(tta=True, tile=64).predict(image), image[..., 0])
     plain, mean = (
-        next(predictor(Slope(), tta=tta, tile=512).maps([image])) for tta in (False, True)
+        next(maps_of(predictor(Slope(), tta=tta, tile=512), [image])) for tta in (False, True)
     )
     np.testing.assert_allclose(mean[0], plain[0], atol=1e-3)
     inner = np.s_[2:-2, 2:-2]

@@ -13,7 +13,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from test_predict import Colour, discs, predictor
+from test_predict import Colour, discs, maps_of, predictor
 from test_writers import same_nuclei
 
 import nucsam
@@ -49,7 +49,7 @@ def some_image(height=100, width=130, seed=0):
 def test_an_export_predicts_as_its_run(trained):
     """Within float error of base + adapter; and not as with another adapter and head."""
     run, exported = nucsam.load(trained[0], device="cpu"), nucsam.load(trained[1], device="cpu")
-    maps, same = (next(p.maps([some_image()])) for p in (run, exported))
+    maps, same = (next(maps_of(p, [some_image()])) for p in (run, exported))
     assert np.abs(maps - same).max() < 1e-5 * max(1.0, np.abs(maps).max())
     moved, config = checkpoint.open_run(trained[0])[:2]
     for p in (run, exported):
@@ -59,7 +59,7 @@ def test_an_export_predicts_as_its_run(trained):
         for parameter in moved.trainable().values():
             parameter.add_(0.05)
     run.model = moved
-    assert np.abs(next(run.maps([some_image()])) - same).max() > 1e-3
+    assert np.abs(next(maps_of(run, [some_image()])) - same).max() > 1e-3
 
 
 def test_a_loaded_model_predicts(trained):

@@ -202,7 +202,9 @@ def test_speed_is_images_by_seconds():
 
 
 def test_all_trains_on_everything_but_the_inner_split(tiny, tmp_path):
-    scores = fit(tiny("data.fold=all", "train.epochs=1"), tmp_path / "run")
+    scores = fit(
+        tiny("data.fold=all", "train.epochs=1", "train.validate_every=5"), tmp_path / "run"
+    )
     images = json.loads((tmp_path / "run" / "environment.json").read_text())["images"]
     assert images == {"train": 8, "inner": 4, "test": 0}
     assert scores["images_of"] == "inner"

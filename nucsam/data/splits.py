@@ -48,28 +48,19 @@ def identity(records: Sequence[Record]) -> str:
     return hashlib.sha256(names.encode()).hexdigest()
 
 
-def split_records(
-    records: Sequence[Record],
-    *,
-    scheme: str = "official",
-    folds: int = 5,
-    fold: int | str = 0,
-    inner: float = 0.15,
-    seed: int = 19,
-) -> Split:
+def split_records(records: Sequence[Record], data: Data) -> Split:
     """Split records into training, inner validation and test; no group is ever separated.
+
+    - `split = "official"` is scikit-learn's KFold(folds, shuffle=True, random_state=seed) over the
+      records, or over the sorted groups where a group has several images. `"organ"` gives each fold
+      its share of every organ.
+    - `fold = "all"` tests on nothing.
+    - The inner split is one part of round(1 / inner) of the training images, stratified by organ
+      and drawn from (seed, fold). It is never empty where there are two groups.
 
     Args:
         records: the images, in their order.
-        scheme: "official" is scikit-learn's KFold(folds, shuffle=True, random_state=seed) over
-            the records, or over the sorted groups where a group has several images. "organ" gives
-            each fold its share of every organ.
-        folds: number of folds.
-        fold: the test fold; "all" tests on nothing.
-        inner: share of the training images that choose the epoch, 0 to 0.5. It is one part of
-            round(1 / inner), stratified by organ and drawn from (seed, fold). It is never empty
-            where there are two groups; 0 takes none.
-        seed: of the folds.
+        data: the section `data` of the configuration.
 
     Raises:
         UserError: there are more folds than groups.
@@ -80,18 +71,20 @@ def split_records(
     organs = np.array([organ_of[group] for group in groups])
     sizes = np.array([images[group] for group in groups])
     kind = np.full(len(groups), TRAIN)
-    if fold != "all":
-        if folds > len(groups):
-            raise UserError(f"folds: found {folds}, expected at most one per group: {len(groups)}")
-        if scheme == "official":
-            test = np.array_split(np.random.RandomState(seed).permutation(len(groups)), folds)[fold]
+    if data.fold != "all":
+        if data.folds > len(groups):
+            expected = f"at most one per group: {len(groups)}"
+            raise UserError(f"folds: found {data.folds}, expected {expected}")
+        if data.split == "official":
+            shuffled = np.random.RandomState(data.seed).permutation(len(groups))
+            test = np.array_split(shuffled, data.folds)[data.fold]
         else:
-            test = _stratified(organs, sizes, folds, seed) == fold
+            test = _stratified(organs, sizes, data.folds, data.seed) == data.fold
         kind[test] = TEST
     rest = np.flatnonzero(kind == TRAIN)
-    if inner and len(rest) > 1:
-        number = folds if fold == "all" else fold
-        parts = _stratified(organs[rest], sizes[rest], round(1 / inner), (seed, number))
+    if len(rest) > 1:
+        number = data.folds if data.fold == "all" else data.fold
+        parts = _stratified(organs[rest], sizes[rest], round(1 / data.inner), (data.seed, number))
         kind[rest[parts == 0]] = INNER
     kind_of = dict(zip(groups, kind))
     kinds = [kind_of[record.group] for record in records]
@@ -102,12 +95,5 @@ def split_records(
 def find_split(data: Data) -> tuple[list[Record], Split]:
     """The images of a configuration and their split; training and scoring must agree on it."""
     records = find_records(data.root, layout=data.layout, group=data.group)
-    split = split_records(
-        records,
-        scheme=data.split,
-        folds=data.folds,
-        fold=data.fold,
-        inner=data.inner,
-        seed=data.seed,
-    )
+    split = split_records(records, data)
     return [replace(record, connected=data.connected) for record in records], split

@@ -94,14 +94,12 @@ def _check(
         raise UserError(f"base: {source} is a run and names its base, expected an adapter file")
     if format == "onnx":
         graph.check_packages()
-    if out.is_dir():
-        raise UserError(f"{out}: found a folder, expected the name of a file")
-    if out.exists() and not force:
+    if out.is_file() and not force:
         raise UserError(f"{out}: exists; force replaces it")
 
 
 def _finished(run: RunDirectory, config: Config) -> dict[str, Any]:
-    """The scores and versions of a run, for the metadata of its export.
+    """The scores of a run, for the metadata of its export.
 
     Raises:
         UserError: the run is not finished.
@@ -116,11 +114,7 @@ def _finished(run: RunDirectory, config: Config) -> dict[str, Any]:
         )
     if "headline" not in scores:
         raise UserError(f"{run.scores_file}: found no headline, expected the scores of a run")
-    facts = {"scores": scores["headline"], "scores_of": scores.get("images_of")}
-    if environment := run.read_environment():
-        names = ("nucsam", "python", "packages")
-        facts["versions"] = {name: environment.get(name) for name in names}
-    return facts
+    return {"scores": scores["headline"], "scores_of": scores.get("images_of")}
 
 
 def _tensors(format: str, has_head: bool, net: Nucsam, stock: Base) -> dict[str, Tensor]:
@@ -142,11 +136,6 @@ def _write(
     config: Config,
 ) -> str:
     """Write the file, and return a remark on it."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"cannot be made ({error.strerror}), expected a folder"
-        raise UserError(f"{out.parent}: {reason}") from error
     if format == "onnx":
         with atomic(out) as partial:
             onnx = graph.Graph(net.fold(), config.data.scale)

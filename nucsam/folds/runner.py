@@ -300,7 +300,7 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
     if RunDirectory(out).exists():
         raise UserError(f"out: {out} is one run, expected a folder for the runs of all folds")
     (out / ".locks").mkdir(parents=True, exist_ok=True)
-    with Claim.wait(out / ".locks" / "folds"):
+    with Claim.take(out / ".locks" / "folds", wait=True):
         common = out / "folds.toml"
         wanted = {common: base} | {RunDirectory(job.run).config_file: job.config for job in jobs}
         changed = [line for path, new in wanted.items() for line in _changed(path, new)]

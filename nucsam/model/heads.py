@@ -40,7 +40,9 @@ class Norm(nn.BatchNorm2d):
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
         y = x.float()
-        variances_PC, means_PC = _gather(torch.stack(torch.var_mean(y, (0, 2, 3), correction=0)))
+        pairs_P2C = y.new_zeros(dist.get_world_size(), 2, y.shape[1])  # of each of P processes
+        pairs_P2C[dist.get_rank()] = torch.stack(torch.var_mean(y, (0, 2, 3), correction=0))
+        variances_PC, means_PC = _Sum.apply(pairs_P2C).unbind(1)
         mean = means_PC.mean(0)
         variance = variances_PC.mean(0) + (means_PC - mean).square().mean(0)
         count = dist.get_world_size() * x.numel() // x.shape[1]
@@ -50,15 +52,6 @@ class Norm(nn.BatchNorm2d):
         scale = self.weight * torch.rsqrt(variance + self.eps)
         y = (y - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
         return y.to(x.dtype)
-
-
-def _gather(pair: Tensor) -> tuple[Tensor, Tensor]:
-    """(2, C) of each of P processes -> two (P, C), with gradients, in one exchange."""
-    before = dist.get_rank()
-    after = dist.get_world_size() - 1 - before
-    padded = [pair.new_zeros(before, *pair.shape), pair[None], pair.new_zeros(after, *pair.shape)]
-    first, second = _Sum.apply(torch.cat(padded)).unbind(1)
-    return first, second
 
 
 class _Sum(torch.autograd.Function):
@@ -177,14 +170,7 @@ class InstanceHead(nn.Module):
         """Maps (4, H, W) of one image -> label map int32 (H, W), 0 = background."""
         # The probability of inside or boundary: 1 - softmax of the background.
         foreground = expit(np.logaddexp(maps[1], maps[2]) - maps[0])
-        return instances.from_depth(
-            foreground,
-            expit(maps[3]),
-            threshold=config.foreground,
-            rise=config.seed_rise,
-            confidence=config.confidence,
-            area=config.area,
-        )
+        return instances.from_depth(foreground, expit(maps[3]), config)
 
 
 class SamHead:
@@ -225,9 +211,4 @@ class SamHead:
 
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         """Maps (1, H, W) of one image -> label map int32 (H, W), 0 = background."""
-        return instances.from_foreground(
-            expit(maps[0]),
-            threshold=config.foreground,
-            confidence=config.confidence,
-            area=config.area,
-        )
+        return instances.from_foreground(expit(maps[0]), config)

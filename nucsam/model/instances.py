@@ -2,7 +2,7 @@
 
 `from_depth` floods the depth map from its h-maxima (Soille 2003, Morphological Image Analysis, 6.3
 and 9.2). An h-maximum is a maximum that rises at least h above its saddle, the lowest pixel on the
-highest path to a higher maximum. Here h is `rise`.
+highest path to a higher maximum. Here h is `instances.seed_rise`.
 
 1. `_basins`: from every pixel the steepest ascent leads to a maximum. The pixels that reach one
    maximum are its basin.
@@ -23,41 +23,32 @@ from scipy.sparse.csgraph import connected_components
 from skimage.measure import label as label_pieces
 from skimage.segmentation import watershed
 
+from nucsam.config import Instances
 
-def from_depth(
-    foreground_HW: np.ndarray,
-    depth_HW: np.ndarray,
-    *,
-    threshold: float = 0.5,
-    rise: float = 0.15,
-    confidence: float = 0.0,
-    area: int = 30,
-) -> np.ndarray:
+
+def from_depth(foreground_HW: np.ndarray, depth_HW: np.ndarray, config: Instances) -> np.ndarray:
     """Nuclei by watershed of the depth from its h-maxima.
 
     Args:
         foreground_HW: probability of nucleus, float, 0..1.
         depth_HW: map of `targets.depth`, float, 0..1.
-        threshold: a nucleus pixel has a higher foreground.
-        rise: h of the h-maxima: minimum height of a seed above its saddle, 0..1.
-        confidence: minimum mean foreground of a nucleus, 0..1.
-        area: minimum area of a nucleus, px.
+        config: the section `instances` of the configuration.
 
     Returns:
         Label map int32 (H, W), ids 1.. in raster order, 0 = background.
     """
     H, W = foreground_HW.shape
-    nucleus_HW = foreground_HW > threshold
+    nucleus_HW = foreground_HW > config.foreground
     height = np.full((H, W + 1), -np.inf, np.float32)
     np.copyto(height[:, :W], depth_HW, where=nucleus_HW)
     basin_N, peak_K = _basins(height.ravel(), W + 1)
-    seed_K = _seeds(peak_K, *_saddles(basin_N, height.ravel(), W + 1), rise)
+    seed_K = _seeds(peak_K, *_saddles(basin_N, height.ravel(), W + 1), config.seed_rise)
 
     pixels_P = np.flatnonzero(nucleus_HW)
     basin_P = basin_N.reshape(H, W + 1)[:, :W].ravel()[pixels_P]
     foreground_P = foreground_HW.ravel()[pixels_P]
     labels = np.zeros(H * W, np.int32)
-    labels[pixels_P] = _numbered(seed_K[basin_P], foreground_P, area=area, confidence=confidence)
+    labels[pixels_P] = _numbered(seed_K[basin_P], foreground_P, config)
     return labels.reshape(H, W)
 
 
@@ -167,18 +158,16 @@ def _seeds(
         basin_S, neighbour_S, height_S = basin_S[apart], neighbour_S[apart], height_S[apart]
 
 
-def _numbered(
-    ids_P: np.ndarray, foreground_P: np.ndarray, *, area: int, confidence: float
-) -> np.ndarray:
+def _numbered(ids_P: np.ndarray, foreground_P: np.ndarray, config: Instances) -> np.ndarray:
     """Ids 1.. in the order of their first pixels, int32 (P,); 0 for background.
 
-    Nuclei smaller than `area` px, or of a lower mean foreground than `confidence`, become 0.
+    Nuclei under `config.area` px, or of a lower mean foreground than `config.confidence`, become 0.
     """
     size = np.bincount(ids_P, minlength=1)
     total = np.bincount(ids_P, foreground_P, minlength=1)
     first = np.zeros(len(size), np.int64)
     first[ids_P[::-1]] = np.arange(len(ids_P))[::-1]  # of several values the last one stays
-    keep = (size >= max(area, 1)) & (total >= confidence * size)
+    keep = (size >= max(config.area, 1)) & (total >= config.confidence * size)
     keep[0] = False
     kept = np.flatnonzero(keep)
     number = np.zeros(len(size), np.int32)
@@ -188,47 +177,40 @@ def _numbered(
 
 def from_foreground(
     foreground_HW: np.ndarray,
+    config: Instances,
     depth_HW: np.ndarray | None = None,
     *,
-    threshold: float = 0.5,
     sigma: float = 2.0,
     reach: int = 5,
-    confidence: float = 0.0,
-    area: int = 30,
 ) -> np.ndarray:
     """Nuclei by watershed from the local maxima of a smoothed depth.
 
     Args:
         foreground_HW: probability of nucleus, float, 0..1.
+        config: the section `instances` of the configuration.
         depth_HW: any map of depth, float; None takes the distance to the background, px.
-        threshold: a nucleus pixel has a higher foreground.
         sigma: of the Gaussian that smooths the depth, px.
         reach: a seed is the highest pixel this far in rows and columns, px.
-        confidence: minimum mean foreground of a nucleus, 0..1.
-        area: minimum area of a nucleus, px.
 
     Returns:
         As `from_depth`.
     """
-    nucleus = foreground_HW > threshold
+    nucleus = foreground_HW > config.foreground
     depth = ndimage.distance_transform_edt(nucleus) if depth_HW is None else depth_HW
     depth = ndimage.gaussian_filter(depth, sigma)
     is_peak = (depth == ndimage.maximum_filter(depth, 2 * reach + 1)) & nucleus
     seeds, _ = ndimage.label(is_peak, np.ones((3, 3), bool))
     labels = watershed(-depth, seeds, mask=nucleus)
-    return whole(labels, foreground_HW, area=area, confidence=confidence)
+    return whole(labels, foreground_HW, config)
 
 
-def whole(
-    labels_HW: np.ndarray, foreground_HW: np.ndarray, *, area: int, confidence: float
-) -> np.ndarray:
+def whole(labels_HW: np.ndarray, foreground_HW: np.ndarray, config: Instances) -> np.ndarray:
     """The largest 4-connected piece of each nucleus, the last one of a tie.
 
     Args:
         labels_HW: nucleus ids, int, 0 = background.
         foreground_HW: probability of nucleus, float, 0..1.
-        area: minimum area of a piece, px.
-        confidence: minimum mean foreground of a piece, 0..1.
+        config: the section `instances` of the configuration; its limits hold for the piece.
 
     Returns:
         As `from_depth`.
@@ -242,5 +224,5 @@ def whole(
     largest[owner[by_size]] = by_size  # of several values the last one stays, the largest piece
     numbers = np.arange(count + 1)
     ids = np.where(largest[owner] == numbers, numbers, 0)[pieces]
-    labels = _numbered(ids.ravel(), foreground_HW.ravel(), area=area, confidence=confidence)
+    labels = _numbered(ids.ravel(), foreground_HW.ravel(), config)
     return labels.reshape(labels_HW.shape)

@@ -37,8 +37,6 @@ class LoRALinear(nn.Linear):
         )
         self.weight = base.weight
         self.bias = base.bias
-        self.rank = rank
-        self.alpha = alpha
         self.scale = alpha / rank
         self.lora_A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
@@ -59,9 +57,6 @@ class LoRALinear(nn.Linear):
         """W + (alpha / rank) · B A, (out, in), computed in float64 and returned in W's dtype."""
         update = self.lora_B.detach().double() @ self.lora_A.detach().double()
         return (self.weight.detach().double() + self.scale * update).to(self.weight.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha}"
 
 
 def inject(module: nn.Module, pattern: str, *, rank: int, alpha: float) -> list[str]:
@@ -93,42 +88,16 @@ def inject(module: nn.Module, pattern: str, *, rank: int, alpha: float) -> list[
     return names
 
 
-def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """The `lora_A` and `lora_B` of each adapted layer, under their names in `module`; no copies."""
-    return {
-        name: tensor
-        for name, tensor in module.state_dict().items()
-        if name.endswith((".lora_A", ".lora_B"))
-    }
-
-
-def merged_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """`module.state_dict()` with each update added to its weight, under the base's names.
-
-    `module` does not change.
-    """
-    adapters = adapter_state_dict(module)
-    state = {name: tensor for name, tensor in module.state_dict().items() if name not in adapters}
-    for name, layer in _adapted(module):
-        state[f"{name}.weight"] = layer.merged_weight()
-    return state
-
-
 def merge(module: nn.Module) -> None:
     """Replace, in place, each adapted layer by a plain linear layer with the merged weight.
 
     The merged weights do not train. The module computes the same, to rounding.
     """
-    for name, layer in _adapted(module):
+    adapted = {n: layer for n, layer in module.named_modules() if isinstance(layer, LoRALinear)}
+    for name, layer in adapted.items():
         linear = nn.Linear(
             layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
         )
         linear.weight = nn.Parameter(layer.merged_weight(), requires_grad=False)
         linear.bias = layer.bias
         module.set_submodule(name, linear.train(layer.training))
-
-
-def _adapted(module: nn.Module) -> list[tuple[str, LoRALinear]]:
-    return [
-        (name, layer) for name, layer in module.named_modules() if isinstance(layer, LoRALinear)
-    ]

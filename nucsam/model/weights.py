@@ -41,7 +41,6 @@ class Base:
     sha256: str  # `state_sha256(state)`, whatever the format of the file
     source: str  # a path, or "none (random, seed 0)"
     extra: dict[str, Tensor] = field(default_factory=dict)  # `head.*` of a nucsam export
-    metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors file
 
 
 def load_base(spec: str | Path, *, cache: str | Path | None = None, seed: int = 0) -> Base:
@@ -73,7 +72,7 @@ def load_base(spec: str | Path, *, cache: str | Path | None = None, seed: int = 
             f"{path} does not fit MobileSAM (vit_t): {problem}. Expected MobileSAM's {FILE} or a "
             "merged file of nucsam export, which merges an adapter with its base"
         )
-    return Base(tensors, state_sha256(tensors), str(path), head, metadata)
+    return Base(tensors, state_sha256(tensors), str(path), head)
 
 
 def random_base(seed: int) -> Base:
@@ -146,24 +145,20 @@ def misfit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
 
     They need the same names and shapes, and fractions where fractions are expected.
     """
-    shapes, types = [], []
-    for name in sorted(found.keys() & expected.keys()):
-        have, want = found[name], expected[name]
-        if have.shape != want.shape:
-            shapes.append(f"{name} {tuple(have.shape)}, expected {tuple(want.shape)}")
-        if have.is_floating_point() != want.is_floating_point():
-            types.append(f"{name} {have.dtype}, expected {want.dtype}")
-    problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape": shapes,
-        "of another type": types,
-    }
-    return "; ".join(
-        f"{len(names)} tensors {problem}: {shortened(names)}"
-        for problem, names in problems.items()
-        if names
-    )
+    problems = []
+    for name in sorted(found.keys() | expected.keys()):
+        forms = [_form(tensors.get(name)) for tensors in (found, expected)]
+        if forms[0] != forms[1]:
+            problems.append(f"{name}: found {forms[0]}, expected {forms[1]}")
+    return f"{len(problems)} tensors differ; {shortened(problems, 3)}" if problems else ""
+
+
+def _form(tensor: Tensor | None) -> str:
+    """The kind of number and the shape of a tensor."""
+    if tensor is None:
+        return "none"
+    kind = "fractions" if tensor.is_floating_point() else "integers"
+    return f"{kind} {tuple(tensor.shape)}"
 
 
 def _published(cache: Path) -> Path:

@@ -74,7 +74,7 @@ def predict_files(
     claims = out / ".claims" if process_count() > 1 else None
     (claims or out).mkdir(parents=True, exist_ok=True)
     with exit_on_sigterm():
-        with Claim.wait(claims / "predict.json") if claims else nullcontext():
+        with Claim.take(claims / "predict.json", wait=True) if claims else nullcontext():
             _record(out / "predict.json", settings, files, force)
         batch = Batch(predictor, files, mpp, force=force, claims=claims)
         try:

@@ -108,12 +108,6 @@ class Predictor:
                 count += int(label.max())
             yield whole
 
-    def maps(self, images: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Dense maps float32 (C, H, W) of images, in order."""
-        one_window = replace(self, core=2**31)
-        for _, _, maps in one_window._dense(map(one_window.grid, images)):
-            yield maps
-
     def grid(self, image: Any, *, mpp: float | None = None) -> Tiles:
         """The tiles and windows of an image.
 

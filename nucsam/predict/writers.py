@@ -51,8 +51,6 @@ def write_files(
     Returns:
         The number of nuclei.
     """
-    for file in files.values():
-        file.parent.mkdir(parents=True, exist_ok=True)
     folder = next(iter(files.values())).parent
     with ExitStack() as stack:
         partial = {name: stack.enter_context(atomic(file)) for name, file in files.items()}

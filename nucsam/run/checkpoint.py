@@ -5,7 +5,8 @@ ever unpickled, and every write is atomic.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from nucsam.config import Config
+from nucsam.config import Config, differences
 from nucsam.errors import UserError
 from nucsam.files import atomic, read_json
 from nucsam.model import lora
@@ -24,29 +25,37 @@ from nucsam.run.directory import RunDirectory
 
 ENCODER = "image_encoder."
 HEADLESS = "adapter of the encoder"  # kind of an adapter file without a head
-LORA_SETTINGS = ("train", "rank", "alpha", "pattern")  # of [model]; shapes do not tell all of them
+# What shapes do not tell of an adapter, as `differences` writes it.
+LORA_SETTINGS = ("model.train:", "model.rank:", "model.alpha:", "model.pattern:")
 _START_AGAIN = "delete it to start the run again"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors and a JSON document to `path`, or leave what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     document = {"format": "pt", "nucsam": json.dumps(metadata)}
     with atomic(path) as partial:  # safetensors' save_file leaves its own partial file when killed
         partial.write_bytes(save(values, metadata=document))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path, *kinds: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the JSON document of a file of `write_tensors`.
 
+    Args:
+        path: the file.
+        kinds: what the document may have as `kind`; without any, everything.
+
     Raises:
-        UserError: the file is missing, damaged, or not one that nucsam wrote.
+        UserError: the file is missing, damaged, not one that nucsam wrote, or of another kind.
     """
     tensors, entries = read_safetensors(path)
     if "nucsam" not in entries:
         raise UserError(f"{path}: found no `nucsam` metadata, expected a file that nucsam wrote")
-    return tensors, read_json(entries["nucsam"], f"{path}: `nucsam` metadata")
+    metadata = read_json(entries["nucsam"], f"{path}: `nucsam` metadata")
+    kind = metadata.get("kind")
+    if kinds and kind not in kinds:
+        raise UserError(f"{path}: found a file of kind {kind!r}, expected {kinds[0]!r}")
+    return tensors, metadata
 
 
 # ---- adapter ----
@@ -64,14 +73,28 @@ def save_adapter(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, 
     write_tensors(path, weights, {"kind": "adapter", **metadata})
 
 
-def load_adapter(path: Path, model: Nucsam, base: Base) -> dict[str, Any]:
+def load_adapter(
+    path: Path, model: Nucsam, base: Base, kinds: Sequence[str] = ("adapter",)
+) -> dict[str, Any]:
     """Copy an adapter file's weights into `model`, which is built on `base`; return its metadata.
+
+    Args:
+        path: the file.
+        model: the model to change.
+        base: what it is built on.
+        kinds: of adapter files to take. One of the kind HEADLESS leaves the head as it is.
 
     Raises:
         UserError: the adapter was trained on another base, or does not fit the model.
     """
-    weights, metadata = _read_adapter(path, ("adapter",))
-    _apply_adapter(path, weights, metadata, model, base)
+    weights, metadata = _read_adapter(path, kinds)
+    trained_on = metadata["base"]
+    if trained_on["sha256"] != base.sha256:
+        raise UserError(
+            f"{path}: trained on the base {trained_on['sha256'][:12]} ({trained_on['source']}), "
+            f"found the base {base.sha256[:12]} ({base.source})"
+        )
+    put_weights(model, weights, path, prefix=ENCODER if metadata["kind"] == HEADLESS else "")
     return metadata
 
 
@@ -85,11 +108,12 @@ def open_adapter(path: Path, weights: str = "auto") -> tuple[Nucsam, Config, Bas
     Returns:
         As `open_run`.
     """
-    tensors, metadata = _read_adapter(path, ("adapter", HEADLESS))
+    kinds = ("adapter", HEADLESS)
+    _, metadata = _read_adapter(path, kinds)
     config = Config.from_dict(metadata["config"], f"{path}: configuration")
     base = load_base(weights)
     net = build_model(config.model, base, seed=config.train.seed)
-    _apply_adapter(path, tensors, metadata, net, base)
+    load_adapter(path, net, base, kinds)
     return net.eval(), config, base, metadata
 
 
@@ -115,28 +139,12 @@ def put_weights(
             parameter.copy_(weights[name])
 
 
-def _read_adapter(path: Path, kinds: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    weights, metadata = read_tensors(path)
-    if metadata.get("kind") not in kinds:
-        raise UserError(
-            f"{path}: found a file of kind {metadata.get('kind')!r}, expected {kinds[0]!r}"
-        )
+def _read_adapter(path: Path, kinds: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    weights, metadata = read_tensors(path, *kinds)
     match metadata:
         case {"base": {"sha256": str(), "source": str()}, "config": {"model": dict()}}:
             return weights, metadata
     raise UserError(f"{path}: found metadata without base and config, expected an adapter's")
-
-
-def _apply_adapter(
-    path: Path, weights: dict[str, Tensor], metadata: dict[str, Any], model: Nucsam, base: Base
-) -> None:
-    trained_on = metadata["base"]
-    if trained_on["sha256"] != base.sha256:
-        raise UserError(
-            f"{path}: trained on the base {trained_on['sha256'][:12]} ({trained_on['source']}), "
-            f"found the base {base.sha256[:12]} ({base.source})"
-        )
-    put_weights(model, weights, path, prefix=ENCODER if metadata["kind"] == HEADLESS else "")
 
 
 # ---- base, and the model of a run ----
@@ -155,14 +163,8 @@ def run_base(run: RunDirectory, config: Config) -> Base:
     """
     if config.model.weights != "none":
         return load_base(config.model.weights)
-    base = load_base(run.base_file)
-    source = f"{run.base_file}: `nucsam` metadata"
-    metadata = read_json(base.metadata.get("nucsam", "null"), source)
-    if metadata.get("kind") != "base":
-        raise UserError(
-            f"{run.base_file}: found a file of kind {metadata.get('kind')!r}, expected 'base'"
-        )
-    return replace(base, source=str(metadata.get("source")))
+    _, metadata = read_tensors(run.base_file, "base")
+    return replace(load_base(run.base_file), source=str(metadata.get("source")))
 
 
 def open_run(path: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
@@ -186,12 +188,8 @@ def open_run(path: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
     base = run_base(run, config)
     net = build_model(config.model, base, seed=config.train.seed)
     metadata = load_adapter(run.adapter_file, net, base)
-    trained, configured = metadata["config"]["model"], config.to_dict()["model"]
-    changes = [
-        f"model.{key}: {trained[key]!r} -> {configured[key]!r}"
-        for key in LORA_SETTINGS
-        if trained.get(key, configured[key]) != configured[key]
-    ]
+    trained = Config.from_dict(metadata["config"], f"{run.adapter_file}: configuration")
+    changes = [line for line in differences(trained, config) if line.startswith(LORA_SETTINGS)]
     if changes:
         raise UserError(
             f"{run.adapter_file}: trained with other settings than {run.config_file} says: "
@@ -212,7 +210,9 @@ def merged_tensors(model: Nucsam, base: Base) -> dict[str, Tensor]:
         return f"{layer}.weight" if adapter else name
 
     trained = {stock_name(name) for name in model.trainable()}
-    state = lora.merged_state_dict(model)
+    merged = deepcopy(model)
+    lora.merge(merged)
+    state = merged.state_dict()
     return base.state | {
         name: state[name] for name in state if name in trained or name.startswith("head.")
     }
@@ -271,7 +271,10 @@ def load_state(
     Raises:
         UserError: the file is damaged or of another run. Nothing is changed then.
     """
-    tensors, metadata = _read_state(path)
+    try:
+        tensors, metadata = read_tensors(path, "state")
+    except UserError as error:
+        raise UserError(f"{error}; {_START_AGAIN}") from None
     targets = {f"weights.{name}": p for name, p in weights.items()}
     targets |= {f"average.{name}": tensor for name, tensor in average.items()}
     for name, p in weights.items():
@@ -282,14 +285,14 @@ def load_state(
     if problem := misfit(tensors, targets):
         raise UserError(f"{path}: does not fit this run: {problem}; {_START_AGAIN}")
     with torch.no_grad():
-        for name, p in weights.items():
-            p.copy_(tensors.pop(f"weights.{name}"))
-        for name, tensor in average.items():
-            tensor.copy_(tensors.pop(f"average.{name}"))
-    for key, tensor in tensors.items():
-        name, _, entry = key.removeprefix("optimizer.").rpartition(".")
-        p = weights[name]
-        optimizer.state[p][entry] = tensor if entry == "step" else tensor.to(p.device)
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind != "optimizer":
+                targets[key].copy_(tensor)
+                continue
+            name, _, entry = name.rpartition(".")
+            p = weights[name]
+            optimizer.state[p][entry] = tensor if entry == "step" else tensor.to(p.device)
     return metadata
 
 
@@ -304,16 +307,3 @@ def read_progress(path: Path, metadata: dict[str, Any]) -> Progress:
     if isinstance(values, dict) and {key: type(v) for key, v in values.items()} == kinds:
         return Progress(**values)
     raise UserError(f"{path}: found no progress of a run; {_START_AGAIN}")
-
-
-def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        tensors, metadata = read_tensors(path)
-    except UserError as error:
-        raise UserError(f"{error}; {_START_AGAIN}") from None
-    if metadata.get("kind") != "state":
-        raise UserError(
-            f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'state'; "
-            f"{_START_AGAIN}"
-        )
-    return tensors, metadata

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nucsam.config import MAY_CHANGE, Config, conflicts, load_config, to_toml
+from nucsam.config import Config, conflicts, load_config, to_toml
 from nucsam.errors import UserError
 from nucsam.files import printable, read_json, to_json, write_text
 
@@ -47,7 +47,7 @@ class RunDirectory:
                 configuration.
         """
         if resume and self.exists():
-            if changes := self.changes(config):
+            if changes := conflicts(load_config(self.config_file), config):
                 raise UserError(
                     f"{self.config_file}: cannot resume with another configuration: "
                     f"{'; '.join(changes)} (found -> wanted). Give the run's own settings, or "
@@ -60,10 +60,6 @@ class RunDirectory:
                 f"{self.path}: found files, expected a new or empty folder; give another out, or "
                 "resume to continue the run there"
             )
-
-    def changes(self, config: Config) -> list[str]:
-        """Settings in which the run differs from `config`, but for those that may change."""
-        return conflicts(load_config(self.config_file), config) if self.exists() else []
 
     def prepare(self, config: Config) -> None:
         """Make the directory, clear it of partial files, and write the configuration."""
@@ -172,7 +168,10 @@ def read_runs(folder: Path) -> list[RunRecord]:
             f"{folder}: found no {RunDirectory(folder).config_file.name} in it or in its "
             "sub-folders, expected a run of nucsam train or the folder of nucsam folds"
         )
-    varied = _varied_settings(runs)
+    first = runs[0].config
+    lines = [line for run in runs for line in conflicts(first, run.config, ("data.fold:",))]
+    differing = {line.partition(":")[0] for line in lines}
+    varied = [key for key in first.flat() if key in differing]
 
     def values(run: RunRecord) -> list[Any]:
         settings = run.config.flat()
@@ -186,11 +185,3 @@ def read_runs(folder: Path) -> list[RunRecord]:
         return ", ".join(f"{key}={value}" for key, value in zip(varied, values(run)))
 
     return [replace(run, variant=variant(run)) for run in sorted(runs, key=order)]
-
-
-def _varied_settings(runs: list[RunRecord]) -> list[str]:
-    """The settings in which the runs differ, but for the fold and those that may change."""
-    settings = [run.config.flat() for run in runs]
-    constant = {key for key in settings[0] if len({repr(flat[key]) for flat in settings}) == 1}
-    ignored = ("data.fold:", *MAY_CHANGE)
-    return [key for key in settings[0] if key not in constant and f"{key}:" not in ignored]

@@ -61,12 +61,8 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if not 0 <= self.iou <= 1 or min(self.min_area, self.zone_width, self.vague_overlap) < 0:
-            names = ("min_area", "zone_width", "vague_overlap")
-            others = ", ".join(f"{name} {getattr(self, name):g}" for name in names)
-            raise UserError(
-                f"protocol {self.name}: found iou {self.iou:g}, {others}; expected iou from 0 to 1 "
-                "and no other number below 0"
-            )
+            expected = "iou from 0 to 1; min_area, zone_width and vague_overlap from 0"
+            raise UserError(f"protocol {self.rules}; expected {expected}")
 
     @property
     def rules(self) -> str:
@@ -281,14 +277,6 @@ def score_maps(
         truth, pred = _cleaned(truth, pred, vague, rules)
         min_area = 0  # what remains of a large enough object stays
     return _score(overlaps(truth, pred, min_area), rules)
-
-
-def dice(truth: np.ndarray, pred: np.ndarray) -> float:
-    """Dice of the foregrounds of two maps or masks of one shape; NaN where both are empty."""
-    truth, pred = np.asarray(truth) != 0, np.asarray(pred) != 0
-    total = np.count_nonzero(truth) + np.count_nonzero(pred)
-    truth &= pred  # a copy already: no third map of a large image
-    return 2 * np.count_nonzero(truth) / total if total else math.nan
 
 
 def _label_map(labels: np.ndarray, name: str, connected: bool) -> np.ndarray:

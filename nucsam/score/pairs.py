@@ -11,8 +11,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from nucsam.config import compiled
 from nucsam.data import folders
 from nucsam.data.draw import overlay, write_png
@@ -100,7 +98,7 @@ def find_pairs(
             organ; or a data set in NuInsSeg's or the plain layout, with its vague areas. Outlines
             in `annotations` are taken to be of an image of the prediction's size.
         pred: folder of label maps, flat or with sub-folders.
-        vague: folder of masks, nonzero = vague.
+        vague: folder of image files, nonzero = vague.
         organ: regular expression searched in the name; its first group, or else the whole match,
             is the organ.
 
@@ -112,7 +110,7 @@ def find_pairs(
     """
     pattern = compiled("organ", organ)
     truths, predictions = _truth_files(Path(truth)), _label_files(Path(pred), LABELS)
-    masks = _label_files(Path(vague), tuple({*IMAGES, *LABELS})) if vague else {}
+    masks = _label_files(Path(vague), IMAGES) if vague else {}
     predicted, unsure = _by_any_name(predictions), _by_any_name(masks)
     missing = sorted(truths.keys() - predicted.keys())
     used = {predicted[name] for name in truths.keys() & predicted.keys()}
@@ -129,13 +127,6 @@ def find_pairs(
     return pairs, missing, extra
 
 
-def read_vague(path: str | Path) -> np.ndarray:
-    """bool (H, W): the nonzero pixels of an image file or of a .npy label map."""
-    if Path(path).suffix.lower() == ".npy":
-        return read_label(path) != 0
-    return read_image(path).any(axis=-1)
-
-
 def score_pair(
     pair: Pair,
     protocols: Sequence[Protocol],
@@ -149,7 +140,7 @@ def score_pair(
     """
     pred = read_label(pair.pred)
     truth = read_nuclei(pair.truth, pred.shape)
-    vague = read_vague(pair.vague) if pair.vague else None
+    vague = read_image(pair.vague).any(-1) if pair.vague else None
     rows = []
     for protocol in protocols:
         with warnings.catch_warnings(record=True) as caught:
@@ -171,22 +162,13 @@ def score_pair(
     return rows
 
 
-def protocols_for(
-    protocol: str,
-    *,
-    vague: bool = False,
-    iou: float | None = None,
-    at_least: bool = False,
-    zone: int | None = None,
-) -> list[Protocol]:
+def protocols_for(protocol: str, *, vague: bool = False, **changes: Any) -> list[Protocol]:
     """The named protocol and, where vague areas are known, its variant without them.
 
     Args:
         protocol: name in PROTOCOLS.
         vague: whether vague areas are known.
-        iou: matching threshold instead of the protocol's, 0..1.
-        at_least: match at IoU >= iou rather than >.
-        zone: `zone_width` instead of the protocol's, px.
+        changes: fields of `Protocol` instead of the protocol's own; None changes nothing.
 
     Raises:
         UserError: there is no such protocol, or a number is out of range.
@@ -194,7 +176,6 @@ def protocols_for(
     protocols = [protocol_named(protocol)]
     if vague and protocols[0].without_vague:
         protocols.append(protocol_named(protocols[0].without_vague))
-    changes = {"iou": iou, "strict": False if at_least else None, "zone_width": zone}
     changes = {rule: value for rule, value in changes.items() if value is not None}
     if not changes:
         return protocols
@@ -207,19 +188,17 @@ def score_folders(
     *,
     vague: str | Path | None = None,
     protocol: str = "nuinsseg",
-    iou: float | None = None,
-    at_least: bool = False,
-    zone: int | None = None,
     connected: bool = False,
     organ: str = "",
     workers: int = 0,
     overlays: Path | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Score a folder of predicted label maps against a folder of true ones.
 
     Args:
         truth, pred, vague, organ: as of `find_pairs`.
-        protocol, iou, at_least, zone: as of `protocols_for`.
+        protocol, changes: as of `protocols_for`.
         connected: as of `score_maps`.
         workers: processes; 0 = one for each core, at most 8, and only one for a few images.
         overlays: folder for one PNG per image, with contours of both maps. The truth must be a data
@@ -234,7 +213,7 @@ def score_folders(
     """
     pairs, missing, extra = find_pairs(truth, pred, vague, organ=organ)
     known = any(pair.vague for pair in pairs)
-    protocols = protocols_for(protocol, vague=known, iou=iou, at_least=at_least, zone=zone)
+    protocols = protocols_for(protocol, vague=known, **changes)
     if workers < 0:
         raise UserError(f"workers: found {workers}, expected 0 or more")
     workers = workers or min(os.cpu_count() or 1, 8, 1 + len(pairs) // 16)

@@ -49,13 +49,13 @@ def score_images(
         indices: of the samples to score.
         accelerator: of this launch.
         tta: average over the eight flips and turns.
-        rules: protocol, iou, at_least and zone of `protocols_for`.
+        rules: protocol and changes of `protocols_for`.
 
     Returns:
         One dict of `nucsam.score.tables.scored` per protocol, the same on every process.
     """
-    indices = list(indices)
-    share = indices[accelerator.process_index :: accelerator.num_processes]
+    places = range(accelerator.process_index, len(indices), accelerator.num_processes)
+    share = [indices[place] for place in places]
     vague = any(samples.records[i].vague for i in indices)
     protocols = protocols_for(**{"protocol": PROTOCOL, **rules}, vague=vague)
     was_training = net.training
@@ -102,7 +102,7 @@ def score_run(
         overlays: folder for one PNG per image, with contours of ground truth and prediction.
         organ: regular expression searched in an image's name; its first group, or else the whole
             match, is the organ.
-        rules: protocol, iou, at_least and zone of `protocols_for`.
+        rules: protocol and changes of `protocols_for`.
 
     Returns:
         The content of scores.json.
@@ -220,7 +220,6 @@ def open_predictor(path: Path) -> Predictor:
 
 
 def _write_overlays(net: nn.Module, config: Config, samples: Samples, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     net.eval()
     images = (samples[i].image for i in range(len(samples)))
     labels = scoring_predictor(net, config).predict_many(images)

@@ -5,7 +5,6 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from rich.box import SIMPLE
 from rich.table import Table
 
-from nucsam.files import atomic, to_json, without_nan
+from nucsam.files import to_json, without_nan, write_text
 from nucsam.score.metrics import METRICS, OUTCOMES, Protocol, Score, pool
 
 HEADLINE = ("dice", "aji", "pq")  # what a run is judged by
@@ -209,7 +208,7 @@ def organ_table(result: dict) -> Table:
 
 def write_json(path: str | Path, results: dict) -> None:
     """Write `to_json` as a file, or leave what was there."""
-    _write(Path(path), to_json(results) + "\n")
+    write_text(Path(path), to_json(results) + "\n")
 
 
 def write_csv(path: str | Path, results: dict) -> None:
@@ -231,12 +230,4 @@ def write_csv(path: str | Path, results: dict) -> None:
     writer = csv.DictWriter(file, list(lines[0]))
     writer.writeheader()
     writer.writerows(lines)
-    _write(Path(path), file.getvalue())
-
-
-def _write(path: Path, text: str) -> None:
-    """Write atomically, but write to a pipe, device or link as it is."""
-    as_it_is = path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir())
-    with nullcontext(path) if as_it_is else atomic(path) as file:
-        # names may be of any bytes; CSV has its own line ends
-        file.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+    write_text(Path(path), file.getvalue())
