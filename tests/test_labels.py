@@ -67,7 +67,9 @@ def classes(folder, tmp_path):
 def test_a_map_of_classes_is_remarked_on_wherever_labels_are_read(classes, tiny, capsys):
     sheet = ["--sheet", str(classes / "sheet.png"), "--json"]
     assert run_command(["inspect", str(classes), *sheet]) == 1
-    bad = json.loads(capsys.readouterr().out)["bad"]
+    summary = json.loads(capsys.readouterr().out)
+    bad = summary["bad"]
+    assert summary["rows"][-1]["images"] == 12  # they are counted as they are
     assert "a map of classes" in " ".join(bad)
     assert all("data.connected" in text for text in bad)
     labels = classes / "labels"

@@ -29,6 +29,7 @@ class Sample:
     image: np.ndarray  # uint8 (H, W, 3)
     label: np.ndarray  # int32 (H, W), 0 = background, ids 1..n without gaps
     vague: np.ndarray | None  # bool (H, W), True where the annotators were unsure
+    problem: str = ""  # why the label seems to be no map of instances
 
 
 def read_nuclei(path: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -50,8 +51,7 @@ def read_sample(record: Record) -> Sample:
     """Read and check the files of one record.
 
     Raises:
-        UserError: a file is bad, sizes differ, a side is under MIN_SIDE px, or the label is no map
-            of instances and `record.connected` is off.
+        UserError: a file is bad, sizes differ, or a side is under MIN_SIDE px.
     """
     from skimage.segmentation import relabel_sequential
 
@@ -66,12 +66,13 @@ def read_sample(record: Record) -> Sample:
         if mask is not None and mask.shape != size:
             found, expected = format_size(mask.shape), format_size(size)
             raise UserError(f"{path}: found {found} px, expected {expected} as in {record.image}")
+    problem = ""
     if record.connected:
         label = components(label)
     elif found := not_instances(label):
         expected = "one id per nucleus; data.connected = true makes each component a nucleus"
-        raise UserError(f"{record.label}: found {found}, expected {expected}")
-    return Sample(image, relabel_sequential(label)[0], vague)
+        problem = f"{record.label}: found {found}, expected {expected}"
+    return Sample(image, relabel_sequential(label)[0], vague, problem)
 
 
 def attempt(function: Callable[[Any], Any], item: Any) -> Any:
@@ -124,7 +125,7 @@ class Samples:
         progress: whether to show a progress bar.
 
     Raises:
-        UserError: names every file that cannot be used.
+        UserError: names every file that cannot be used; also a label that is no map of instances.
     """
 
     def __init__(
@@ -137,8 +138,8 @@ class Samples:
         problems = []
         kept_bytes = 0
         for sample in read_each(read_sample, self.records, "Decoding images", progress):
-            if isinstance(sample, UserError):
-                problems.append(str(sample))
+            if isinstance(sample, UserError) or sample.problem:
+                problems.append(getattr(sample, "problem", "") or str(sample))
                 continue
             self.sizes.append(sample.label.shape)
             planes = _planes(sample)

@@ -17,19 +17,19 @@ from nucsam.errors import UserError
 EXAMPLES = 24  # images on the contact sheet
 
 
-Contents = tuple[str, np.ndarray, float | None, float | None]
+Contents = tuple[str, np.ndarray, float | None, float | None, str]
 
 
 def _contents(record: Record) -> Contents:
-    """Size, areas of the nuclei in px, vague area in percent, and microns per pixel."""
+    """Size, areas of the nuclei in px, vague area in percent, microns per pixel, and problem."""
     sample = read_sample(record)
     areas = np.bincount(sample.label.ravel())[1:]
     vague = None if sample.vague is None else 100 * sample.vague.mean()
-    return format_size(sample.label.shape), areas, vague, read_mpp(record.image)
+    return format_size(sample.label.shape), areas, vague, read_mpp(record.image), sample.problem
 
 
 def _row(organ: str, images: Sequence[tuple[Record, Contents]]) -> dict:
-    sizes, areas, vague, mpp = zip(*(contents for _, contents in images))
+    sizes, areas, vague, mpp, _ = zip(*(contents for _, contents in images))
     nuclei = np.concatenate(areas)
     known = [percent for percent in vague if percent is not None]
     return {
@@ -58,7 +58,7 @@ def inspect_folder(
     Returns:
         A dict fit for JSON. `rows`: one per organ and a last one for all, with images, groups,
         nuclei, median nuclear area in px, vague area in percent of the images that have a mask,
-        microns per pixel, and sizes. `bad`: every problem; images with one are not counted.
+        microns per pixel, and sizes. `bad`: every problem; unreadable images are not counted.
         `remarks`. `examples`: name, image path and label path of up to EXAMPLES images, taken
         round-robin from the organs.
     """
@@ -72,6 +72,7 @@ def inspect_folder(
         else:
             images.append((record, contents))
             organs[record.organ].append((record, contents))
+            problems += filter(None, contents[-1:])
     rows = [_row(organ, pairs) for organ, pairs in organs.items()]
     if images:
         rows.append(_row("all", images))

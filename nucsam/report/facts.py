@@ -14,7 +14,7 @@ from nucsam.score.tables import COLUMNS, FEWEST, HEADLINE, over_folds, percent
 
 SHOWN = {name: COLUMNS[name] for name in HEADLINE}
 NO_ORGAN = "all images"  # stands for the organ where a data set names none
-POINT = 0.01  # two validations of one run must differ by more, because they have no error bars
+POINT = 0.01  # of AJI: scores without error bars must differ by more to be spoken of
 
 Row = dict[str, Any]  # one scored image of `RunRecord.rows`
 
@@ -175,11 +175,12 @@ def findings(runs: Sequence[RunRecord], places: dict[str, str]) -> list[Finding]
             sentences += describe(rows)
         worst = min(rows, key=lambda row: row["aji"])
         middle = median(row["aji"] for row in rows)
-        text = (
-            f"The worst image is {worst['name']} with AJI {percent(worst['aji'])}; "
-            f"the median over images is {percent(middle)}."
-        )
-        sentences.append(Finding(text, places.get(worst["name"], "images")))
+        if worst["aji"] < middle - POINT:
+            text = (
+                f"The worst image is {worst['name']} with AJI {percent(worst['aji'])}; "
+                f"the median over images is {percent(middle)}."
+            )
+            sentences.append(Finding(text, places.get(worst["name"], "images")))
     for run in runs:
         start = f"{run.name.capitalize()}: " if len(runs) > 1 else ""
         sentences += [Finding(start + text, "curves") for text in _training(run)]
@@ -272,7 +273,7 @@ def _training(run: RunRecord) -> Iterator[str]:
     others = max(epoch[metric] for epoch in epochs if epoch is not best)
     if best is last and best[metric] > others + POINT:
         yield f"The last epoch, {last['epoch']}, is the best ({score}): longer training may help."
-    elif best["epoch"] <= 0.6 * last["epoch"]:
+    elif best["epoch"] <= 0.6 * last["epoch"] and best[metric] > last[metric] + POINT:
         yield (
             f"The best epoch is {best['epoch']} of {last['epoch']} ({score}): "
             "later epochs did not help."
