@@ -63,7 +63,7 @@ from stock import embed, stock_sam
 from train_step import random_base
 
 from nucsam.config import Config
-from nucsam.data.images import TiffWindows
+from nucsam.data.slides import TiffWindows
 from nucsam.data.synthetic import make_image
 from nucsam.model import network
 from nucsam.model.weights import Base

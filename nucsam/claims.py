@@ -70,9 +70,10 @@ def is_claimed(path: Path) -> bool:
 def read_note(path: Path) -> dict[str, Any]:
     """The note that the last holder left; empty where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        note = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
+    return note if isinstance(note, dict) else {}
 
 
 def _lock(path: Path, *, wait: bool, shared: bool = False) -> int | None:
@@ -91,4 +92,7 @@ def _lock(path: Path, *, wait: bool, shared: bool = False) -> int | None:
         raise UserError(
             f"{path}: cannot be locked ({error}); expected a file system with locks"
         ) from None
+    if os.fstat(descriptor).st_nlink == 0:  # the holder before has removed the file
+        os.close(descriptor)
+        return _lock(path, wait=wait, shared=shared)
     return descriptor

@@ -14,6 +14,7 @@ import typer
 from typer import Argument, Option
 
 from nucsam.errors import UserError
+from nucsam.files import printable
 
 app = typer.Typer(
     help="Nuclei instance segmentation in H&E images: MobileSAM fine-tuned with LoRA.",
@@ -32,6 +33,7 @@ Settings = Annotated[
 Grid = Annotated[list[str] | None, Option(metavar="'table.key=[a, b]'", help="May be repeated.")]
 DataFolder = Annotated[str, Option(help="Folder of RUN's images, if it has moved.")]
 Force = Annotated[bool, Option("--force", help="Replace existing results.")]
+RegionClass = Annotated[str, Option(help="Class of annotated regions, beside QuPath's Region*.")]
 
 
 def run_command(arguments: list[str]) -> int:
@@ -45,7 +47,8 @@ def run_command(arguments: list[str]) -> int:
     Returns:
         The exit status.
     """
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # no source line
+    # without a source line
+    warnings.formatwarning = lambda message, *_, **__: printable(f"warning: {message}\n")
     try:
         app(arguments, prog_name="nucsam")
     except SystemExit as exit:
@@ -54,7 +57,7 @@ def run_command(arguments: list[str]) -> int:
         names_file = isinstance(error, UserError) or error.filename
         if not names_file and error.errno != errno.ENOSPC:
             raise
-        print(f"nucsam: {error}", file=sys.stderr)
+        print(printable(f"nucsam: {error}"), file=sys.stderr)
         return 2
     return 0
 
@@ -109,7 +112,7 @@ def _draw_report(out: Path) -> None:
     if is_first():
         from nucsam.report.page import finish
 
-        print(finish(out))
+        print(printable(finish(out)))
 
 
 @app.command("evaluate")
@@ -127,17 +130,17 @@ def evaluate_command(
     zone: Annotated[int | None, Option(help="Ignored ring around true boundaries, px.")] = None,
     connected: Annotated[bool, Option("--connected", help="Label masks' components.")] = False,
     organ: Annotated[str, Option(help="Regular expression on the stem, gives the organ.")] = "",
+    region_class: RegionClass = "",
     workers: Annotated[int | None, Option(help="Processes; default: one per core.")] = None,
     csv: Annotated[Path | None, Option(help="File with a line per image.")] = None,
     as_json: Annotated[str, Option("--json", help="File of all scores; - prints them.")] = "",
 ) -> None:
     """Score a run's test images, or --pred against --truth: label maps with the same stems.
 
-    --untrained and --data go with RUN alone. --vague, --connected and --workers go with --truth and
-    --pred alone: a run's data set and its data.connected say how it is scored, by one process.
+    --untrained and --data go with RUN alone. --vague, --connected, --region-class and --workers go
+    with --truth and --pred alone: a run's data set and configuration say how it is scored.
     """
-    from rich.console import Console
-
+    from nucsam.progress import PlainConsole
     from nucsam.score import pairs, tables
 
     if run is None and (truth is None or pred is None):
@@ -146,13 +149,13 @@ def evaluate_command(
         kind, other = "--truth and --pred", {"--untrained": untrained, "--data": data}
     else:
         kind, other = "RUN", {"--truth": truth, "--pred": pred, "--vague": vague}
-        other |= {"--connected": connected, "--workers": workers}
+        other |= {"--connected": connected, "--region-class": region_class, "--workers": workers}
     given = [
         name for name, value in other.items() if value not in (None, "") and value is not False
     ]
     if given:
         raise UserError(f"evaluate: found {', '.join(given)}, expected {kind} without (see --help)")
-    console = Console(stderr=as_json == "-")
+    console = PlainConsole(stderr=as_json == "-")
     strict = False if at_least else None
     rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone}
     both = {"organ": organ, "overlays": overlays, **rules}
@@ -162,10 +165,10 @@ def evaluate_command(
         results = score_run(run, untrained=untrained, root=data, **both)
         console.print(scores_sentence(results), style="bold")
     else:
-        maps = {"vague": vague, "connected": connected, "workers": workers or 0}
-        results = pairs.score_folders(truth, pred, **maps, **both)
+        maps = {"vague": vague, "connected": connected, "region_class": region_class}
+        results = pairs.score_folders(truth, pred, workers=workers or 0, **maps, **both)
         for remark in pairs.remarks(results):
-            console.print(remark, style="yellow", markup=False)
+            console.print(remark, style="yellow")
     for result in results["scores"]:
         console.print(tables.organ_table(result), tables.summary_table(result))
     if as_json == "-":
@@ -183,17 +186,20 @@ def predict_command(
     out: Annotated[Path, Option(help="Folder of the results, named by the images' stems.")],
     formats: Annotated[str, Option(help="Comma-separated.")] = "labels",
     scale: Annotated[float | None, Option(help="Model px per image px; default: by mpp.")] = None,
-    mpp: Annotated[float | None, Option(help="Microns per image px; default: TIFF tags.")] = None,
+    mpp: Annotated[float | None, Option(help="Microns per image px; default: the file's.")] = None,
     tile: Annotated[int | None, Option(help="Side in px as trained; default: a crop.")] = None,
     overlap: Annotated[int | None, Option(help="Px that tiles share; default: tile / 32.")] = None,
     batch: Annotated[int | None, Option(help="Tiles at a time; GPU default: as trained.")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     tta: Annotated[bool, Option("--tta", help="Average 8 flips and turns: 8 times slower")] = False,
+    roi: Annotated[Path | None, Option(help="GeoJSON, or a folder of STEM.geojson.")] = None,
     force: Force = False,
 ) -> None:
     """Predict images of any size: label maps, GeoJSON for QuPath, tables of nuclei, overlays.
 
     Formats: labels (STEM.tif), geojson, csv, and overlay (overlays/STEM.png).
+
+    With --roi, only nuclei inside the regions of a file are predicted, such as QuPath exports.
 
     A failed image is named, the others continue, and the exit status is 1.
 
@@ -204,7 +210,7 @@ def predict_command(
     names = [name.strip() for name in formats.split(",") if name.strip()]
     tiling = {"scale": scale, "mpp": mpp, "tile": tile, "overlap": overlap, "batch": batch}
     status = predict_files(
-        model, paths, out, formats=names, device=device, tta=tta, force=force, **tiling
+        model, paths, out, formats=names, device=device, tta=tta, force=force, roi=roi, **tiling
     )
     raise typer.Exit(status)
 
@@ -223,31 +229,52 @@ def synth_command(
     print(f"{out}: {images} images of {size} px")
 
 
+@app.command("download")
+def download_command(
+    name: Annotated[str, Argument(metavar="SET", help="nuinsseg, monuseg, tnbc, ...")],
+    folder: Annotated[Path, Argument(metavar="DIR", help="Folder to unpack it into.")],
+) -> None:
+    """Download a public data set, or say where to click for it."""
+    from nucsam.data.sources import download_set
+
+    print(f"{download_set(name, folder)}: a data set, ready for nucsam inspect")
+
+
 @app.command("inspect")
 def inspect_command(
     data: Annotated[Path, Argument(metavar="DATA", help="Folder of images and label maps.")],
-    layout: Annotated[str, Option(help="auto, nuinsseg or plain.")] = "auto",
+    layout: Annotated[str, Option(help="auto, or how DATA is arranged.")] = "auto",
     group: Annotated[str, Option(help="Regular expression on the stem, gives the group.")] = "",
     connected: Annotated[bool, Option("--connected", help="Label masks' components.")] = False,
-    sheet: Annotated[Path, Option(help="File of the contact sheet.")] = Path("contact_sheet.png"),
+    region_class: RegionClass = "",
+    sheet: Annotated[
+        Path | None, Option(help="File of the contact sheet; default: contact_sheet.png.")
+    ] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count images and nuclei per organ, name every bad file, and draw a contact sheet."""
-    from rich.console import Console
-
     from nucsam.data.summary import draw_examples, inspect_folder, summary_table
+    from nucsam.progress import PlainConsole
 
-    summary = inspect_folder(data, layout=layout, group=group, connected=connected)
-    console = Console(stderr=as_json)
+    summary = inspect_folder(
+        data, layout=layout, group=group, connected=connected, region_class=region_class
+    )
+    console = PlainConsole(stderr=as_json)
+    console.print(f"{summary['root']}, layout {summary['layout']}: {summary['taken']}")
     console.print(summary_table(summary))
     for kind, style in (("remarks", "yellow"), ("bad", "red")):
         for text in summary[kind]:
-            console.print(text, style=style, markup=False)
-    if summary["examples"]:
-        draw_examples(summary, sheet)
-        console.print(f"contact sheet: {sheet}", markup=False)
+            console.print(text, style=style)
     if as_json:
         print(json.dumps(summary, indent=2))
+    if summary["examples"]:
+        try:
+            draw_examples(summary, sheet or Path("contact_sheet.png"))
+            console.print(f"contact sheet: {sheet or 'contact_sheet.png'}")
+        except UserError as error:
+            if sheet:
+                raise
+            console.print(f"no contact sheet: {error}; name a file", style="yellow")
     raise typer.Exit(1 if summary["bad"] else 0)
 
 
@@ -257,7 +284,6 @@ def export_command(
     out: Annotated[Path, Option(help="File to write.")],
     format: Annotated[str, Option(help="One of the formats above.")] = "safetensors",
     base: Annotated[str, Option(help="Base of an exported adapter: a path or auto.")] = "",
-    without_head: Annotated[bool, Option("--without-head", help="LoRA without head.")] = False,
     force: Force = False,
 ) -> None:
     """Write a finished run's model as one file.
@@ -265,15 +291,12 @@ def export_command(
     Formats: safetensors (merged LoRA and head, for nucsam), mobile-sam (stock MobileSAM's tensors),
     onnx, or adapter (LoRA and head alone).
     """
-    from rich.console import Console
-
     from nucsam.export.merged import export_run
+    from nucsam.progress import PlainConsole
 
-    with Console(stderr=True).status(f"writing {out}"):
-        sentence = export_run(
-            run, out, format=format, base=base, without_head=without_head, force=force
-        )
-    print(sentence)
+    with PlainConsole(stderr=True).status(f"writing {out}"):
+        sentence = export_run(run, out, format=format, base=base, force=force)
+    print(printable(sentence))
 
 
 @app.command("report")
@@ -289,13 +312,13 @@ def report_command(
     from nucsam.report.page import write_report
 
     for path in write_report(run, root=data, figures=figures):
-        print(path)
+        print(printable(str(path)))
 
 
 def configuration(arguments: list[str]) -> tuple[Path, list[str]]:
     """Separate the TOML file and the overrides among positional arguments."""
-    files = [text for text in arguments if text.endswith(".toml")]
-    overrides = [text for text in arguments if not text.endswith(".toml")]
+    files = [text for text in arguments if text.endswith(".toml") and "=" not in text]
+    overrides = [text for text in arguments if text not in files]
     options = [text for text in overrides if text.startswith("-")]
     if len(files) > 1:
         raise UserError(f"found {len(files)} configurations ({', '.join(files)}), expected one")

@@ -42,12 +42,52 @@ def seed_below(end: int) -> Rule:
     return lambda value: "" if 0 <= value < end else f"0 to {end - 1}"
 
 
+def between(least: float, most: float) -> Rule:
+    """A rule for numbers with two limits, which are allowed."""
+    return number(f"a number from {least:g} to {most:g}", lambda value: least <= value <= most)
+
+
+LONGEST = 200  # characters of a regular expression
+
+
 def regular_expression(pattern: str) -> str:
-    """The rule of a setting that holds a regular expression."""
+    """The rule of a setting that holds a regular expression.
+
+    Python's `re` has no time limit, so a pattern whose time can grow exponentially is refused.
+    """
+    if len(pattern) > LONGEST:
+        return f"a regular expression of at most {LONGEST} characters"
     try:
         re.compile(pattern)
-    except (re.error, OverflowError) as error:  # OverflowError: a huge repetition
+        parsed = re._parser.parse(pattern)
+    except (re.error, OverflowError, RecursionError) as error:  # OverflowError: a huge repetition
         return f"a regular expression: {error}"
+    if problem := _slow(parsed):
+        return f"a regular expression without {problem}, which could take for ever"
+    return ""
+
+
+def _slow(parsed: Any, repeated: bool = False) -> str:
+    """What makes a parsed regular expression slow; "" where nothing does.
+
+    Args:
+        parsed: of Python's parser, or a part of it.
+        repeated: whether it stands inside a repeat; at most once is no repeat around it.
+    """
+    if not isinstance(parsed, re._parser.SubPattern):
+        parts = parsed if isinstance(parsed, tuple | list) else ()
+        return next(filter(None, (_slow(part, repeated) for part in parts)), "")
+    for operation, argument in parsed:
+        name = str(operation)
+        if name.startswith("GROUPREF"):
+            return "a back-reference"
+        if repeated and name == "BRANCH":
+            return "a choice inside a repeat"
+        repeat = name.endswith("_REPEAT")
+        if repeated and repeat:
+            return "a repeat inside a repeat"
+        if problem := _slow(argument, repeated or (repeat and argument[1] > 1)):
+            return problem
     return ""
 
 
@@ -67,7 +107,10 @@ PROBABILITY = number("a probability from 0 to 1", lambda value: 0 <= value <= 1)
 INSIDE = number("a number between 0 and 1", lambda value: 0 < value < 1)
 BELOW_ONE = number("0 up to but not 1", lambda value: 0 <= value < 1)
 UP_TO_HALF = number("a fraction over 0, at most 0.5", lambda value: 0 < value <= 0.5)
-WIDTH = number("a positive multiple of 32", lambda value: value > 0 and value % 32 == 0)
+WIDTH = number(
+    "a positive multiple of 32, at most 4096",
+    lambda value: 0 < value <= 4096 and value % 32 == 0,
+)
 
 
 def setting(default: Any, rule: Rule) -> Any:
@@ -79,8 +122,20 @@ def setting(default: Any, rule: Rule) -> Any:
 class Data:
     """[data]: the images and how they are split."""
 
-    root: str = "data/NuInsSeg"  # folder of images and label maps
-    layout: Literal["auto", "nuinsseg", "plain"] = "auto"  # how the folder is arranged
+    root: str = "data/NuInsSeg"  # folder of images and label maps; ~ is the home folder
+    # How the folder is arranged; auto looks what it is.
+    layout: Literal[
+        "auto",
+        "nuinsseg",
+        "pannuke",
+        "monuseg",
+        "consep",
+        "lizard",
+        "cryonuseg",
+        "tnbc",
+        "plain",
+        "flat",
+    ] = "auto"
     # official: NuInsSeg's KFold; organ: stratified by organ
     split: Literal["official", "organ"] = "official"
     folds: int = setting(5, at_least(2))
@@ -90,13 +145,17 @@ class Data:
     group: str = setting("", regular_expression)
     # Each connected component of a label map is a nucleus: for masks and maps of classes.
     connected: bool = False
+    # Class of outlines that bound what was annotated, beside QuPath's `Region*`; "": none.
+    region_class: str = ""
     # Split that chooses the best epoch; "test" only to compare with papers.
     select: Literal["inner", "test"] = "inner"
     inner: float = setting(0.15, UP_TO_HALF)  # share of the training images in the inner split
     seed: int = setting(19, seed_below(2**32))  # of the folds
-    crop: int = setting(512, at_least(1))  # side of a training crop, image px
-    scale: float = setting(2.0, POSITIVE)  # model px per image px
-    mpp: float = setting(0.0, at_least(0))  # microns per image px; 0: from the TIFF tags, if any
+    crop: int = setting(512, between(1, 2**15))  # side of a training crop, image px
+    scale: float = setting(2.0, between(1 / 64, 64))  # model px per image px
+    # Microns per px of the run, to which images whose files say otherwise are resampled; 0: the
+    # median of what the files say, if they do.
+    mpp: float = setting(0.0, at_least(0))
     workers: int = setting(2, at_least(0))  # loader processes; 0: the training process itself
     # GiB of decoded images kept in memory; a larger data set is read as needed.
     memory: float = setting(16.0, at_least(0))
@@ -129,7 +188,7 @@ class Model:
     train: Literal["lora", "full", "head"] = "lora"  # what trains in the encoder; head: nothing
     # BatchNorm statistics; "moving" learns a base from random weights.
     norms: Literal["pinned", "moving"] = "pinned"
-    rank: int = setting(4, at_least(1))
+    rank: int = setting(4, between(1, 4096))
     alpha: float = setting(4.0, POSITIVE)  # LoRA scale = alpha / rank
     # Searched in the names of linear layers: these get LoRA.
     pattern: str = setting(r"image_encoder\..*\.attn\.(qkv|proj)", regular_expression)
@@ -279,12 +338,17 @@ MAY_CHANGE = (
 )
 
 
+# The settings of [data] that decide which image trains, chooses the epoch, or is tested.
+SPLIT = ("layout", "split", "folds", "fold", "group", "select", "inner", "seed")
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply overrides.
 
     Args:
         path: the file, which holds differences from the defaults.
-        overrides: `table.key=value` with the value in TOML's notation; a bare word is a string.
+        overrides: `table.key=value`. A setting that holds a string takes the value as it is, or
+            in TOML's quotes; any other one takes TOML's notation.
 
     Raises:
         UserError: the file cannot be read, or the configuration is not valid.
@@ -308,7 +372,7 @@ def override(
         UserError: an override has another form, or the configuration is not valid.
     """
     Config.from_dict(tables, source)  # so that an error names the file, not the command line
-    values = {}
+    values, defaults = {}, Config().flat()
     for text in overrides:
         name, equals, value = text.partition("=")
         table, dot, key = name.strip().partition(".")
@@ -317,7 +381,10 @@ def override(
                 f"override: found {text!r}, expected table.key=value, such as "
                 "data.root=my_folder or train.epochs=10"
             )
-        values[f"{table}.{key}"] = parse_value(value)
+        parsed, name = parse_value(value), f"{table}.{key}"
+        if isinstance(defaults.get(name), str) and not isinstance(parsed, str):
+            parsed = value.strip()  # a folder may be named 2024-05-01 or true
+        values[name] = parsed
     return changed(tables, values, "command line" if overrides else source)
 
 

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import wrap_file
 
 from nucsam.claims import Claim
 from nucsam.errors import UserError
+from nucsam.progress import PlainConsole
 
 TIMEOUT_SECONDS = 10.0
 
 
-def fetch(path: Path, urls: Sequence[str], *, sha256: str, size: int, advice: str = "") -> None:
+def fetch(
+    path: Path, urls: Sequence[str], *, checksum: str, size: int = 0, advice: str = ""
+) -> None:
     """Download `path` from the first of `urls` that serves the right bytes.
 
     `path` appears once it is complete and checked. Until then a hidden file beside it holds what
@@ -25,8 +27,8 @@ def fetch(path: Path, urls: Sequence[str], *, sha256: str, size: int, advice: st
     Args:
         path: file to write; its folder is made.
         urls: addresses of the same file, in order of preference.
-        sha256: of the whole file, in hexadecimal.
-        size: of the whole file, bytes.
+        checksum: ALGORITHM:HEXADECIMAL of the whole file, such as md5:0cc1...
+        size: of the whole file, bytes; 0 where it is not known, and then nothing is resumed.
         advice: end of the message where no address serves the file.
 
     Raises:
@@ -48,11 +50,11 @@ def fetch(path: Path, urls: Sequence[str], *, sha256: str, size: int, advice: st
             except (OSError, HTTPException, ValueError) as error:
                 failures.append(f"{url}: {error}")
                 continue
-            digest = file_sha256(partial)
-            if digest == sha256:
+            digest = file_checksum(partial, checksum.partition(":")[0])
+            if digest == checksum:
                 partial.replace(path)
                 return
-            failures.append(f"{url}: found SHA-256 {digest}, expected {sha256}")
+            failures.append(f"{url}: found {digest}, expected {checksum}")
     reasons = "\n  ".join(failures)
     raise UserError(
         f"{path.name}: no address serves it.\n  {reasons}\n"
@@ -60,10 +62,10 @@ def fetch(path: Path, urls: Sequence[str], *, sha256: str, size: int, advice: st
     )
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+def file_checksum(path: Path, algorithm: str = "sha256") -> str:
+    """ALGORITHM:HEXADECIMAL of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
 
 def _transfer(url: str, partial: Path, size: int) -> None:
@@ -71,23 +73,25 @@ def _transfer(url: str, partial: Path, size: int) -> None:
 
     Raises:
         OSError, HTTPException: the transfer fails.
-        ValueError: the server announces or sends another number of bytes than `size`.
+        ValueError: the server announces or sends another number of bytes than `size`, if known.
     """
-    start = partial.stat().st_size % size  # a file of the whole size has failed its checksum
+    # a file of the whole size has failed its checksum
+    start = partial.stat().st_size % size if size else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
         if response.status != 206:  # the server sends the whole file
             start = 0
         announced = response.headers["Content-Length"]
-        if announced is not None and int(announced) != size - start:
+        if size and announced is not None and int(announced) != size - start:
             raise ValueError(f"found a Content-Length of {announced}, expected {size - start}")
-        shown = {"total": size - start, "description": url, "console": Console(stderr=True)}
+        total = size - start if size else int(announced or 0)
+        shown = {"total": total, "description": url, "console": PlainConsole(stderr=True)}
         with partial.open("r+b") as file, wrap_file(response, **shown) as body:
             file.seek(start)
             file.truncate()
             shutil.copyfileobj(body, file)
             written = file.tell()
-    if written > size:
+    if size and written > size:
         partial.write_bytes(b"")
-    if written != size:
+    if size and written != size:
         raise ValueError(f"found {written} bytes, expected {size}")

@@ -1,12 +1,15 @@
-"""Atomic writes, JSON documents, and names for messages."""
+"""Atomic writes, JSON documents and their form, and names for messages and tables."""
 
 import json
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import psutil
 
 from nucsam.errors import UserError
 
@@ -34,6 +37,30 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with the home folder for a first `~`, unless a file of that very name is there."""
+    try:
+        return Path(path) if os.path.lexists(path) else Path(path).expanduser()
+    except (RuntimeError, ValueError):  # no such user; a null byte
+        return Path(path)
+
+
+def stale_partials(folder: Path) -> list[Path]:
+    """Temporary files of `atomic`, anywhere in a folder, whose process does not run here."""
+    names = [(path, _PARTIAL.fullmatch(path.name)) for path in folder.rglob(".*.partial")]
+    return [path for path, match in names if match and not psutil.pid_exists(int(match[2]))]
+
+
+def result_of(partial: Path) -> Path:
+    """The path that a temporary file of `atomic` stands for."""
+    match = _PARTIAL.fullmatch(partial.name)
+    assert match is not None
+    return partial.with_name(match[1])
+
+
+_PARTIAL = re.compile(r"\.(.+)\.(\d{1,9})\.partial")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -64,6 +91,64 @@ def read_json(text: str | bytes, source: str) -> dict[str, Any]:
     return document
 
 
+class Leaf(NamedTuple):
+    """A rule for one value of a document: what was expected, and whether a value is that."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number of a size that a result can have; not NaN, not a bool."""
+    return type(value) in (int, float) and abs(value) < 1e15
+
+
+TEXT = Leaf("a string", lambda value: isinstance(value, str))
+FLAG = Leaf("true or false", lambda value: isinstance(value, bool))
+COUNT = Leaf("a whole number from 0", lambda value: type(value) is int and 0 <= value < 1e15)
+NUMBER = Leaf("a number", is_number)
+SHARE = Leaf("0 to 1 or null", lambda v: v is None or (is_number(v) and 0 <= v <= 1) or v != v)
+
+
+def check_form(document: Any, form: Any, source: str) -> Any:
+    """Check the form of a document, and return it.
+
+    Args:
+        document: nested dicts and lists.
+        form: a Leaf; a type; [form] for a list of at least one; or {key: form} for a dict that has
+            at least these keys, where the key `str` stands for every key.
+        source: file and place in it, for messages.
+
+    Raises:
+        UserError: names the first place with another form.
+    """
+    if isinstance(form, Leaf):
+        if not form.holds(document):
+            raise UserError(f"{source}: found {_short(document)}, expected {form.expected}")
+        return document
+    kind = form if isinstance(form, type) else type(form)
+    if not isinstance(document, kind) or (isinstance(form, list) and not document):
+        raise UserError(f"{source}: found {_short(document)}, expected a {kind.__name__}")
+    if isinstance(form, list):
+        for k, item in enumerate(document):
+            check_form(item, form[0], f"{source}[{k}]")
+    elif isinstance(form, dict):
+        for key, inner in form.items():
+            for name in document if key is str else [key]:
+                if name not in document:
+                    raise UserError(f"{source}: found no {name}, expected one")
+                check_form(document[name], inner, f"{source}: {name}")
+    return document
+
+
+def _short(value: Any) -> str:
+    """A value for a message."""
+    if isinstance(value, int) and abs(value) >= 1e15:
+        return "a huge number"  # Python does not print every integer
+    text = repr(value) if value or not isinstance(value, list | dict) else f"an empty {value!r}"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def to_json(document: Any) -> str:
     """A JSON document of nested dicts and lists; NaN is written as null."""
     return json.dumps(without_nan(document), indent=1, allow_nan=False)
@@ -84,6 +169,21 @@ def shortened(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+# controls but line end and tab; invisible marks, which may turn the writing; single surrogates
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
+
+
 def printable(name: str) -> str:
-    """A file name as valid UTF-8: its bytes may be anything."""
-    return name.encode("utf-8", "replace").decode()
+    """A text as valid UTF-8 that no terminal obeys: names of files may hold any bytes.
+
+    Control characters, marks that turn the direction of writing and single surrogates appear as
+    escapes; line ends and tabs stay.
+    """
+    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
+
+
+def csv_text(text: str) -> str:
+    """A text as a cell that no spreadsheet takes for a formula: an apostrophe goes before one."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -5,8 +5,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -49,16 +51,22 @@ def launch_time() -> float:
 
 
 @contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, which removes partial files on its way out.
+def handled(handler: Callable[[int, FrameType | None], Any], *signals: int) -> Iterator[None]:
+    """Context in which signals call `handler`.
 
     Python sets signal handlers in the main thread only; elsewhere this changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    previous = {number: signal.signal(number, handler) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, former in previous.items():
+            signal.signal(number, former)
+
+
+def exit_on_sigterm() -> AbstractContextManager[None]:
+    """Context that turns SIGTERM into SystemExit, which removes partial files on its way out."""
+    return handled(lambda number, _: sys.exit(128 + number), signal.SIGTERM)

@@ -14,6 +14,26 @@ TINY = {
 }
 
 
+def whole_scores(**changes):
+    """A scores.json with one image, as far as nucsam reads it, with other entries on top."""
+    mean = {"dice": 0.8, "aji": 0.6, "pq": 0.5}
+    outcomes = dict.fromkeys(("missed", "false", "split", "merged"), 0)
+    image = {"name": "a", "organ": "b", **mean, "n_truth": 2, "n_pred": 2, "outcomes": outcomes}
+    summary = {"images": 1, "mean": mean, "low": mean, "high": mean, "organs": {}}
+    summary |= {"nuclei": 2, "predicted": 2, "pooled": mean}
+    rules = {"protocol": {"name": "nuinsseg"}, "rules": "nuinsseg: its rules"}
+    return {
+        "images_of": "test",
+        "untrained": False,
+        "epoch": 2,
+        "epoch_chosen_by": "aji on the inner split",
+        "base": {"source": "a.pt"},
+        "headline": mean,
+        "scores": [rules | {"images": [image], "summary": summary}],
+        **changes,
+    }
+
+
 def snapshot(folder):
     """Mode, size and time of writing of everything in a folder; of a folder only its mode."""
     states = {}
@@ -22,6 +42,11 @@ def snapshot(folder):
         content = (status.st_size, status.st_mtime_ns) if not path.is_dir() else ()
         states[path] = (status.st_mode, *content)
     return states
+
+
+def same_tensors(a, b):
+    """Whether two states hold the same tensors under the same names, bit for bit."""
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,11 @@
 """Tensors on disk: adapters, merged weights, resumable state; what does not fit is refused."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from nucsam.config import Config, Loss, Model, Train, to_toml
 from nucsam.errors import UserError
@@ -38,12 +35,6 @@ def trained(base: Base, seed: int = 5, **model) -> Nucsam:
         for p in net.trainable().values():
             p += 0.05 * torch.randn(p.shape, generator=generator)
     return net
-
-
-@pytest.fixture(scope="module")
-def plain(base) -> Nucsam:
-    """A model that refused files leave as it is."""
-    return build_model(Model(width=32), base, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -89,30 +80,13 @@ def test_tensors_and_metadata_come_back(tmp_path):
         assert torch.equal(found[name], tensor)
 
 
-def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "a.safetensors"
-    write_tensors(path, {"x": torch.zeros(3)}, {})
-    before = path.read_bytes()
-
-    def full(partial, content):
-        partial.write_text(str(content[:8]))
-        assert partial.name.endswith(".partial")  # a killed write leaves it, and its name clears it
-        assert {file.name for file in tmp_path.iterdir()} == {partial.name, path.name}
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UserError, match=re.escape(str(path))):
-        write_tensors(path, {"x": torch.ones(3)}, {})
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
 def test_interrupted_text_leaves_the_old_one(tmp_path, error):
     path = tmp_path / "a.txt"
     write_text(path, "old\n")
     with pytest.raises(error), atomic(path) as partial:
         assert partial.parent == tmp_path  # the same file system, so that taking the name is atomic
+        assert partial.name.endswith(".partial")  # a killed write leaves it, and its name clears it
         partial.write_text("ne")
         assert path.read_text() == "old\n"
         raise error
@@ -121,37 +95,6 @@ def test_interrupted_text_leaves_the_old_one(tmp_path, error):
     write_text(path, "näw\n")
     assert path.read_text(encoding="utf-8") == "näw\n"
     assert list(tmp_path.iterdir()) == [path]
-
-
-NOT_OURS = ("truncated", "header", "empty", "text", "pickle", "foreign", "folder", "missing")
-
-
-def not_ours(path: Path, kind: str) -> Path:
-    """A path that holds no file of nucsam."""
-    write_tensors(path, {"x": torch.randn(1000)}, {})
-    whole = path.read_bytes()
-    content = {
-        "truncated": whole[:-100],
-        "header": whole[:20],
-        "empty": b"",
-        "text": b"not tensors at all, but a text that is long enough",
-        "pickle": b"\x80\x02}q\x00.",
-    }
-    path.unlink()
-    if kind in content:
-        path.write_bytes(content[kind])
-    elif kind == "foreign":
-        save_file({"x": torch.zeros(2)}, path, metadata={"format": "pt"})
-    elif kind == "folder":
-        path.mkdir()
-    return path
-
-
-@pytest.mark.parametrize("name", NOT_OURS)
-def test_files_that_are_not_ours_are_named(tmp_path, name):
-    path = not_ours(tmp_path / "a.safetensors", name)
-    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: "):
-        read_tensors(path)
 
 
 # Adapter
@@ -172,50 +115,14 @@ def test_adapter_round_trip(base, tmp_path, train, head):
     assert read_tensors(tmp_path / "a.safetensors")[0].keys() == net.trainable().keys()
 
 
-@pytest.fixture
-def saved(base, weights, tmp_path) -> Path:
-    save_adapter(tmp_path / "adapter.safetensors", weights, facts(base))
-    return tmp_path / "adapter.safetensors"
-
-
-def assert_refused(path: Path, net: Nucsam, base: Base, text: str = "") -> None:
-    before = {name: p.clone() for name, p in net.trainable().items()}
-    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: .*{re.escape(text)}"):
-        load_adapter(path, net, base)
-    assert all(torch.equal(p, before[name]) for name, p in net.trainable().items())
-
-
-def test_adapter_of_another_base_is_refused(base, saved):
+def test_adapter_of_another_base_is_refused(base, weights, tmp_path):
+    save_adapter(tmp_path / "a.safetensors", weights, facts(base))
     other = load_base("none", seed=2)
     net = build_model(Model(width=32), other, seed=0)
-    assert_refused(saved, net, other, base.sha256[:12])
-
-
-@pytest.mark.parametrize(
-    "model",
-    [Model(width=64), Model(width=32, rank=8), Model(width=32, train="full"), Model(head="sam")],
-)
-def test_adapter_of_another_model_is_refused(base, saved, model):
-    assert_refused(saved, build_model(model, base, seed=0), base)
-
-
-def test_adapter_without_a_tensor_is_refused(base, plain, saved):
-    weights, metadata = read_tensors(saved)
-    name = "image_encoder.layers.2.blocks.3.attn.qkv.lora_A"
-    del weights[name]
-    write_tensors(saved, weights, metadata)
-    assert_refused(saved, plain, base, name)
-
-
-def test_file_of_another_kind_is_refused(base, plain, saved):
-    weights, metadata = read_tensors(saved)
-    write_tensors(saved, weights, metadata | {"kind": "merged"})
-    assert_refused(saved, plain, base, "'merged'")
-
-
-@pytest.mark.parametrize("name", NOT_OURS)
-def test_broken_adapters_are_refused(base, plain, tmp_path, name):
-    assert_refused(not_ours(tmp_path / "a.safetensors", name), plain, base)
+    before = state_sha256(net.state_dict())
+    with pytest.raises(UserError, match=rf"a\.safetensors: .*{base.sha256[:12]}"):
+        load_adapter(tmp_path / "a.safetensors", net, other)
+    assert state_sha256(net.state_dict()) == before
 
 
 # Merging
@@ -369,24 +276,8 @@ def test_open_run(base, weights, tmp_path):
     assert metadata["epoch"] == 3
 
 
-@pytest.mark.parametrize("missing", ["config.toml", "base.safetensors", "adapter.safetensors"])
-def test_run_without_a_file_is_refused(base, weights, tmp_path, missing):
+def test_run_without_its_base_is_refused(base, weights, tmp_path):
     run_directory(tmp_path, base, weights)
-    (tmp_path / missing).unlink()
-    with pytest.raises(UserError, match=re.escape(missing)):
+    (tmp_path / "base.safetensors").unlink()
+    with pytest.raises(UserError, match=r"base\.safetensors"):
         open_run(tmp_path)
-
-
-def test_run_on_another_base_is_refused(base, weights, tmp_path):
-    run_directory(tmp_path, base, weights)
-    other = load_base("none", seed=2)
-    write_tensors(
-        tmp_path / "base.safetensors", other.state, {"kind": "base", "source": other.source}
-    )
-    with pytest.raises(UserError, match=r"adapter\.safetensors"):
-        open_run(tmp_path)
-
-
-def test_metadata_is_plain_json(base, saved):
-    with safe_open(saved, framework="pt") as file:
-        assert json.loads(file.metadata()["nucsam"]) == {"kind": "adapter", **facts(base)}

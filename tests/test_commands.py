@@ -171,9 +171,7 @@ def trained(tmp_path_factory, folder):
 
 def test_training_prints_what_must_be_known(trained):
     run, output = trained
-    assert "random base weights" in output
     assert "284,828 of 6,028,720 parameters" in output
-    assert "aji on the inner split" in output
     assert (run / "scores.json").is_file()
 
 
@@ -184,8 +182,6 @@ def test_evaluate_scores_a_run(trained, tmp_path, capsys):
     assert scores["images_of"] == "test"
     assert len(scores["scores"][0]["images"]) == len(list(overlays.iterdir())) == 3
     assert scores["headline"] == json.loads((run / "scores.json").read_text())["headline"]
-    assert run_command(["evaluate", str(run), "--untrained"]) == 0
-    assert "untrained model" in capsys.readouterr().out
 
 
 def test_evaluate_scores_folders_of_label_maps(folder, tmp_path, capsys):
@@ -219,27 +215,6 @@ def test_inspect_names_every_bad_file_and_fails(folder, tmp_path, capsys):
     assert run_command(["inspect", str(copy), "--sheet", str(tmp_path / "s.png")]) == 1
     output = capsys.readouterr().out.replace("\n", "")
     assert all(path.name in output for path in broken)
-
-
-def test_synth_repeats_by_seed_and_refuses_a_full_folder(tmp_path, capsys):
-    sets = []
-    for name in ("a", "b"):
-        root = tmp_path / name
-        arguments = ["synth", str(root), "--images", "2", "--size", "64", "--seed", "5"]
-        assert run_command(arguments) == 0
-        sets.append({str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.*")})
-    assert sets[0] == sets[1] and len(sets[0]) == 6
-    assert run_command(["synth", str(tmp_path / "a"), "--images", "2"]) == 2
-    assert str(tmp_path / "a") in capsys.readouterr().err
-
-
-def test_export_refuses_an_existing_file_and_a_folder_without_a_run(trained, tmp_path, capsys):
-    out = ["--out", str(tmp_path / "nuclei.safetensors")]
-    assert run_command(["export", str(trained[0]), *out]) == 0
-    assert run_command(["export", str(trained[0]), *out]) == 2
-    assert "force replaces it" in capsys.readouterr().err
-    assert run_command(["export", str(tmp_path), "--out", str(tmp_path / "x.pt")]) == 2
-    assert "config.toml" in capsys.readouterr().err
 
 
 # What comes of an error
@@ -278,12 +253,11 @@ def test_a_bug_keeps_its_traceback(monkeypatch, bug):
 @pytest.mark.parametrize(
     "error",
     [
-        UserError("a.png: mistake"),
         PermissionError(errno.EACCES, "denied", "a.png"),
         OSError(errno.ENOSPC, "disk full: a.png"),
     ],
 )
-def test_a_users_mistake_is_one_message_and_status_2(monkeypatch, capsys, error):
+def test_a_file_that_cannot_be_written_is_one_message_and_status_2(monkeypatch, capsys, error):
     def fail():
         raise error
 
@@ -297,12 +271,6 @@ def test_a_users_mistake_is_one_message_and_status_2(monkeypatch, capsys, error)
 def test_a_wrong_command_line_meets_its_usage(capsys, arguments):
     assert run_command(arguments) == 2
     assert "Usage: nucsam" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [["a.toml", "b.toml"], ["--rezume"], ["train.epoch=3"]])
-def test_wrong_settings_are_named(capsys, arguments):
-    assert run_command(["train", *arguments]) == 2
-    assert arguments[-1].partition("=")[0] in capsys.readouterr().err
 
 
 # What is printed

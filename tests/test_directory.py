@@ -1,12 +1,15 @@
 """A run directory: may a run start there, is it finished, how do several runs compare."""
 
+import os
+
 import pytest
+from conftest import whole_scores
 
 from nucsam.config import Config, override
 from nucsam.errors import UserError
 from nucsam.run.directory import RunDirectory, RunRecord, read_runs
 
-SCORES = {"headline": {"dice": 0.5}, "scores": [{"images": [{"name": "a", "organ": "b", "x": 1}]}]}
+SCORES = whole_scores()
 
 
 def config(*overrides: str) -> Config:
@@ -24,24 +27,25 @@ def write_run(path, settings: Config, epochs: int = 0, scores: dict | None = Non
 
 
 def test_what_is_written_is_read(tmp_path):
-    run = write_run(tmp_path / "run", config(), 2, SCORES)
+    run = write_run(tmp_path / "run", config(), 5, SCORES)
     run.write_environment({"device": "CPU"})
     assert run.read_config() == config()
-    assert run.read_metrics() == [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 0.5}]
+    assert run.read_metrics()[:2] == [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 0.5}]
     assert run.read_environment() == {"device": "CPU"}
-    assert run.read_scores() == SCORES
+    assert run.read_scores(config()) == SCORES
     record = RunRecord.read(run.path)
-    assert record.rows == [{"name": "a", "organ": "b", "x": 1, "fold": 0, "run": record}]
+    assert record.rows == [{**SCORES["scores"][0]["images"][0], "fold": 0, "run": record}]
 
 
 def test_undefined_scores_are_written_as_null(tmp_path):
-    run = write_run(tmp_path, config(), 5, {"headline": {"aji": float("nan")}})
-    assert run.read_scores() == {"headline": {"aji": None}}
+    headline = {"dice": 0.5, "aji": float("nan"), "pq": 0.5}
+    run = write_run(tmp_path, config(), 5, whole_scores(headline=headline))
+    assert run.read_scores(config())["headline"] == {"dice": 0.5, "aji": None, "pq": 0.5}
 
 
 def test_before_the_first_epoch_there_is_nothing_to_read(tmp_path):
     run = write_run(tmp_path, config())
-    assert (run.read_metrics(), run.read_environment(), run.read_scores()) == ([], {}, None)
+    assert (run.read_metrics(), run.read_environment(), run.read_scores(config())) == ([], {}, None)
     assert run.epochs_done() == 0
 
 
@@ -50,15 +54,88 @@ def test_before_the_first_epoch_there_is_nothing_to_read(tmp_path):
     [(5, SCORES, True), (5, None, False), (4, SCORES, False), (0, SCORES, False)],
 )
 def test_finished_means_all_epochs_and_scores(tmp_path, epochs, scores, finished):
-    assert write_run(tmp_path, config(), epochs, scores).is_finished(config()) == finished
+    run = write_run(tmp_path, config(), epochs, scores)
+    assert run.is_finished(config()) == finished
+    assert run.read_scores(config()) == (scores if finished else None)
+    assert RunRecord.read(run.path).scores == (scores if finished else None)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("epoch",), "3"),
+        (("epoch",), 10**400),
+        (("headline", "aji"), 1e300),
+        (("headline",), []),
+        (("base",), {"source": None}),
+        (("scores",), []),
+        (("scores", 0, "images", 0, "n_truth"), -1),
+        (("scores", 0, "images", 0, "counts"), {"tp": 1}),
+        (("scores", 0, "summary", "organs"), {"liver": {"images": 1}}),
+        (("split",), 3),
+    ],
+)
+def test_scores_of_another_form_are_named(tmp_path, place, value):
+    scores = whole_scores()
+    *outer, last = place
+    inside = scores
+    for key in outer:
+        inside = inside[key]
+    inside[last] = value
+    run = write_run(tmp_path, config(), 5, scores)
+    with pytest.raises(UserError, match=r"scores\.json"):
+        run.read_scores(config())
+
+
+def test_scores_of_another_split_are_refused(tmp_path):
+    run = write_run(tmp_path, config(), 5, whole_scores(split={"fold": 0, "seed": 19}))
+    assert run.read_scores(config())["split"] == {"fold": 0, "seed": 19}
+    with pytest.raises(UserError, match=r"data\.fold: 0 -> 1"):
+        run.read_scores(config("data.fold=1"))
+
+
+def test_one_process_holds_a_run_directory(tmp_path):
+    run = RunDirectory(tmp_path / "a" / "run")
+    with run.claim():
+        refused = pytest.raises(UserError, match=rf"a/run: process {os.getpid()} .* trains")
+        with refused, RunDirectory(run.path).claim():
+            raise AssertionError
+        assert run.path.is_dir()
+    assert not (tmp_path / "a").exists()  # no run has begun
+    with run.claim():
+        run.prepare(config())
+    with run.claim():
+        assert run.exists()
+
+
+def image(**changes):
+    return {"organ": "liver", "group": "g", "part": "train", "sha256": "0" * 64} | changes
+
+
+def test_other_images_are_named(tmp_path):
+    run = RunDirectory(tmp_path)
+    images = {name: image() for name in "abc"}
+    run.check_images(images, "data")  # an older run keeps none
+    run.write_images(images)
+    run.check_images(images, "data")
+    changed = {"b": image(sha256="1" * 64), "c": image(part="test", group="h"), "d": image()}
+    with pytest.raises(UserError, match="data: ") as error:
+        run.check_images(changed, "data")
+    for text in ("added: d", "removed: a", "labels: b", "group: c", "split: c"):
+        assert text in str(error.value)
+    with pytest.raises(UserError, match=r"removed: c$"):  # without pixels, by name alone
+        run.check_images({name: {"group": "g", "part": "train"} for name in "ab"}, "data")
 
 
 def test_preparing_clears_partial_files_and_nothing_else(tmp_path):
     run = write_run(tmp_path, config(), 1)
     (tmp_path / "state").mkdir()
-    (tmp_path / "state" / ".last.safetensors.7.partial").write_text("half")
+    (tmp_path / "state" / ".last.safetensors.999999999.partial").write_text("half")
+    alive = tmp_path / f".report.html.{os.getppid()}.partial"
+    alive.write_text("half")
     run.prepare(config())
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        alive.name,
         "config.toml",
         "metrics.jsonl",
         "state",
@@ -77,13 +154,6 @@ def test_a_run_starts_in_an_empty_folder_and_resumes_with_its_own_settings(tmp_p
         run.check(config(), resume=False)
     with pytest.raises(UserError, match=r"config\.toml.*train\.batch: 4 -> 8"):
         run.check(config("train.batch=8"), resume=True)
-
-
-def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(UserError, match=str(tmp_path)):
-        RunDirectory(tmp_path).read_config()
-    with pytest.raises(UserError, match=str(tmp_path)):
-        read_runs(tmp_path)
 
 
 def test_runs_are_sorted_by_value_and_fold_and_named_by_what_differs(tmp_path):

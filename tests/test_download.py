@@ -55,8 +55,8 @@ def fetch(server, tmp_path):
 
     def run(*paths):
         urls = [p if "://" in p else f"http://127.0.0.1:{server.server_port}{p}" for p in paths]
-        file, digest = tmp_path / "cache" / "file.pt", hashlib.sha256(BODY).hexdigest()
-        download.fetch(file, urls, sha256=digest, size=len(BODY), advice=", or ask a friend")
+        file, digest = tmp_path / "cache" / "file.pt", f"sha256:{hashlib.sha256(BODY).hexdigest()}"
+        download.fetch(file, urls, checksum=digest, size=len(BODY), advice=", or ask a friend")
         return file
 
     return run
@@ -96,20 +96,11 @@ def test_offline_the_message_names_each_address_and_the_file_to_put(fetch, silen
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         refused = f"http://127.0.0.1:{closed.getsockname()[1]}/refused"
-    began = time.monotonic()
     with pytest.raises(UserError) as refusal:
         fetch(silent, refused)
-    assert time.monotonic() - began < 4
     for fact in (f"{silent}: timed out", f"{refused}: ", "cache/file.pt"):
         assert fact in str(refusal.value)
     assert fetch(silent, "/whole").read_bytes() == BODY
-
-
-def test_a_folder_that_cannot_be_written_is_named(fetch, server, tmp_path):
-    (tmp_path / "cache").write_text("a file, not a folder")
-    with pytest.raises(UserError, match=r"file\.pt.*, or ask a friend"):
-        fetch("/whole")
-    assert server.requests == []
 
 
 def test_a_second_process_waits_for_the_first(fetch, server):

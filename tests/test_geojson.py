@@ -1,5 +1,7 @@
+import gzip
 import json
 import math
+import tracemalloc
 import uuid
 from itertools import pairwise
 from pathlib import Path
@@ -213,7 +215,7 @@ def test_neighbours_share_an_edge_and_no_pixel(tmp_path):
 
 
 def test_later_polygons_cover_earlier_ones_and_what_is_outside_is_cut_off(tmp_path):
-    with_hole = polygon(square(1, 1, 2), square(2, 2, 1))
+    with_hole = polygon(square(1, 1, 2.5), square(2, 2, 1))
     squares = [polygon(square(*place)) for place in ((-2, -2, 5), (90, 90, 5), (3, 3, 9))]
     document = collection(squares[0], with_hole, *squares[1:])
     label = read(put(tmp_path, document), (4, 5))
@@ -260,38 +262,177 @@ def test_points_and_lines_give_a_warning_and_take_no_id(tmp_path):
     assert np.array_equal(label, drawn("1.", ".."))
 
 
-@pytest.mark.parametrize("kind", ["detection", "cell"])
-def test_regions_around_nuclei_are_not_nuclei(tmp_path, kind):
-    """QuPath exports the annotation in which it has detected, before the detections."""
-    shapes = [("annotation", square(0, 0, 12)), (kind, square(1, 1, 3)), (kind, square(6, 6, 4))]
-    document = [
-        {"type": "Feature", "geometry": polygon(ring), "properties": {"objectType": name}}
-        for name, ring in shapes
+def drawing(geometry: dict, kind: str = "annotation", name: str = "", **more: object) -> dict:
+    """A Feature as QuPath 0.4 and later write it."""
+    properties = {"objectType": kind} | ({"classification": {"name": name}} if name else {})
+    return {"type": "Feature", "geometry": geometry, "properties": properties, **more}
+
+
+def areas(folder: Path, *parts: object, side: int = 60) -> list[int]:
+    """Pixels of each nucleus that is drawn, in the order of ids."""
+    label = read(put(folder, list(parts)), (side, side))
+    return np.bincount(label.ravel())[1:].tolist()
+
+
+CIRCLE = [
+    (30 + 28 * np.cos(t), 30 + 28 * np.sin(t))
+    for t in np.linspace(0, 2 * np.pi, 90, endpoint=False)
+]
+PAIR = [polygon(square(20, 20, 5)), polygon(square(35, 30, 6))]
+
+
+@pytest.mark.parametrize("kind", ["annotation", "detection", "cell", ""])
+@pytest.mark.parametrize("ring", [square(0, 0, 60), CIRCLE], ids=["square", "round"])
+def test_an_annotation_around_others_is_no_nucleus(tmp_path, kind, ring):
+    """First or last in the file, around one or two; QuPath issue 540 tells of such hierarchies."""
+    region, inner = drawing(polygon(ring)), [drawing(shape, kind) for shape in PAIR]
+    for parts in ([region, *inner], [*inner, region], [region, inner[0]]):
+        with pytest.warns(UserWarning, match="1 annotation around others"):
+            assert areas(tmp_path, *parts) == [25, 36][: len(parts) - 1]
+    assert areas(tmp_path, region) == [pytest.approx(3600 if len(ring) == 5 else 2463, abs=15)]
+
+
+@pytest.mark.parametrize(
+    "region",
+    [
+        drawing(polygon(square(0, 0, 60)), name="Region*"),
+        drawing(polygon(square(0, 0, 60)), name="region 2"),
+        drawing(polygon(square(0, 0, 60)), "tile"),
+        drawing(polygon(square(0, 0, 60)), "tma_core"),
+        {"type": "Feature", "id": "TMACoreObject", "geometry": polygon(square(0, 0, 60))},
+        drawing(polygon(square(0, 0, 60)), name="Ignore*"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*not used")
+def test_regions_cores_tiles_and_ignored_areas_are_no_nuclei(tmp_path, region):
+    assert areas(tmp_path, region, drawing(PAIR[0])) == [25]
+    assert areas(tmp_path, region) == []
+
+
+def test_a_cell_gives_its_nucleus(tmp_path):
+    """A cell of QuPath 0.2 (qupath pull 698), and two detections, one around the other."""
+    cell = {
+        "type": "Feature",
+        "id": "PathCellObject",
+        "geometry": polygon(square(0, 0, 12)),
+        "nucleusGeometry": polygon(square(3, 3, 4)),
+        "properties": {"measurements": [{"name": "Nucleus: Area", "value": 16}]},
+    }
+    pair = [drawing(polygon(square(30, 30, side)), "detection") for side in (12, 6)]
+    with pytest.warns(UserWarning, match="1 detection around others"):
+        assert areas(tmp_path, cell, *pair) == [16, 36]
+    speck = drawing(polygon(square(31, 31, 2)), "detection")  # on a nucleus, not a nucleus in it
+    assert areas(tmp_path, pair[0], speck) == [140, 4]
+
+
+def test_neighbours_and_nuclei_in_holes_hold_nothing(tmp_path):
+    ring = drawing(polygon(square(0, 0, 30), square(5, 5, 20)))
+    inner, beside = drawing(polygon(square(5, 5, 20))), drawing(polygon(square(30, 0, 30)))
+    assert areas(tmp_path, ring, inner, beside) == [500, 400, 900]
+    crossing = drawing(polygon(square(25, 25, 10)))
+    assert areas(tmp_path, beside, crossing) == [900 - 25, 100]
+
+
+def multi(*places: tuple[int, int, int]) -> dict:
+    parts = [polygon(square(*place))["coordinates"] for place in places]
+    return {"type": "MultiPolygon", "coordinates": parts}
+
+
+def test_a_multipolygon_of_parts_far_apart_is_many_nuclei(tmp_path):
+    """CellViT's cells.geojson, and QuPath's Merge selected: a class is a MultiPolygon."""
+    grid = [(10 * x, 10 * y, 5) for x in range(6) for y in range(6)]
+    assert areas(tmp_path, drawing(multi(*grid))) == [25] * 36
+    assert areas(tmp_path, drawing(multi(*grid), "detection")) == [900]  # 55 px: one object
+    assert areas(tmp_path, drawing(multi(*grid), "detection"), side=56) == [900]
+    far = [(x, y, 5) for x in (0, 80) for y in (0, 90)]
+    assert areas(tmp_path, drawing(multi(*far), "detection"), side=100) == [25] * 4
+    dense = [(6 * x, 6 * y, 5) for x in range(9) for y in range(9)]  # 1 px apart
+    assert areas(tmp_path, drawing(multi(*dense))) == [25] * 81
+    assert areas(tmp_path, drawing(multi((0, 0, 5), (6, 0, 5)))) == [50]  # a nucleus in pieces
+    assert areas(tmp_path, drawing(multi((0, 0, 5)))) == [25]  # TissUUmaps issue 49
+    (pieces,) = features(np.eye(100, dtype=np.int32)[::30].repeat(3, 0))
+    assert areas(tmp_path, pieces, side=100) == [12]  # what nucsam writes is one nucleus
+
+
+def test_child_objects_and_classes_in_all_their_forms(tmp_path):
+    """QuPath pull 1099: child objects, `names`; ENACT issue 45: GDAL's JSON in a string; 0.3."""
+    children = [drawing(shape, "detection") for shape in PAIR]
+    parent = drawing(polygon(square(0, 0, 60)), name="Region*")
+    for place in (parent, parent["properties"]):
+        nested = json.loads(json.dumps(parent))
+        (nested if place is parent else nested["properties"])["childObjects"] = children
+        assert areas(tmp_path, nested) == [25, 36]
+    for properties in (
+        {"objectType": "annotation", "classification": {"names": ["Region*", "Tumor"]}},
+        {"object_type": "annotation", "classification": {"name": "Region*", "colorRGB": -1}},
+        {"classification": '{ "name": "Region*", "color": [ 0, 0, 180 ] }'},
+        {"classification": "Region*", "measurements": {"Area": 3600}},
+    ):
+        region = {"type": "Feature", "geometry": polygon(CIRCLE), "properties": properties}
+        assert areas(tmp_path, region) == []
+
+
+def test_what_has_no_area_is_left_out_and_counted(tmp_path):
+    """Of jackson-datatype-jts issue 63 ([[]]) and terraformer pull 19 (too few points)."""
+    nothing = [
+        None,
+        {"type": "Polygon", "coordinates": []},
+        {"type": "Polygon", "coordinates": [[]]},
+        {"type": "MultiPolygon", "coordinates": []},
+        polygon([(0, 0), (1, 1), (0, 0)]),
+        polygon([(0, 0), (1, 1), (2, 2), (0, 0)]),
     ]
-    with pytest.warns(UserWarning, match="1 annotation of a region"):
-        label = read(put(tmp_path, document), (12, 12))
-    assert np.bincount(label.ravel()).tolist() == [144 - 9 - 16, 9, 16]
-    for number, areas in ((1, [144]), (2, [144 - 9, 9])):  # drawn by hand, and corrected by hand
-        label = read(put(tmp_path, document[:number]), (12, 12))
-        assert np.bincount(label.ravel())[1:].tolist() == areas
+    parts = [{"type": "GeometryCollection", "geometries": [PAIR[0]]}, *nothing]
+    with pytest.warns(UserWarning, match="1 GeometryCollection, 6 empty geometry"):
+        assert areas(tmp_path, *map(drawing, parts), drawing(PAIR[1])) == [36]
+    with pytest.warns(UserWarning, match="1 empty geometry"):
+        half = {"type": "MultiPolygon", "coordinates": [[[]], PAIR[1]["coordinates"]]}
+        assert areas(tmp_path, drawing(half)) == [36]
+    hole = {"type": "Polygon", "coordinates": [*PAIR[1]["coordinates"], []]}
+    assert areas(tmp_path, drawing(hole), drawing(polygon(square(0, 0, 3)[:-1]))) == [36, 9]
 
 
-def test_an_image_without_nuclei(tmp_path):
-    for document in ([], collection()):
-        assert not read(put(tmp_path, document), (3, 4)).any()
+def test_a_bowtie_has_both_its_halves(tmp_path):
+    """hover_next_inference issue 26, tiatoolbox issue 1080: polygons that cross themselves."""
+    bowtie = polygon([(0, 0), (20, 20), (20, 0), (0, 20), (0, 0)])
+    assert areas(tmp_path, drawing(bowtie, "detection")) == [200]
 
 
-@pytest.mark.parametrize("document", ["{", "[" * 100_000, 3, {"type": "FeatureCollection"}])
-def test_what_is_no_geojson_is_refused(tmp_path, document):
-    with pytest.raises(UserError, match=r"a\.geojson"):
-        read(put(tmp_path, document), (3, 4))
+def test_gzip_is_unpacked(tmp_path):
+    path = tmp_path / "a.geojson.gz"
+    path.write_bytes(gzip.compress(json.dumps([drawing(PAIR[0])]).encode()))
+    assert read(path, (60, 60)).sum() == 25
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"a\.geojson\.gz"):
+        read(path, (60, 60))
 
 
-def test_a_missing_file_and_polygons_outside_of_the_image_are_refused(tmp_path):
-    path = put(tmp_path, collection(polygon(square(50, 50, 3))))
-    for bad in (tmp_path / "none.geojson", path):
-        with pytest.raises(UserError, match=bad.name):
-            read(bad, (3, 4))
+def test_pixels_are_those_of_shapely(tmp_path):
+    shapely = pytest.importorskip("shapely")
+    y, x = np.mgrid[:60, :60] + 0.5
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        turn = np.sort(rng.uniform(0, 2 * np.pi, 40))
+        radius = rng.uniform(5, 40, 40)
+        star = np.stack([30 + radius * np.cos(turn), 30 + radius * np.sin(turn)], 1)
+        expected = shapely.contains_xy(shapely.Polygon(star), x, y)
+        label = read(
+            put(tmp_path, collection(polygon([*star.tolist(), star[0].tolist()]))), (60, 60)
+        )
+        assert expected.sum() > 100 and np.array_equal(label > 0, expected)
+
+
+def test_memory_is_bounded_where_a_polygon_zigzags(tmp_path):
+    """15 million crossings of edges and rows would take 120 MB for one column of numbers."""
+    side, edges = 1000, 15_333
+    ring = [(k * side / edges, (k % 2) * side) for k in range(edges)]
+    read(put(tmp_path, collection(*PAIR)), (side, side))  # imports
+    path = put(tmp_path, collection(polygon([*ring, (side, -1), ring[0]])))
+    tracemalloc.start()
+    read(path, (side, side))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
 
 
 BAD_POINTS = [(math.nan, 1), (1e9, 1), (1, -1e300), (10**400, 1), ("a", 1), (1,)]
@@ -302,12 +443,8 @@ BAD_POINTS = [(math.nan, 1), (1e9, 1), (1, -1e300), (10**400, 1), ("a", 1), (1,)
     [
         {"type": "Circle"},
         {"type": "Polygon"},
-        {"type": "Polygon", "coordinates": []},
         {"type": "Polygon", "coordinates": [7]},
         {"type": "MultiPolygon", "coordinates": [7]},
-        {"type": "MultiPolygon", "coordinates": []},
-        polygon(square(0, 0, 1)[:-1]),
-        polygon([(0, 0), (1, 1), (0, 0)]),
         *(polygon([(0, 0), point, (1, 1), (0, 0)]) for point in BAD_POINTS),
     ],
 )

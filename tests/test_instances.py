@@ -183,17 +183,6 @@ def test_whole_equals_a_loop(labels, area, confidence, seed):
     assert np.array_equal(found, slow_whole(labels, foreground, area, confidence))
 
 
-def test_whole_by_hand():
-    labels = np.array([[7, 7, 0, 3], [0, 0, 7, 3], [7, 0, 0, 3], [2, 2, 0, 0]])
-    sure = np.ones(labels.shape)
-    expected = [[1, 1, 0, 2], [0, 0, 0, 2], [0, 0, 0, 2], [3, 3, 0, 0]]
-    assert whole(labels, sure, limits(area=2, confidence=0.0)).tolist() == expected
-    expected = [[0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
-    assert whole(labels, sure, limits(area=3, confidence=0.0)).tolist() == expected
-    sure[1, 3] = 0.0  # the long one's mean is two thirds
-    assert whole(labels, sure, limits(area=3, confidence=0.7)).max() == 0
-
-
 def plain_from_depth(nucleus: np.ndarray, depths: np.ndarray, rise: float) -> np.ndarray:
     """`from_depth` by reconstruction and a queue over all pixels."""
     depths = np.where(nucleus, depths, -1.0)  # so far below that no component is lost in it

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from nucsam.cli import run_command
 from nucsam.data.folders import find_records
-from nucsam.data.images import open_image, read_image, read_label
+from nucsam.data.images import read_image, read_label, read_mask
 from nucsam.data.samples import read_nuclei
 from nucsam.errors import UserError
 from nucsam.export.merged import export_run
@@ -44,24 +44,48 @@ WORDS = {
 # A command line, what the user did, and the message. Capital words are of WORDS and SCENES.
 COMMANDS = """
 $ train data.root=nowhere TINY  # a folder that is not there
-nowhere: found no data set (no such folder), expected ... (nuinsseg) or images (plain) in it
+nowhere: found no data set (no such folder), expected ORGAN/tissue images (nuinsseg), images (plain)
+or a public set in it
 $ train  # no data where the default looks
 data/NuInsSeg: found no data set (no such folder), ...
 $ inspect .  # a folder too high
-.: found no data set, expected ...; did you mean binary?
+.: found no data set, expected ...; did you mean binary? ...
 $ inspect page.pt  # an archive
 page.pt: found no data set (a file; unpack it), ...
 $ inspect flat  # images without folders
-flat: found no data set, expected ORGAN/tissue images (nuinsseg) or images (plain) in it
+flat: found no data set, expected ... in it flat: 12 images without a label, not used; first: ...
+$ inspect plain --layout tnbc  # another layout
+plain: found no data set, expected the folders of layout tnbc
 $ inspect plain --layout tiles  # no layout of ours
-layout: found 'tiles', expected auto, nuinsseg or plain
+layout: found 'tiles', expected auto, nuinsseg, pannuke, ..., plain, flat
 $ inspect plain --group (  # half a regular expression
 group: found '(', expected a regular expression: missing ), unterminated subpattern at position 0
 $ train PLAIN data.group=human  # a group that not every name has
 plain: found ... problem(s) plain/images/mouse_fat_1.png: ... that group='human' does not match ...
 $ train data.root=masks TINY  # labels in a folder of another name
 masks: found 12 problem(s) masks/images/human_bladder_1.png: found no label of this stem, expected
-one in masks/labels or masks/annotations ...
+one in a folder of labels beside masks/images ...
+$ train data.root=near TINY  # labels of types that are not read
+near: found 2 problem(s) near/images/a.png: found no label of this stem, expected one in
+near/labels; near/labels/a.npz: convert to TIFF near/images/b.png: ... near/labels/b_mask.jpg: save
+labels as PNG or TIFF, or swap the folders if these are the images
+$ train data.root=single TINY  # a mask for each nucleus
+single: ... found 2 file(s) that begin alike, such as a_mask0.tif: expected one map of all nuclei,
+with an id each
+$ train data.root=exchanged TINY  # labels for images
+12 images: ... exchanged/labels/human_bladder_1.png: found a picture, and a label map in
+exchanged/images/human_bladder_1.tif; swap the folders of images and labels ...
+$ inspect cellpose  # nothing but Cellpose's own file
+cellpose: found no data set, ... cellpose: 1 files that are not taken as labels: save the masks as
+PNG or TIFF in Cellpose, because its own file may hold code; first: cellpose/a_seg.npy
+$ download pannuke new  # a set that no program may fetch
+pannuke: no address serves it without a click; get it yourself, from https://warwick.ac.uk/..., and
+unpack it into new
+$ download nuinsseg new  # no network
+nuinsseg: https://zenodo.org/api/records/10518968 does not tell its files (URLError: ...); get them
+yourself, from https://zenodo.org/records/10518968, and unpack it into new
+$ download cells new  # no such set
+name: found 'cells', expected one of nuinsseg, tnbc, monuseg, ...
 $ train data.root=twice TINY  # two labels for an image
 twice: found 3 problem(s) twice/images/mouse_fat_1.tif: found the stem of mouse_fat_1.png again
 ...mouse_fat_1.geojson: found twice/labels/mouse_fat_1.tif too, expected one of them ...
@@ -172,13 +196,14 @@ $ UNLOCKED folds PLAIN --out OUT/f  # a file system without locks
 $ MEMORY predict run flat --out OUT/p  # a batch that the GPU cannot hold
 out of device memory: lower ...batch, then ...tile (no memory)
 $ MEMORY train PLAIN --out OUT/run  # a training that the GPU cannot hold
-out of device memory with train.batch=2 crops ... train.checkpoint=true; data.crop=32. (no memory)
+out of device memory with train.batch=2 crops ... train.batch=1 train.accumulate=2, ...
+train.checkpoint=true; data.crop=32. (no memory)
 $ train PLAIN train.lr_head=1e30 train.ema=0 --out OUT/run  # a learning rate far too high
 the loss {...} is not finite at or before step ... Lower ... continues from the last saved state
 $ BARE export run --format onnx --out m  # the packages are not installed
-...format onnx: onnx, onnxscript, onnxruntime not installed; pip install 'nucsam[onnx]' ...
+found no onnx, onnxscript, onnxruntime: pip install 'nucsam[onnx]' installs it
 $ BARE report run  # the packages are not installed
-...matplotlib and ...jinja2...pip install 'nucsam[report]' ...
+found no matplotlib, jinja2: pip install 'nucsam[report]' installs it
 $ predict foreign.safetensors flat --out p  # tensors of another program
 foreign.safetensors: found no `nucsam` metadata, expected a file that nucsam wrote
 $ export run/state/last.safetensors --out m  # a state for an adapter
@@ -187,10 +212,6 @@ $ export unnamed.safetensors --out m  # an adapter without a base
 unnamed.safetensors: found metadata without base and config, expected an adapter's
 $ export lora.safetensors --out m --base none  # an adapter of another base
 lora.safetensors: trained on the base ... (none (random, seed 0)), found the base ... (none ...)
-$ export lora.safetensors --out m --base run/base.safetensors --format onnx  # no head
-lora.safetensors: found an adapter without a head,... format onnx ...
-$ export heads --out m --format adapter --without-head  # nothing but a head
-...without...head: heads trained nothing but a head
 $ evaluate wide  # the head of another width
 wide/adapter.safetensors: weights do not fit the model: ... tensors differ; head...: found
 fractions (...), expected fractions (...), ...
@@ -207,7 +228,8 @@ stuck/state/last.safetensors: found no progress of a run; delete it to start the
 $ train PLAIN --out run  # a run directory that exists
 run: found files, expected a new or empty folder; give ... resume to continue the run there
 $ train PLAIN train.seed=1 --out run --resume  # resuming with another setting
-run/config.toml: cannot resume with another ... settings, or another out for a new run
+run/config.toml: cannot resume with another configuration: train.seed: 0 -> 1 ... settings, or
+another out for a new run
 $ train PLAIN data.root=fewer --out run --resume  # resuming with other images
 run/state/last.safetensors: cannot resume with another ... images, number of processes and precision
 $ evaluate plain  # a folder without a run
@@ -281,9 +303,13 @@ run/adapter.safetensors: found a file of kind 'adapter', expected 'merged'; ... 
 $ predict run none.png --out p  # no such image
 none.png: no such file or folder
 $ predict run old --out p  # a folder without images
-old: found no image, expected .png, .tif, .tiff, .jpg, .jpeg, .bmp...
+old: found no image, expected .png, ...
+$ predict run nested --out p  # a folder of folders
+nested: found no image, expected ...; its subfolders have some, so name them instead: p1
+$ predict run drawings --out p  # a folder of other files
+drawings: found no image, expected ...; convert to TIFF what lies there: 1 .svg
 $ predict run drawing.svg --out p  # a drawing
-drawing.svg: found .svg suffix, expected .png, .tif, .tiff, .jpg, .jpeg, .bmp...
+drawing.svg: found .svg suffix, expected .png, ...; convert it to TIFF
 $ predict run flat --out page.pt  # a file for a folder of results
 ...out: page.pt is a file, expected a folder
 $ predict run plain/labels --out plain/labels  # results over the images
@@ -298,14 +324,14 @@ $ predict run flat --out p --mpp 0  # no magnification
 ...mpp: found 0, expected a positive number
 $ predict run flat --out p --tile 3  # a tile too small
 ...tile: found 3, expected at least 64 px
+$ predict run flat --out p --roi empty.geojson  # one file of regions for many images
+...roi: found empty.geojson for 12 images, expected one image, or a folder with a ...
 $ predict run flat --out results  # results of other settings
 results/predict.json: ...other...: tta: True -> False; expected another ...out, or ...force
 $ predict run flat/human_bladder_1.png --out results --force  # fewer images than there are results
 results: found 1 result(s) that ...force would ..., such as results/human_bladder_2.tif; ...
 $ export run --out m --format pickle  # no such format
 ...format: found 'pickle', expected one of safetensors, mobile-sam, onnx, adapter
-$ export run --out m --without-head  # a head too many
-...without... found ...format safetensors, expected adapter
 $ export run --out m --base auto  # a base too many
 ...base: ...run...names its base...expected an adapter file
 $ export run --out flat  # export into a folder
@@ -317,7 +343,7 @@ page.pt/m: ...exists...; what was there before is unharmed
 $ export unfinished --out m  # an unfinished run
 unfinished: found an unfinished run, 1 of 2 epochs; nucsam ... --out unfinished --resume finishes it
 $ export headless --out m  # scores of something else
-headless/scores.json: found no headline, expected the scores of a run
+headless/scores.json: found no images_of, expected one
 $ synth plain  # synthetic images over others
 plain: found files there, expected a new or empty folder
 """
@@ -327,27 +353,39 @@ CALLS = """
 > read_image none.png  # no such image
 none.png: cannot be read (FileNotFoundError: ...), expected a whole .png file
 > read_image plain  # a folder of images
-plain: found no suffix, expected .png, .tif, .tiff, .jpg, .jpeg, .bmp
+plain: found no suffix, expected .png, .jpg, .jpeg, .bmp, .tif, .tiff, .svs, .ndpi, ..., .dcm
 > read_image folder.png  # a folder of an image's name
-folder.png: cannot be read (found a folder or device), expected a whole .png file
+folder.png: found a folder or device, expected a file
 > read_image float.tif  # real numbers
-float.tif: found float64 in 0.0..0.5 of shape (9, 9), ... 16 bits in (H, W) or (H, W, 1 to 4)
+float.tif: found values of float64, expected 8 or 16 bits
 > read_image animated.png  # two frames
-animated.png: cannot be read (found 2 frames, expected one image), expected a whole .png file
+animated.png: found 2 frames, expected one image
 > read_image two.tif  # two images
-two.tif: cannot be read (found 2 images, expected one), expected a whole .tif file
+two.tif: found 2 images (9x9, 9x5 px), expected one
 > read_image stack.tif  # a stack
-stack.tif: cannot be read (found axes ... of shape (5, 9, 9), expected one image), expected ...
-> read_image channels.tif  # white is zero, and each channel a page
-channels.tif: cannot be read (found a page a channel in ..., <...MINISWHITE: 0>), expected ...
+stack.tif: found a stack with axes ... of shape (5, 9, 9), expected one image
 > read_image tableless.tif  # the end cut off
-tableless.tif: cannot be read (found 1 page(s) and no end of the page table), expected ...
+tableless.tif: found 1 page(s) and no end of the page table, expected a whole TIFF
 > read_image short.tif  # pixels cut off
-short.tif: cannot be read (found ... of ... bytes), expected a whole .tif file
+short.tif: found ... of ... bytes, expected a whole TIFF
 > read_image pageless.tif  # all cut off
-pageless.tif: cannot be read (found no page), expected a whole .tif file
-> SMALL read_windows palette.tif  # a large palette
-palette.tif: cannot be read by windows (found uint8 in 1 ... expected grey or RGB of 8 or 16 bits)
+pageless.tif: found no page, expected a whole TIFF
+> read_image text.tif  # a page of the web
+text.tif: cannot be read (TiffFileError: not a TIFF file ...), expected a whole .tif file
+> read_image newer.tif  # a compression that no decoder knows
+newer.tif: cannot be decoded (...39321...), expected a common compression; save it as TIFF with
+deflate
+> read_image lab.tif  # colours of a press
+lab.tif: found 3 channels of CIELAB, expected grey, RGB, CMYK or YCbCr
+> SMALL read_label palette.tif  # more pixels than memory holds
+palette.tif: found 9x9 px, expected at most 3 px; cut it into pieces
+> BARE read_image slide.ndpi  # a slide without OpenSlide
+slide.ndpi: a .ndpi slide needs OpenSlide: pip install 'nucsam[slides]' adds it (none)
+> read_image slide.ndpi  # no slide
+slide.ndpi: cannot be read (OpenSlideUnsupportedFormatError: ...), expected a whole .ndpi file; if
+the scanner's own program opens it, convert it to TIFF
+> read_mask float.tif  # a mask of real numbers
+float.tif: found float64 of shape (9, 9), expected integers (H, W) or (H, W, 1 to 4)
 > read_label negative.npy  # negative ids
 negative.npy: found ids in -1..-1, expected 0..2147483647
 > read_outlines none.geojson  # no such outlines
@@ -360,12 +398,20 @@ circle.geojson: feature 1: found the geometry {'type': 'Circle'}, expected a Pol
 geometry.geojson: feature 1: expected a Feature with a geometry
 > read_outlines numbers  # a ring of numbers
 numbers.geojson: feature 1: found a ring that is no list of points [x, y] (...)
-> read_outlines open  # a ring that is not closed
-open.geojson: feature 1: found a ring of 3 points, expected a closed one of 4 or more
+> read_outlines rings  # a number for rings
+rings.geojson: feature 1: found the geometry {'type': 'MultiPolygon', ... expected a Polygon or ...
 > read_outlines far  # a coordinate of another planet
 far.geojson: feature 1: found a coordinate that is not finite or over 1e+09 px
 > read_outlines outside  # coordinates of another image
 outside.geojson: found no pixel of 9x9 px in any of 1 nuclei, expected coordinates in px
+> read_outlines beyond  # a region of another image
+beyond.geojson: found no pixel of 9x9 px in any of 1 regions, expected coordinates in px
+> read_rois page.xml  # XML of another program
+page.xml: cannot be read (found the element html), expected Aperio's XML: Annotations, ...
+> read_rois page.roi  # not a ROI
+page.roi: cannot be read (...), expected an ImageJ ROI or a zip file of them
+> read_rois folder.roi  # a folder
+folder.roi: cannot be read (found a folder or device), expected an ImageJ ROI or a zip file of them
 > find_records  # an empty name
 root: found an empty path, expected a folder of images and label maps
 > find_records null  # a null byte in a name
@@ -378,6 +424,8 @@ truth: found dtype float64, expected integer ids
 truth: found ids from -1 to 0, expected 0 to 2**63 - 1
 > read_tensors none  # no such file of tensors
 none: no such file; expected one that nucsam wrote
+> read_tensors plain  # a folder of tensors
+plain: not a readable safetensors file (...)
 > forward 50  # an image of a side that no stride divides
 ...50 x 64 px, expected multiples of 32...
 > magnify 99  # an image far larger than those trained on
@@ -407,8 +455,14 @@ $ evaluate --truth few/labels --pred mixed --workers 1  # predictions of other i
 $ inspect unused --sheet OUT/sheet.png  # labels of other images
 unused: 1 labels without an image, not used; first: unused/labels/x.tif
 contact sheet: OUT/sheet.png
+$ inspect camera --sheet OUT/sheet.png  # photographs that a camera has turned, and a printer's dpi
+1 image(s): orientation tag 6 turns the image, and labels must match the turned image; first: camera
+1 image(s): 300 dpi is no microscope's resolution, so nucsam ignores it; first: camera/images/
 $ inspect summed --sheet OUT/sheet.png  # NuInsSeg's first labels
 summed: 12 labels from 'label masks', where overlaps are sums of ids: expect spurious nuclei; first:
+$ inspect holed --sheet OUT/sheet.png  # an outline without an area
+warning: holed/annotations/x.geojson: found 1 empty geometry, not used; expected outlines of nuclei
+contact sheet: OUT/sheet.png
 $ predict run few/images --out OUT  # two images
 OUT: 2 image(s), ... nuclei, ... tiles in ... s
 $ predict run few/images --out again  # the same again
@@ -434,15 +488,16 @@ def without_extras(name: str, *_: object) -> object:
 
 FIND_SPEC = importlib.util.find_spec
 NO_MEMORY = failing(torch.OutOfMemoryError("no memory"))
-SPECS = ("importlib.util.find_spec", "nucsam.report.page.find_spec")
 STEPS = ("nucsam.predict.predictor.Predictor.extract", "nucsam.train.loop.step")
-LIMITS = ("nucsam.data.images.WHOLE", "nucsam.data.images.MOST")
 SCENES = {  # what stands in for what, where a line begins with the word
-    "BARE": dict.fromkeys(SPECS, without_extras),
+    "BARE": {
+        "importlib.util.find_spec": without_extras,
+        "nucsam.data.slides.import_module": failing(ImportError("none")),
+    },
     "FULL": {"tifffile.imwrite": failing(OSError(errno.ENOSPC, "No space left on device"))},
     "GPUS": {"os.environ": os.environ | {"ACCELERATE_USE_CPU": "", "CUDA_VISIBLE_DEVICES": "0, 1"}},
     "MEMORY": dict.fromkeys(STEPS, NO_MEMORY),
-    "SMALL": dict.fromkeys(LIMITS, 3),
+    "SMALL": {"nucsam.data.slides.MOST": 3},
     "UNLOCKED": {"fcntl.flock": failing(OSError(errno.ENOLCK, "No locks available"))},
 }
 ZEROS = np.zeros((9, 9), int)
@@ -451,8 +506,9 @@ MAPS = {"flat": ZEROS[0], "real": ZEROS / 2, "negative": ZEROS - 1}
 FUNCTIONS = {
     "read_image": read_image,
     "read_label": read_label,
-    "read_windows": open_image,
+    "read_mask": read_mask,
     "read_outlines": lambda name: read_nuclei(Path(name).with_suffix(".geojson"), (9, 9)),
+    "read_rois": lambda name: read_nuclei(Path(name), (9, 9)),
     "read_tensors": lambda name: checkpoint.read_tensors(Path(name)),
     "find_records": lambda name="": find_records(name and "a\0b"),
     "score": lambda name: score_maps(MAPS[name], ZEROS),
@@ -499,10 +555,37 @@ def make_data_sets(folder: Path) -> None:
             path.unlink()
     shutil.copytree("few", "unused")
     shutil.copytree(folder, "summed")
+    shutil.copytree("few", "camera")
+    turned, printed = sorted(Path("camera/images").iterdir())[:2]
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.open(turned).save(turned, exif=exif)
+    Image.open(printed).save(printed.with_suffix(".tif"), dpi=(300, 300))
+    printed.unlink()
     for path in Path("summed").glob("*/label masks modify"):
         path.rename(path.with_name("label masks"))
     assert run_command(["synth", "tiny", "--images", "4", "--size", "40"]) == 0
-    Path("masks/labels").rename("masks/masks")
+    Path("masks/labels").rename("masks/truth")
+    shutil.copytree("plain", "exchanged")
+    Path("exchanged/images").rename("exchanged/labels_")
+    Path("exchanged/labels").rename("exchanged/images")
+    Path("exchanged/labels_").rename("exchanged/labels")
+    picture, label = "plain/images/mouse_fat_1.png", "plain/labels/mouse_fat_1.tif"
+    for name, source in {
+        "near/images/a.png": picture,
+        "near/images/b.png": picture,
+        "near/labels/a.npz": picture,
+        "near/labels/b_mask.jpg": picture,
+        "single/images/a.png": picture,
+        "single/masks/a_mask0.tif": label,
+        "single/masks/a_mask1.tif": label,
+        "cellpose/a.png": picture,
+        "cellpose/a_seg.npy": label,
+        "nested/p1/a.png": picture,
+        "drawings/a.svg": label,
+    }.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, name)
     Path("twice/annotations").mkdir()
     for name in ("images/mouse_fat_1.tif", "annotations/mouse_fat_1.geojson"):
         Path("twice", name).touch()
@@ -526,22 +609,32 @@ def make_files() -> None:
         "nan.pt": {"weight": tensor / 0 * 0},
     }.items():
         torch.save(content, name)
-    for name in ("page.pt", "page.safetensors", "drawing.svg", "yaml.toml", "cached/mobile_sam.pt"):
+    for name in ("page.pt", "drawing.svg", "yaml.toml", "cached/mobile_sam.pt"):
         Path(name).write_text("<!DOCTYPE html>: 404")
     Path("scalar.toml").write_text("train = 3")
     save_file({"x": tensor}, "foreign.safetensors")
     checkpoint.write_tensors(Path("unnamed.safetensors"), {"x": tensor}, {"kind": "adapter"})
+    corner = [(0, 0), (3, 0), (3, 3), (0, 3)]
     for name, document in {
         "3": 3,
         "circle": [{"type": "Feature", "geometry": {"type": "Circle"}}],
         "geometry": [{"type": "Polygon"}],
         "numbers": [polygon([1, 2])],
-        "open": [polygon([(0, 0), (1, 1), (0, 0)])],
+        "rings": [{"type": "Feature", "geometry": {"type": "MultiPolygon", "coordinates": [7]}}],
+        "empty": [polygon([]), polygon(corner), region(corner)],
+        "beyond": [region([(50, 50), (60, 50), (60, 60)])],
         "far": [polygon([(0, 0), (1e10, 1), (1, 0), (0, 0)])],
         "outside": [polygon([(50, 50), (60, 50), (60, 60), (50, 50)])],
     }.items():
         Path(f"{name}.geojson").write_text(json.dumps(document))
+    for name in ("holed/images", "holed/annotations"):
+        Path(name).mkdir(parents=True)
+    shutil.copy("plain/images/mouse_fat_1.png", "holed/images/x.png")
+    shutil.copy("empty.geojson", "holed/annotations/x.geojson")
     Path("folder.png").mkdir()
+    Path("folder.roi").mkdir()
+    for name in ("page.xml", "page.roi"):
+        Path(name).write_text("<html/>")
     grey = np.zeros((9, 9), np.uint8)
     frame = Image.fromarray(grey)
     frame.save("animated.png", save_all=True, append_images=[Image.fromarray(grey + 9)])
@@ -550,12 +643,18 @@ def make_files() -> None:
     tifffile.imwrite("two.tif", grey)
     tifffile.imwrite("two.tif", grey[:5], append=True)
     tifffile.imwrite("stack.tif", np.stack([grey] * 5), photometric="minisblack")
-    channels = {"photometric": "miniswhite", "metadata": {"axes": "CYX"}}
+    channels = {"photometric": "minisblack", "metadata": {"axes": "CYX"}}
     tifffile.imwrite("channels.tif", np.zeros((3, 70, 90), np.uint8), ome=True, **channels)
     pages = Path("channels.tif").read_bytes()
     Path("tableless.tif").write_bytes(pages[: len(pages) // 2])
     Path("short.tif").write_bytes(Path("float.tif").read_bytes()[:-9])
     Path("pageless.tif").write_bytes(struct.pack("<4sHH", b"II*\0", 16, 0))
+    Path("text.tif").write_text("<!DOCTYPE html>: 404")
+    Path("slide.ndpi").write_text("<!DOCTYPE html>: 404")
+    Image.new("LAB", (9, 9)).save("lab.tif")
+    tifffile.imwrite("newer.tif", grey, compression="zlib")
+    known, newer = (struct.pack("<HHIH", 259, 3, 1, code) for code in (8, 39321))
+    Path("newer.tif").write_bytes(Path("newer.tif").read_bytes().replace(known, newer))
     np.save("negative.npy", grey.astype(int) - 1)
 
 
@@ -563,12 +662,16 @@ def polygon(ring: list) -> dict:
     return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}}
 
 
+def region(ring: list) -> dict:
+    return polygon(ring) | {"properties": {"classification": {"name": "Region*"}}}
+
+
 def make_runs() -> None:
     """A run, its exports, and copies in which one thing is wrong."""
     assert run_command(["train", *WORDS["PLAIN"], "--out", "run"]) == 0
     run, state = Path("run"), "state/last.safetensors"
     export_run(run, Path("merged.safetensors"))
-    export_run(run, Path("lora.safetensors"), format="adapter", without_head=True)
+    export_run(run, Path("lora.safetensors"), format="adapter")
     assert run_command(["predict", "run", "few/images", "--out", "again"]) == 0
     shutil.copytree("again", "results")
     record = json.loads(Path("results/predict.json").read_text())
@@ -579,7 +682,6 @@ def make_runs() -> None:
         ("edited", "alpha = 8.0", "alpha = 4.0"),
         ("moved", 'root = "plain"', 'root = "nowhere"'),
         ("wide", "width = 32", "width = 64"),
-        ("heads", 'train = "lora"', 'train = "head"'),
     ):
         shutil.copytree("run", name)
         Path(name, "config.toml").write_text(settings.replace(old, new))
@@ -596,7 +698,6 @@ def make_runs() -> None:
     Path("unfinished/metrics.jsonl").write_text('{"epoch": 1}')
     Path("torn", state).write_text("half of it")
     shutil.copy("run/adapter.safetensors", Path("swapped", state))
-    rewrite("heads/adapter.safetensors", keep_the_head)
     rewrite("baseless/base.safetensors", lambda _, document: document.clear())
     rewrite(f"unlike/{state}", lambda tensors, _: tensors.pop(max(tensors)))
     rewrite(f"stuck/{state}", lambda _, document: document.pop("progress"))
@@ -606,12 +707,6 @@ def rewrite(name: str, change: Callable[[dict, dict], object]) -> None:
     tensors, document = checkpoint.read_tensors(Path(name))
     change(tensors, document)
     checkpoint.write_tensors(Path(name), tensors, document)
-
-
-def keep_the_head(tensors: dict, document: dict) -> None:
-    for name in [name for name in tensors if not name.startswith("head.")]:
-        del tensors[name]
-    document["config"]["model"]["train"] = "head"
 
 
 # ---- the tests ----

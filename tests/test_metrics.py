@@ -196,13 +196,6 @@ def test_aji_reuses_a_prediction_and_aji_plus_does_not():
     assert (swapped.merges, swapped.splits) == (0, 1)
 
 
-def test_neither_aji_bounds_the_other():
-    truth, pred = square((1, 12), (0, 1, 0, 12)), square((1, 12), (0, 1, 0, 5), (0, 1, 5, 12))
-    once, twice = plain(truth, pred), plain(pred, truth)
-    assert once.aji == once.aji_plus == 7 / (12 + 5)
-    assert (twice.aji, twice.aji_plus) == ((5 + 7) / (12 + 12), 7 / (12 + 12 - 7))
-
-
 @pytest.mark.filterwarnings("error")  # one component: nothing to warn of
 def test_a_blob_over_all_nuclei_scores_like_one():
     truth = np.kron(np.arange(1, 301).reshape(15, 20), np.ones((12, 12), int))
@@ -244,30 +237,17 @@ def test_huge_ids_are_kept(dtype, factor):
     assert plain(full, full).pq == 1
 
 
-@pytest.mark.parametrize(
-    "labels",
-    [
-        np.zeros((4, 4, 3), np.uint8),
-        np.zeros(16, int),
-        np.zeros((4, 4)),
-        np.full((4, 4), -2),
-        np.full((4, 4), 2**63, np.uint64),
-        np.zeros((4, 5), int),
-    ],
-    ids=["colours", "flat", "float", "negative", "over int64", "another shape"],
-)
-def test_what_is_no_label_map_is_refused(labels):
+@pytest.mark.parametrize("labels", [np.zeros((4, 4, 3), int), np.full((4, 4), 2**63, np.uint64)])
+def test_colours_and_ids_over_int64_are_refused(labels):
     with pytest.raises(UserError, match="prediction"):
         score_maps(np.zeros((4, 4), int), labels)
 
 
-def test_unknown_protocol_and_bad_rules_are_refused():
+def test_bad_vague_areas_and_rules_are_refused():
     empty = np.zeros((2, 2), int)
-    with pytest.raises(UserError, match=r"'nuinseg'.*nuinsseg-no-vague"):
-        score_maps(empty, empty, protocol="nuinseg")
     with pytest.raises(UserError, match="vague areas"):
         score_maps(empty, empty, vague=np.zeros((3, 3)), protocol="nuceval")
-    for rules in ({"iou": 50}, {"iou": -0.1}, {"min_area": -1}, {"zone_width": -1}):
+    for rules in ({"iou": 1.1}, {"iou": -0.1}, {"min_area": -1}, {"zone_width": -1}):
         with pytest.raises(UserError, match=next(iter(rules))):
             Protocol("p", **rules)
     assert Protocol("p", iou=0).iou == 0 and Protocol("p", iou=1).iou == 1
@@ -371,14 +351,6 @@ def test_nuceval_drops_vague_objects_and_rings():
         cleaned = cleaned_by_nuceval(*maps, vague, width)
         expected = replace(plain(*cleaned, empty="one"), protocol=protocol)
         assert score_maps(*maps, vague=vague, protocol=protocol) == expected
-
-
-def test_ring_of_a_square_by_hand():
-    core = square((9, 9), (2, 7, 2, 7))
-    corner = square((9, 9), (0, 5, 0, 5))  # the image border is no boundary
-    for labels, side in ((core, 3), (corner, 4)):
-        found = score_maps(labels, labels, protocol=replace(RING, zone_width=1))
-        assert found.total == 2 * side**2
 
 
 def test_rules_are_named_for_captions():

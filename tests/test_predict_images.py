@@ -3,16 +3,15 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import tifffile
 import torch
 from PIL import Image
+from test_geojson import drawing, polygon, square
 from test_predict import Colour, discs, maps_of, predictor
 from test_writers import same_nuclei
 
@@ -23,7 +22,6 @@ from nucsam.data.images import read_image, read_label
 from nucsam.errors import UserError
 from nucsam.export.merged import export_run
 from nucsam.predict import images as predict_images
-from nucsam.predict.images import predict_files
 from nucsam.run import checkpoint
 from nucsam.train.loop import fit
 
@@ -69,45 +67,13 @@ def test_a_loaded_model_predicts(trained):
 
 
 @one_head
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"device": "gpu"},
-        {"device": "cuda:99"},
-        {"device": "cpu:1"},
-        {"tile": 63},
-        {"overlap": 51, "tile": 100},
-        {"overlap": -1},
-        {"batch": 0},
-        {"scale": -1.0},
-        {"scale": 0.0},
-    ],
-)
-def test_arguments_out_of_range(trained, options):
-    with pytest.raises(UserError, match=f"^{next(iter(options))}: found"):
-        nucsam.load(trained[0], **{"device": "cpu", **options})
-
-
-@one_head
-def test_arguments_at_their_limits(trained):
+def test_arguments_at_their_limits_and_beyond(trained):
+    beyond = [("device", "cpu:1"), ("tile", 63), ("overlap", 129), ("overlap", -1)]
+    for name, value in [*beyond, ("batch", 0), ("scale", -1.0), ("scale", 0.0)]:
+        with pytest.raises(UserError, match=f"^{name}: found"):
+            nucsam.load(trained[0], **{"device": "cpu", name: value})
     model = nucsam.load(trained[0], device="cpu", tile=64, overlap=32, batch=1, scale=0.5)
     assert (model.tile, model.overlap, model.batch, model.ratio) == (64, 32, 1, 2.0)
-
-
-def test_one_gpu_for_all_processes_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="device: found 'cuda:0' for 2 processes"):
-        nucsam.load("gone", device="cuda:0")
-
-
-@one_head
-def test_what_is_no_model(trained, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "a.pt").write_bytes(b"")
-    inside = trained[0] / "adapter.safetensors", trained[0] / "base.safetensors"
-    for path in (tmp_path / "gone", tmp_path / "empty", tmp_path / "a.pt", *inside):
-        with pytest.raises(UserError, match=path.name):
-            nucsam.load(path, device="cpu")
 
 
 # ---- files ----
@@ -181,6 +147,51 @@ def test_bad_images_leave_the_good_ones(anything, tmp_path, colour, capsys, monk
     np.testing.assert_array_equal(read_label(out / "deep.tif"), read_label(out / "alpha.tif"))
 
 
+def test_only_regions_are_predicted(tmp_path, colour):
+    """A round region and a small one, without an ignored area: all nuclei of them, few tiles."""
+    Image.fromarray(discs(700)[0]).save(tmp_path / "a.png")
+    turn = np.linspace(0, 2 * np.pi, 60)
+    circle = np.stack([180 + 130 * np.cos(turn), 200 + 130 * np.sin(turn)], 1).tolist()
+    shapes = [
+        drawing(polygon(circle[:-1]), name="Region*"),
+        drawing(polygon(square(560, 40, 60)), name="Region*"),
+        drawing(polygon(square(150, 170, 60)), name="Ignore*"),
+        drawing(polygon(square(600, 600, 90)), "detection"),
+    ]
+    (tmp_path / "a.geojson").write_text(json.dumps(shapes))
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert predict(tmp_path / "a.png", "--out", whole) == 0
+    assert predict(tmp_path / "a.png", "--out", part, "--roi", tmp_path / "a.geojson") == 0
+    label = read_label(whole / "a.tif")
+    kept = []
+    for value in range(1, label.max() + 1):
+        y, x = (axis.mean() // 1 for axis in np.nonzero(label == value))
+        inside = np.hypot(x + 0.5 - 180, y + 0.5 - 200) < 130 or (560 <= x < 620 and 40 <= y < 100)
+        if inside and not (150 <= x < 210 and 170 <= y < 230):
+            kept.append(value)
+    assert 60 < len(kept) < label.max() / 4
+    assert same_nuclei(read_label(part / "a.tif"), np.where(np.isin(label, kept), label, 0))
+    tiles = [p.tiles_done for p in colour]
+    assert tiles == [49, 20]
+
+
+def test_regions_lie_beside_several_images(tmp_path, colour, capsys):
+    """One file for two images, a file for each, and regions of another image."""
+    for name in ("a", "b"):
+        Image.fromarray(some_image(200, 300)).save(tmp_path / f"{name}.png")
+        left = 0 if name == "a" else 5000
+        region = drawing(polygon(square(left, 0, 60)))
+        (tmp_path / f"{name}.geojson").write_text(json.dumps([region]))
+    paths = [tmp_path / "a.png", tmp_path / "b.png", "--out", tmp_path / "out", "--roi"]
+    assert predict(*paths, tmp_path / "a.geojson") == 2
+    assert "roi: " in capsys.readouterr().err
+    assert predict(*paths, tmp_path) == 1
+    assert "b.png" in (errors := capsys.readouterr().err) and "b.geojson" in errors
+    assert names(tmp_path / "out") == ["a.tif", "predict.json"]
+    assert predict(tmp_path / "a.png", "--out", tmp_path / "out") == 2  # everywhere: other results
+    assert "roi" in capsys.readouterr().err
+
+
 def test_results_are_skipped_or_replaced(anything, tmp_path, colour, capsys):
     paths = [anything / "tiny.png", anything / "grey.png", anything / "tiny.png"]
     assert predict(*paths, "--out", tmp_path) == 0
@@ -216,28 +227,20 @@ def test_results_of_other_settings_are_not_mixed(anything, tmp_path, colour, cap
 
 
 @pytest.mark.parametrize(
-    "arguments, names_it",
+    "arguments, problems",
     [
-        (["{in}/gone.png"], "gone.png: "),
-        (["{in}/notes.txt", "{in}/gone"], "notes.txt: "),
-        (["{in}/notes.txt", "{in}/gone"], "gone: "),
-        (["{empty}"], "empty: "),
-        (["{in}/tiny.png", "{other}/tiny.bmp"], "tiny.bmp: "),
-        (["{in}", "--formats", "labels,xml"], "formats: found ['xml']"),
-        (["{in}", "--formats", ""], "formats: found none"),
-        (["{in}", "--scale", "1", "--mpp", "0.2"], "scale, mpp: "),
-        (["{in}", "--mpp", "0"], "mpp: found 0"),
+        (["{in}/notes.txt", "{in}/gone"], ["notes.txt: ", "gone: "]),
+        (["{in}", "--formats", ""], ["formats: found none"]),
     ],
 )
-def test_a_mistake_writes_nothing(anything, tmp_path, colour, capsys, arguments, names_it):
-    places = {"in": anything, "empty": tmp_path / "empty", "other": tmp_path / "other"}
-    for name in ("empty", "other"):
-        places[name].mkdir()
-    Image.fromarray(some_image()).save(places["other"] / "tiny.bmp")
-    assert predict(*(a.format(**places) for a in arguments), "--out", tmp_path / "out") == 2
-    assert names_it in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-    assert not colour
+def test_every_mistake_is_named_before_anything_is_loaded_or_written(
+    anything, tmp_path, colour, capsys, arguments, problems
+):
+    arguments = [argument.format(**{"in": anything}) for argument in arguments]
+    assert predict(*arguments, "--out", tmp_path / "out") == 2
+    printed = capsys.readouterr().err
+    assert all(problem in printed for problem in problems)
+    assert not (tmp_path / "out").exists() and not colour
 
 
 def test_images_are_never_overwritten(tmp_path, colour, capsys):
@@ -269,16 +272,6 @@ def test_microns_per_px_of_tags_or_arguments(tmp_path, colour, capsys, given, ta
     header = (tmp_path / "out" / "a.csv").read_text().splitlines()[0]
     assert ("area_um2" in header) == bool(tagged)
     assert ("a.tif has no microns per px" in capsys.readouterr().err) == (not tagged)
-
-
-def test_a_full_device_is_the_users_to_mend(anything, tmp_path, colour, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
-
-    monkeypatch.setattr(Colour, "forward", full)
-    with pytest.raises(UserError, match="20 GiB"):
-        predict_files("model", [anything / "tiny.png"], tmp_path)
-    assert names(tmp_path) == ["predict.json"]
 
 
 # ---- processes ----
@@ -318,14 +311,6 @@ def test_an_image_that_another_process_holds_is_left_to_it(shared, monkeypatch):
     assert list(taken) == [] and other._is_over()
 
 
-def test_an_image_of_a_dead_process_is_taken(shared):
-    (a, *_), out = shared
-    dead = batch([a], out)
-    assert next(dead._take()) == a
-    dead.held.pop(a).release()  # as the system does
-    assert list(batch([a], out)._take()) == [a]
-
-
 @pytest.mark.parametrize("force", [False, True])
 def test_what_another_process_has_ended_is_not_predicted_again(shared, force):
     (a, *_), out = shared
@@ -344,13 +329,34 @@ def test_outcomes_of_earlier_launches_do_not_count(shared):
 
 def start(*arguments, cwd, **environment):
     return subprocess.Popen(
-        [sys.executable, "-m", *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+STUCK = """
+import runpy, time
+from nucsam.predict import writers
+
+def stay(*_):
+    print("measuring", flush=True)
+    while True:
+        time.sleep(0.01)
+
+writers.measure = stay
+runpy.run_module("nucsam.predict", run_name="__main__")
+"""
+
+
+def start_stuck(*arguments, cwd, **environment):
+    """`nucsam predict` in a process that stays where it measures the nuclei of its first window."""
+    process = start("-c", STUCK, *arguments, cwd=cwd, **environment)
+    assert process.stdout.readline() == "measuring\n", process.communicate()[1]
+    return process
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +376,7 @@ def slides(tmp_path_factory):
 def test_results_do_not_depend_on_the_processes(trained, slides, tmp_path, capsys):
     arguments = [trained[1], slides, "--formats", "labels,geojson", "--device", "cpu", "--out"]
     assert run_command(["predict", *map(str, arguments), str(tmp_path / "1")]) == 1
-    torchrun = "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"
     two = start(*torchrun, "nucsam.predict", *arguments, tmp_path / "2", cwd=tmp_path)
     errors = [capsys.readouterr().err, two.communicate(timeout=300)[1]]
     assert two.returncode == 1, errors[1]
@@ -391,33 +397,33 @@ def test_results_do_not_depend_on_the_processes(trained, slides, tmp_path, capsy
 
 
 @one_head
-def test_another_process_takes_the_images_of_a_dead_one(trained, slides, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    arguments = [trained[1], slides / "z0.tif", slides / "z1.tif", "--out", "out", "--tta"]
-    arguments = ["nucsam.predict", *arguments, "--formats", "csv"]
-    first, second = (
-        start(*arguments, cwd=tmp_path, RANK=k, LOCAL_RANK=k, **rendezvous) for k in "01"
-    )
-    while second.poll() is None and not list(tmp_path.glob(f"out/.z?.csv.{second.pid}.partial")):
-        time.sleep(0.05)
-    second.kill()
-    assert second.wait(60) == -signal.SIGKILL, second.stderr.read()
-    errors = first.communicate(timeout=300)[1]
-    assert first.returncode == 0, errors
-    assert "2 image(s), " in errors
-    assert {"z0.csv", "z1.csv"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    assert not (tmp_path / "out" / ".claims").exists()
+def test_another_process_takes_the_images_of_a_dead_one(
+    trained, slides, tmp_path, capsys, monkeypatch
+):
+    """The first process ends its wait for the second by killing it."""
+    out, images = tmp_path / "out", (slides / "z0.tif", slides / "z1.tif")
+    arguments = [trained[1], *images, "--out", out, "--formats", "csv", "--device", "cpu"]
+    second = start_stuck(*arguments, cwd=tmp_path, RANK="1", WORLD_SIZE="2")
+    killed = []
+
+    def kill(_):
+        second.kill()
+        killed.append(second.wait())
+
+    monkeypatch.setattr(predict_images.time, "sleep", kill)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_command(["predict", *map(str, arguments)]) == 0
+    assert killed == [-signal.SIGKILL]
+    assert "2 image(s), " in capsys.readouterr().err
+    assert {"z0.csv", "z1.csv"} <= {path.name for path in out.iterdir()}
+    assert not (out / ".claims").exists()
 
 
 @one_head
 def test_sigterm_leaves_no_part_of_a_file(trained, slides, tmp_path):
-    arguments = [trained[1], slides / "z0.tif", "--out", "out", "--tta", "--formats", "labels,csv"]
-    done = start("nucsam.predict", *arguments, cwd=tmp_path)
-    while done.poll() is None and not list(tmp_path.glob("out/.z0.csv.*.partial")):
-        time.sleep(0.05)
-    done.send_signal(signal.SIGTERM)
-    assert done.wait(60) == 128 + signal.SIGTERM, done.stderr.read()
+    arguments = [trained[1], slides / "z0.tif", "--out", "out", "--formats", "labels,csv"]
+    process = start_stuck(*arguments, cwd=tmp_path)
+    assert list(tmp_path.glob("out/.z0.csv.*.partial"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(300) == 128 + signal.SIGTERM, process.stderr.read()
     assert names(tmp_path / "out") == ["predict.json"]

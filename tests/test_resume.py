@@ -1,5 +1,6 @@
 """Runs killed at random points, in the middle of writes, or by a full disk resume bit for bit."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -9,11 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tifffile
 from test_train import history, same
 
 from nucsam.config import to_toml
@@ -57,7 +58,7 @@ def assert_readable(run):
 
 def assert_equal(run, whole_run):
     names = [{str(path.relative_to(r)) for path in r.rglob("*")} for r in (run, whole_run)]
-    assert names[0] == names[1] and len(names[0]) == 8  # nothing half-written is left
+    assert names[0] == names[1] and len(names[0]) == 10  # nothing half-written is left
     for name in ("adapter.safetensors", "base.safetensors", "state/last.safetensors"):
         assert same(run / name, whole_run / name), name
     assert history(run) == history(whole_run)
@@ -65,22 +66,45 @@ def assert_equal(run, whole_run):
     assert scores[0] == scores[1]
 
 
-def dying_in(name, nth, written):
-    """Kill the process in its nth write of a file, with the share `written` on disk."""
+def in_write(name, nth, act):
+    """Call `act(partial)` before the nth write of a file takes its name."""
 
     def prepare():
         replace, seen = Path.replace, []
 
-        def dying_replace(partial, path):
+        def acting_replace(partial, path):
             seen.append(path.name)
             if path.name == name and seen.count(name) == nth:
-                os.truncate(partial, int(written * partial.stat().st_size))
-                os.kill(os.getpid(), signal.SIGKILL)
+                act(partial)
             return replace(partial, path)
 
-        Path.replace = dying_replace
+        Path.replace = acting_replace
 
     return prepare
+
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying_in(name, nth, written):
+    """Kill the process in its nth write of a file, with the share `written` on disk."""
+
+    def die(partial):
+        os.truncate(partial, int(written * partial.stat().st_size))
+        kill()
+
+    return in_write(name, nth, die)
+
+
+def dying_after(calls):
+    """Kill the process `calls` function calls and returns after its first write of the state."""
+
+    def die_later(_):
+        following = itertools.count(1)
+        sys.setprofile(lambda *_: kill() if next(following) == calls else None)
+
+    return in_write("last.safetensors", 1, die_later)
 
 
 def test_killed_in_the_middle_of_writes(whole, tmp_path):
@@ -106,30 +130,22 @@ def test_killed_in_the_middle_of_writes(whole, tmp_path):
 
 def test_killed_twenty_times_at_random_points(whole, tmp_path):
     config, run, rng = whole[0], tmp_path / "run", random.Random(0)
-    state, kills = run / "state" / "last.safetensors", 0
-    while kills < 20:
-        before = state.stat().st_mtime_ns if state.exists() else None
-        process = start(lambda: None, config, run)
-        while process.is_alive() and (not state.exists() or state.stat().st_mtime_ns == before):
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.05))  # about a step
-        assert process.is_alive(), f"the run ended after {kills} kills: make it longer"
-        process.kill()
+    for kills in range(20):
+        process = start(dying_after(rng.randint(1, 100_000)), config, run)  # 70,000 are a step
         process.join()
+        assert process.exitcode == -signal.SIGKILL, f"the run ended after {kills} kills"
         assert_readable(run)
-        kills += 1
     fit(config, run, resume=True)
     assert_equal(run, whole[1])
 
 
 def test_sigterm_saves_at_the_next_step_and_resumes(whole, tmp_path):
     config, run = whole[0], tmp_path / "run"
-    process = start(lambda: None, config, run)
-    while not (run / "state" / "last.safetensors").exists():
-        time.sleep(0.001)
-    process.terminate()
-    process.join(30)
+    terminate = in_write("last.safetensors", 2, lambda _: signal.raise_signal(signal.SIGTERM))
+    process = start(terminate, config, run)
+    process.join(120)
     assert process.exitcode == 128 + signal.SIGTERM
+    assert checkpoint.read_tensors(run / "state" / "last.safetensors")[1]["progress"]["step"] == 3
     assert not (run / "scores.json").exists()
     fit(config, run, resume=True)
     assert_equal(run, whole[1])
@@ -151,31 +167,36 @@ def test_a_full_disk_is_an_error_and_the_last_good_state_is_usable(whole, tmp_pa
     assert_equal(run, whole[1])
 
 
+SIGNALLED = """
+import os, runpy, signal
+from test_resume import in_write
+
+in_write("last.safetensors", 2, lambda _: os.killpg(0, signal.SIGTERM))()
+runpy.run_module("nucsam.train", run_name="__main__")
+"""
+
+
 def test_sigterm_to_the_whole_process_group_leaves_the_workers_until_all_is_saved(whole, tmp_path):
     """As a shell, torchrun and SLURM send it; by itself PyTorch's loader makes a crash of it."""
     (tmp_path / "workers.toml").write_text(to_toml(whole[0]).replace("workers = 0", "workers = 2"))
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "nucsam.train", "workers.toml", "--out", "run"]
+    arguments = ["workers.toml", "--out", "run", "--resume"]
+    paths = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     for _ in range(3):
         process = subprocess.Popen(
-            [*command, "--resume"], cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE
+            [sys.executable, "-c", SIGNALLED, *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": paths},
+            start_new_session=True,
+            stderr=subprocess.PIPE,
         )
-        before = steps(run)
-        while process.poll() is None and steps(run) == before:
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=120)
         assert process.returncode == 128 + signal.SIGTERM, error.decode()
         assert b"Traceback" not in error
     assert not (run / "scores.json").exists()
-    assert subprocess.run([*command, "--resume"], cwd=tmp_path, timeout=120).returncode == 0
+    rerun = [sys.executable, "-m", "nucsam.train", *arguments]
+    assert subprocess.run(rerun, cwd=tmp_path, timeout=300).returncode == 0
     assert history(run) == history(whole[1])
-
-
-def steps(run):
-    """Optimizer steps in the state; None without one."""
-    state = run / "state" / "last.safetensors"
-    return checkpoint.read_tensors(state)[1]["progress"]["step"] if state.exists() else None
 
 
 def test_a_run_resumes_only_on_the_same_images(whole, tmp_path):
@@ -188,9 +209,39 @@ def test_a_run_resumes_only_on_the_same_images(whole, tmp_path):
     shutil.copy(image, image.with_name("added.png"))
     shutil.copy(mask, mask.with_name("added.tif"))
     moved = replace(config, data=replace(config.data, root=str(more)))
-    with pytest.raises(UserError, match="images"):
+    with pytest.raises(UserError, match=r"more: .*added: .*added"):
         fit(moved, run, resume=True)
     assert (run / "config.toml").read_text() == to_toml(config)
     fit(config, run, resume=True)
     with pytest.raises(UserError, match=str(more)):
         score_run(run, root=str(more))
+    image.with_name("added.png").unlink()
+    mask.with_name("added.tif").unlink()
+    assert score_run(run, root=str(more))["headline"] == score_run(run)["headline"]
+    label = tifffile.imread(mask)
+    label[label == label.max()] = 0
+    tifffile.imwrite(mask, label)
+    with pytest.raises(UserError, match=f"other pixels or labels: .*{image.stem}"):
+        score_run(run, root=str(more))
+
+
+def test_a_run_is_scored_only_on_its_own_split_and_kept_only_at_its_end(whole, tmp_path):
+    run = shutil.copytree(whole[1], tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2]))
+    (run / "scores.json").unlink()
+    assert score_run(run)["unfinished"] == "2 of 10 epochs"
+    assert not (run / "scores.json").exists()
+    (run / "metrics.jsonl").write_text("".join(lines))
+    assert score_run(run)["unfinished"] == "" and (run / "scores.json").exists()
+    text = (run / "config.toml").read_text()
+    for old, new in (
+        ("fold = 0", "fold = 1"),
+        ("inner = 0.3", "inner = 0.4"),
+        ("seed = 19", "seed = 2"),
+    ):
+        assert old in text
+        (run / "config.toml").write_text(text.replace(old, new))
+        key = f"data.{old.split()[0]}"
+        with pytest.raises(UserError, match=rf"adapter\.safetensors.*{key}"):
+            score_run(run)

@@ -3,6 +3,7 @@ import pytest
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
+from nucsam.cli import run_command
 from nucsam.data.folders import find_records
 from nucsam.data.images import read_label
 from nucsam.data.samples import read_sample
@@ -98,9 +99,11 @@ def test_dataset_reads_back_as_nuinsseg(tmp_path):
 
 
 def test_dataset_repeats_byte_for_byte(tmp_path):
+    write_dataset(tmp_path / "a", images=3, size=72, seed=9)
+    options = ["--images", "3", "--size", "72", "--seed", "9"]
+    assert run_command(["synth", str(tmp_path / "b"), *options]) == 0
     contents = []
     for folder in (tmp_path / "a", tmp_path / "b"):
-        write_dataset(folder, images=3, size=72, seed=9)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         contents.append({path.relative_to(folder): path.read_bytes() for path in files})
     assert contents[0] == contents[1]

@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from conftest import whole_scores
 
 from nucsam.folds.jobs import plan, variants
 from nucsam.folds.published import CAVEATS, PUBLISHED, is_nuinsseg
@@ -30,12 +31,15 @@ def finish(job, dice, *, organs=(), no_vague=None, epoch=1, images_in_all=12):
     images = sum(n for _, n, _ in organs)
     scores = []
     for name, value in (("nuinsseg", dice), ("nuinsseg-no-vague", no_vague)):
-        summary = {"images": images, "mean": metrics(value), "organs": groups}
-        scores.append({"protocol": {"name": name}, "rules": f"{name}: r", "summary": summary})
+        whole = whole_scores()["scores"][0]
+        changes = {"images": images, "mean": metrics(value), "organs": groups}
+        rules = {"protocol": {"name": name}, "rules": f"{name}: r"}
+        scores.append(whole | rules | {"summary": whole["summary"] | changes})
     if no_vague is None:
         scores.pop()
-    document = {"epoch": epoch, "base": {"source": "mobile_sam.pt"}, "scores": scores}
+    document = whole_scores(epoch=epoch, base={"source": "mobile_sam.pt"}, scores=scores)
     job.run.mkdir(parents=True)
+    job.directory.write_metrics([{"epoch": job.config.train.epochs}])
     (job.run / "scores.json").write_text(json.dumps(document))
     environment = {"parameters_trainable": 1234567, "parameters": 5826993}
     environment["images"] = {"train": images_in_all - 5, "inner": 2, "test": 3}

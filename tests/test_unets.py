@@ -59,17 +59,6 @@ def test_sizes_maps_and_gradients(name, labels):
         assert net(torch.rand(1, 3, 32, 96), (16, 48)).shape == (1, channels, 16, 48)
 
 
-def test_the_depth_loss_counts_counted_pixels(labels):
-    net, depth = build("dual-decoder"), targets.depth(labels, targets.classes(labels), 2)
-    maps = torch.stack([torch.zeros_like(depth), depth], dim=1)
-    maps[:, 1, :32] += 2.0  # an error of 2 in the upper half: a mean square of 2, weighted by 5
-    counted = torch.ones_like(labels, dtype=torch.bool)
-    terms = net.loss(maps, labels, counted, 2, Loss())
-    assert terms["depth"].tolist() == pytest.approx([10.0, 10.0])
-    counted[:, :32] = False
-    assert net.loss(maps, labels, counted, 2, Loss())["depth"].tolist() == [0, 0]
-
-
 def test_true_maps_give_the_true_nuclei(labels):
     """The depth separates discs that touch; a flat depth does not (negative control)."""
     net = build("dual-decoder")

@@ -1,10 +1,8 @@
 """Base weights: which files are read, which are refused, and what identifies a base."""
 
 import hashlib
-import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -102,58 +100,18 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_each_reason(state, tmp_p
     assert len(message) < 900
 
 
-class Malicious:
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self):
-        return Path.touch, (self.mark,)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_with_code_is_not_run(tmp_path, zipped):
-    file, mark = tmp_path / "code.pt", tmp_path / "ran"
-    torch.save({"weight": Malicious(mark)}, file)
-    if not zipped:
-        file.write_bytes(pickle.dumps({"weight": Malicious(mark)}))
-    with pytest.raises(UserError, match=r"code\.pt"):
-        load_base(file)
-    assert not mark.exists()
-    if zipped:
-        torch.load(file, weights_only=False)
-    else:
-        pickle.loads(file.read_bytes())
-    assert mark.exists()  # negative control: the file would have run it
-
-
-def saved(value) -> bytes:
-    path = Path("value.pt")
-    torch.save(value, path)
-    return path.read_bytes()
-
-
 @pytest.mark.parametrize(
-    ("name", "content"),
+    "content",
     [
-        ("empty.pt", lambda: b""),
-        ("page.pt", lambda: b"<!DOCTYPE html>"),
-        ("half.pt", lambda: saved({"weight": torch.zeros(9999)})[:20_000]),
-        ("list.pt", lambda: saved([torch.zeros(1)])),
-        ("nested.pt", lambda: saved({"model": {}, "epoch": 3})),
-        ("numbered.pt", lambda: saved({3: torch.zeros(1)})),
-        ("sparse.pt", lambda: saved({"weight": torch.eye(3).to_sparse()})),
-        ("meta.pt", lambda: saved({"weight": torch.zeros(3, device="meta")})),
-        ("infinite.pt", lambda: saved({"weight": torch.tensor([1.0, torch.inf])})),
-        ("empty.safetensors", lambda: b""),
-        ("page.safetensors", lambda: b"<!DOCTYPE html>"),
+        {3: torch.zeros(1)},
+        {"weight": torch.zeros(3, device="meta")},
+        {"weight": torch.tensor([1.0, torch.inf])},
     ],
 )
-def test_what_is_not_a_checkpoint_is_refused_by_name(tmp_path, monkeypatch, name, content):
-    monkeypatch.chdir(tmp_path)
-    Path(name).write_bytes(content())
-    with pytest.raises(UserError, match=name) as refusal:
-        load_base(name)
+def test_what_is_not_a_checkpoint_is_refused_by_name(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt") as refusal:
+        load_base(tmp_path / "a.pt")
     assert "does not fit" not in str(refusal.value)  # it is refused before its names are compared
 
 
@@ -194,13 +152,6 @@ def test_auto_downloads_once_and_then_needs_no_address(published, tmp_path, stat
     monkeypatch.setattr(weights, "URLS", ())
     monkeypatch.setenv("NUCSAM_CACHE", str(cache))
     assert load_base("auto").sha256 == base.sha256
-
-
-def test_another_file_in_the_cache_is_not_taken_for_the_published_one(published, tmp_path):
-    (tmp_path / "mobile_sam.pt").write_bytes(b"wrong")
-    with pytest.raises(UserError, match=r"mobile_sam\.pt"):
-        load_base("auto", cache=tmp_path)
-    assert (tmp_path / "mobile_sam.pt").read_bytes() == b"wrong"
 
 
 def test_a_long_list_of_names_says_how_many_more_there_are():

@@ -1,41 +1,37 @@
 """Folders of H&E images with nucleus masks.
 
-    nuinsseg:  ORGAN/tissue images/NAME.png, ORGAN/label masks modify/NAME.tif,
-               ORGAN/vague areas/mask binary/NAME.png
-    plain:     images/NAME.png, labels/NAME.tif or annotations/NAME.geojson, vague/NAME.png;
-               or images/ORGAN/NAME.png, ...
+    plain:  images/NAME.png with labels/NAME.tif, masks/NAME.tif or annotations/NAME.geojson, and
+            vague/NAME.png; or images/ORGAN/NAME.png, images/PATIENT1/NAME.png,
+            PATIENT1/images/NAME.png, ...
+    flat:   NAME.png with NAME_mask.png, NAME_cp_masks.tif, NAME-labels.png, NAME.geojson, ...
 
-`nucsam.data.images` lists the file types. Annotations are outlines, as QuPath exports them. Vague
-areas are optional: they are the non-zero pixels of an image file. Hidden files and other types are
-ignored. Symbolic links are followed, wherever they lead.
+`nucsam.data.published` has the layouts of public sets, `nucsam.data.images` the file types. The
+stem of a label may end as _mask, _cp_masks, _seg, -labels and the like. A stem ends before
+`.ome.tif`; its Unicode form does not matter. Vague areas are optional: they are the non-zero pixels
+of an image file. Hidden files are ignored. Symbolic links are followed, wherever they lead.
 """
 
 import os
 import re
 import unicodedata
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from nucsam.config import compiled
-from nucsam.data.images import IMAGES, LABELS
+from nucsam.data import rois
+from nucsam.data.images import IMAGES, LABELS, TIFF
+from nucsam.data.published import LAYOUTS, stack_images
 from nucsam.errors import UserError
+from nucsam.files import expanded
 
-# Folders of an organ with its images, labels, vague areas and annotations, the best first.
-NUINSSEG = (
-    ("tissue images",),
-    ("label masks modify", "label masks"),
-    ("vague areas/mask binary", "vague areas/mask binary_vague"),
-    (),
+KNOWN_LABELS = (*LABELS, *rois.SUFFIXES, ".mat")
+MASK_SUFFIX = re.compile(
+    r"[-_ .](cp_)?(mask|label|labell?ed|seg|segmentation|instance|inst|gt|annotation)s?$", re.I
 )
-PLAIN = ("images", "labels", "vague", "annotations")
-SUFFIXES = (IMAGES, LABELS, IMAGES, (".geojson",))
-
-Organs = dict[str, list[list[Path]]]  # organ -> its folders of each kind, as in NUINSSEG
 
 
 @dataclass(frozen=True)
@@ -52,43 +48,89 @@ class Record:
     vague: Path | None
     group: str
     connected: bool = False
+    region_class: str = ""  # in a file of outlines, a class of regions beside `Region*`
+    region: int | None = None  # which region of the outlines to read, from 0; None: the whole image
 
 
-def list_folder(folder: Path) -> list[Path]:
+def list_folder(folder: Path, *, folders_only: bool = False) -> list[Path]:
     """The sorted entries of a folder without hidden ones; none where there is no such folder.
 
     Raises:
         UserError: the folder cannot be listed.
     """
     try:
-        entries = list(folder.iterdir())  # no glob, because real names hold brackets
+        with os.scandir(folder) as entries:  # no glob, because real names hold brackets
+            paths = [Path(entry) for entry in entries if not folders_only or _leads_on(entry)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = getattr(error, "strerror", error)
         raise UserError(f"{folder}: cannot be listed ({reason}), expected a folder") from error
-    return sorted(path for path in entries if not path.name.startswith("."))
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
+def _leads_on(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder or a link to one; asks the disk of links alone."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and Path(entry).is_dir())
+
+
+def stem_of(path: Path) -> str:
+    """The name without its suffix, `.ome.tif` being one, in the composed Unicode form."""
+    stem = path.stem
+    if path.suffix.lower() in (*TIFF, ".gz"):
+        stem = re.sub(r"\.(ome|geojson)$", "", stem, flags=re.I)
+    return unicodedata.normalize("NFC", stem)  # macOS writes the decomposed form
+
+
+def bare_stem(stem: str) -> str:
+    """A label's stem without _mask, _cp_masks, _seg, -labels and the like."""
+    return MASK_SUFFIX.sub("", stem)
 
 
 def files_by_stem(
-    folders: Iterable[Path], suffixes: Sequence[str], problems: list[str]
+    paths: Iterable[Path],
+    suffixes: Sequence[str],
+    problems: list[str],
+    *,
+    key: Callable[[Path], str] = stem_of,
+    ranked: bool = True,
 ) -> dict[str, Path]:
     """Stem -> file, from the first folder that has it.
 
     Args:
-        folders: where to look.
+        paths: files, those of the best folder first.
         suffixes: of the files, in lower case.
         problems: takes a sentence for each stem that a folder has twice.
+        key: gives the stem of a file.
+        ranked: whether a label map may replace an outline, and the reverse. Otherwise a stem with
+            both is a problem.
     """
     files: dict[str, Path] = {}
-    for path in chain.from_iterable(map(list_folder, folders)):
-        if path.suffix.lower() not in suffixes:
+    for path in paths:
+        if not _is_of_kind(path, suffixes):
             continue
-        stem = unicodedata.normalize("NFC", path.stem)  # macOS writes the decomposed form
-        first = files.setdefault(stem, path)
-        if first is not path and first.parent == path.parent:
+        first = files.setdefault(key(path), path)
+        if first is path:
+            continue
+        if first.parent == path.parent:
             problems.append(f"{path}: found the stem of {first.name} again")
+        elif not ranked and (first.suffix in LABELS) != (path.suffix in LABELS):
+            problems.append(f"{path}: found {first} too, expected one of them")
     return files
+
+
+def _is_of_kind(path: Path, suffixes: Sequence[str]) -> bool:
+    name = path.name.lower()
+    return name.endswith(tuple(suffixes)) and not name.endswith("_seg.npy")  # Cellpose's pickle
+
+
+def _advice(path: Path) -> str:
+    """What to do with a file that lies where a label should."""
+    if path.name.endswith("_seg.npy"):
+        return "save the masks as PNG or TIFF in Cellpose, because its own file may hold code"
+    if path.suffix.lower() in IMAGES:
+        return "save labels as PNG or TIFF, or swap the folders if these are the images"
+    return "convert to TIFF"
 
 
 def first_group(pattern: re.Pattern[str], stem: str) -> str | None:
@@ -97,33 +139,69 @@ def first_group(pattern: re.Pattern[str], stem: str) -> str | None:
     return match and match[min(1, pattern.groups)]
 
 
-def _nuinsseg_organs(root: Path) -> Organs:
-    known = {*NUINSSEG[0], *NUINSSEG[1]}
-    names = {path: {child.name for child in list_folder(path)} for path in list_folder(root)}
-    if not any("tissue images" in children for children in names.values()):
-        return {}
-    organs = [path for path, children in names.items() if children & known]
-    return {path.name: [[path / name for name in kind] for kind in NUINSSEG] for path in organs}
+Place = tuple[str, str]  # organ and patient; "" where no folder names one
 
 
-def _plain_organs(root: Path) -> Organs:
-    if root / "images" not in list_folder(root):
-        return {}
-    inside = [path for kind in PLAIN for path in list_folder(root / kind)]
-    organs = {"", *(path.name for path in inside if path.is_dir())}
-    return {organ: [[root / kind / organ] for kind in PLAIN] for organ in sorted(organs)}
+def _find_folders(root: Path, patterns: Sequence[str]) -> dict[Place, list[Path]]:
+    """The folders that patterns of a `Layout` match, the best first."""
+    places = defaultdict(list)
+    for pattern in patterns:
+        folders: list[tuple[dict, Path]] = [({}, root)]
+        for part in filter(None, pattern.split("/")):
+            expression = re.compile(part, re.IGNORECASE)
+            folders = [
+                (names | match.groupdict(), child)
+                for names, folder in folders
+                for child in list_folder(folder, folders_only=True)
+                if (match := expression.fullmatch(unicodedata.normalize("NFC", child.name)))
+            ]
+        for names, folder in folders:
+            paths = places[names.get("organ", ""), names.get("group", "")]
+            if folder not in paths:
+                paths.append(folder)
+    return places
 
 
-def _find_organs(root: Path, layout: str) -> Organs:
-    if layout not in ("auto", "nuinsseg", "plain"):
-        raise UserError(f"layout: found {layout!r}, expected auto, nuinsseg or plain")
-    organs = {} if layout == "plain" else _nuinsseg_organs(root)
-    if not organs and layout != "nuinsseg":
-        organs = _plain_organs(root)
-    if not organs:
-        expected = "ORGAN/tissue images (nuinsseg) or images (plain) in it"
-        raise UserError(f"{root}: found no data set{_what(root)}, expected {expected}{_near(root)}")
-    return organs
+def is_data_set(root: Path) -> bool:
+    """Whether a folder has images with labels, or the folders for them."""
+    return _best_scan(root, "auto", "") is not None
+
+
+def _best_scan(root: Path, layout: str, group: str) -> "Scan | None":
+    """The scan of the first layout that has a record, or else of one whose folders are there."""
+    empty = None
+    for name in LAYOUTS if layout == "auto" else [layout]:
+        scan = Scan(root, name, group)
+        if scan.records:
+            return scan
+        # Without a record, only these two are so common that their folders alone tell
+        if scan.found and (layout != "auto" or name in ("nuinsseg", "plain")):
+            empty = empty or scan
+    return empty
+
+
+def scan_folder(root: Path, layout: str = "auto", group: str = "") -> "Scan":
+    """Look what data set lies in a folder.
+
+    Args:
+        root, layout, group: as for `find_records`.
+
+    Raises:
+        UserError: there is no data set, or an argument is not valid.
+    """
+    if layout not in ("auto", *LAYOUTS):
+        raise UserError(f"layout: found {layout!r}, expected auto, {', '.join(LAYOUTS)}")
+    root = expanded(root)
+    scan = _best_scan(root, layout, group)
+    if scan is None:
+        expected = "ORGAN/tissue images (nuinsseg), images (plain) or a public set in it"
+        if layout != "auto":
+            expected = f"the folders of layout {layout}"
+        flat = any(_is_of_kind(path, IMAGES) for path in list_folder(root))
+        remarks = Scan(root, "flat", group).remarks if flat else []
+        found = f"found no data set{_what(root)}, expected {expected}{_near(root)}"
+        raise UserError("\n  ".join([f"{root}: {found}", *remarks]))
+    return scan
 
 
 def _what(root: Path) -> str:
@@ -134,66 +212,126 @@ def _what(root: Path) -> str:
 
 def _near(root: Path) -> str:
     """A hint to a data set one level below or above."""
-    near = [path for path in list_folder(root) if _nuinsseg_organs(path) or _plain_organs(path)]
+    near = [path for path in list_folder(root, folders_only=True) if is_data_set(path)]
     if (root / "tissue images").is_dir():
         near.append(root.parent)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 class Scan:
-    """A data set as it lies on disk; a problem does not stop the scan.
+    """A data set in one layout; a problem does not stop the scan.
 
     `records` are in NuInsSeg's official order. `problems` and `remarks` are sentences: the former
-    make the data set unusable, the latter do not.
+    make the data set unusable, the latter do not. `found` says whether folders of images are there.
 
     Args:
-        root, layout, group: as for `find_records`.
-
-    Raises:
-        UserError: there is no data set, or an argument is not valid.
+        root: folder of the data set.
+        layout: a name in LAYOUTS.
+        group: as for `find_records`.
     """
 
     def __init__(self, root: Path, layout: str, group: str) -> None:
+        self.layout = layout
+        self._rules = rules = LAYOUTS[layout]
         self._pattern = compiled("group", group)
-        self._unused = {"labels": [], "vague areas": []}  # files without an image
+        self._unused = defaultdict(list)  # files by the reason why they are not used
+        self._prefixes: dict[Path, str] = {}  # of the names of images whose stem comes twice
         self.records, self.problems = [], []
-        for organ, folders in _find_organs(root, layout).items():
-            self._add_organ(organ, folders)
+        folders = [_find_folders(root, kind) for kind in (rules.images, rules.labels, rules.vague)]
+        self.found = any(path != root for paths in folders[0].values() for path in paths)
+        for place in sorted(set().union(*folders)):
+            self._add_place(place, *(kind.get(place, []) for kind in folders))
+        if layout == "pannuke":
+            for stem, organ, image, label in stack_images(root):
+                self._add(stem, (organ, ""), image, label)
         if not self.records and not self.problems:
             self.problems.append(f"{root}: found no image, expected {', '.join(IMAGES)}")
         records = sorted(self.records, key=lambda record: str(record.image))
         stems = Counter(record.name for record in records)
-        records = [
-            replace(r, name=f"{r.organ}_{r.name}") if stems[r.name] > 1 else r for r in records
+        self.records = records = [
+            replace(r, name=f"{self._prefixes[r.image]}_{r.name}") if stems[r.name] > 1 else r
+            for r in records
         ]
-        self.records = records
         self._check_repeats("file", [os.path.realpath(record.image) for record in records])
         self._check_repeats("name", [record.name for record in records])
         self.remarks = self._remarks(root)
 
-    def _add_organ(self, organ: str, folders: list[list[Path]]) -> None:
-        find = partial(files_by_stem, problems=self.problems)
-        images, labels, vague, outlines = map(find, folders, SUFFIXES)
-        self.problems += [
-            f"{outlines[stem]}: found {labels[stem]} too, expected one of them"
-            for stem in sorted(labels.keys() & outlines.keys())
-        ]
-        labels |= outlines
-        places = "one in " + " or ".join(
-            str(paths[0]) for paths in (folders[1], folders[3]) if paths
+    def _add_place(
+        self,
+        place: Place,
+        image_folders: list[Path],
+        label_folders: list[Path],
+        vague_folders: list[Path],
+    ) -> None:
+        """Pair the files of one organ and patient."""
+        pictures, others, masks = (
+            [path for folder in folders for path in list_folder(folder)]
+            for folders in (image_folders, label_folders, vague_folders)
         )
+        stems = {stem_of(path) for path in pictures if _is_of_kind(path, IMAGES)}
+        flat = bool(set(image_folders) & set(label_folders))
+
+        def key(path: Path) -> str:
+            stem = stem_of(path)
+            bare = bare_stem(stem)
+            if stem in stems and (not flat or bare == stem):
+                return stem
+            names = (bare, f"{bare}_image", f"{bare}_img")
+            return next((name for name in names if name in stems), stem)
+
+        if flat:  # the end of its stem makes a picture a label
+            pictures = [p for p in pictures if _is_of_kind(p, IMAGES) and key(p) == stem_of(p)]
+            others = [path for path in others if path not in set(pictures)]
+        suffixes = self._rules.suffixes or KNOWN_LABELS
+        find = partial(files_by_stem, problems=self.problems)
+        images = find(pictures, IMAGES)
+        labels = find(others, suffixes, key=key, ranked=self._rules.ranked)
+        vague = find(masks, IMAGES, key=key)
+        near = {key(p): p for p in others if p.suffix and not _is_of_kind(p, suffixes)}
         for stem, image in images.items():
-            grouped = self._pattern.pattern
-            group = first_group(self._pattern, stem) if grouped else f"{organ}/{stem}"
-            if not group:
-                self.problems.append(f"{image}: found a name that group={grouped!r} does not match")
-            elif stem not in labels:
-                self.problems.append(f"{image}: found no label of this stem, expected {places}")
+            if stem in labels:
+                self._add(stem, place, image, labels[stem], vague.get(stem))
+            elif flat:
+                self._unused["images without a label, not used"].append(image)
             else:
-                label, mask = labels[stem], vague.get(stem)
-                self.records.append(Record(stem, organ, image, label, mask, group))
+                alike = [path for name, path in labels.items() if name.startswith(f"{stem}_")]
+                self._miss_label(image, label_folders, near.pop(stem, None), alike)
+        for stem, path in near.items():
+            if stem in images:
+                self._unused[f"files that are not taken as labels: {_advice(path)}"].append(path)
+        self._unused["files that are not taken as images: convert to TIFF"] += [
+            p for p in pictures if p.suffix and not _is_of_kind(p, IMAGES) and key(p) in labels
+        ]
         for kind, files in (("labels", labels), ("vague areas", vague)):
-            self._unused[kind] += [path for stem, path in files.items() if stem not in images]
+            unused = [path for stem, path in files.items() if stem not in images]
+            self._unused[f"{kind} without an image, not used"] += unused
+
+    def _miss_label(
+        self, image: Path, folders: Sequence[Path], near: Path | None, alike: Sequence[Path]
+    ) -> None:
+        """Note an image without a label, and what lies where the label should."""
+        places = " or ".join(map(str, folders)) or f"a folder of labels beside {image.parent}"
+        problem = f"{image}: found no label of this stem, expected one in {places}"
+        if near:
+            problem += f"; {near}: {_advice(near)}"
+        elif alike:
+            count = f"{len(alike)} file(s) that begin alike, such as {alike[0].name}"
+            problem += f"; found {count}: expected one map of all nuclei, with an id each"
+        self.problems.append(problem)
+
+    def _add(
+        self, stem: str, place: Place, image: Path, label: Path, vague: Path | None = None
+    ) -> None:
+        organ, patient = place
+        if self._rules.organ:
+            organ = first_group(re.compile(self._rules.organ), stem) or organ
+        grouped = self._pattern.pattern
+        group = first_group(self._pattern, stem) if grouped else patient or f"{organ}/{stem}"
+        if not group:
+            self.problems.append(f"{image}: found a name that group={grouped!r} does not match")
+            return
+        self._prefixes[image] = "_".join(filter(None, (organ, patient)))
+        self.records.append(Record(stem, organ, image, label, vague, group))
 
     def _check_repeats(self, what: str, keys: Sequence[str]) -> None:
         """Note each record whose key an earlier record has."""
@@ -205,7 +343,7 @@ class Scan:
                 self.problems.append(f"{record.image}: found {found}, expected each image once")
 
     def _remarks(self, root: Path) -> list[str]:
-        kinds = {f"{kind} without an image, not used": self._unused[kind] for kind in self._unused}
+        kinds = dict(self._unused)
         summed = "labels from 'label masks', where overlaps are sums of ids: expect spurious nuclei"
         kinds[summed] = [r.label for r in self.records if r.label.parent.name == "label masks"]
         return [
@@ -224,15 +362,15 @@ def raise_problems(title: object, problems: Sequence[str]) -> None:
 def find_records(root: str | Path, *, layout: str = "auto", group: str = "") -> list[Record]:
     """Find the images of a data set, in NuInsSeg's official order: by path as a plain string.
 
-    Warns once of labels from NuInsSeg's `label masks`, once of labels without an image and once of
-    vague areas without an image.
+    Warns of labels from NuInsSeg's `label masks`, and of files that are not used: once for each
+    reason.
 
     Args:
         root: folder of the data set.
-        layout: auto, nuinsseg or plain.
+        layout: auto, or a name in `nucsam.data.published.LAYOUTS`.
         group: regular expression, searched in the file stem. Its first capture group, or else the
-            whole match, names the group. No split separates images of one group. "" makes each
-            image its own group.
+            whole match, names the group. No split separates images of one group. "" takes the
+            patient's folder, or else makes each image its own group.
 
     Raises:
         UserError: names every image without a label, stem that comes twice in a folder, image that
@@ -241,11 +379,30 @@ def find_records(root: str | Path, *, layout: str = "auto", group: str = "") -> 
     """
     if not str(root):
         raise UserError("root: found an empty path, expected a folder of images and label maps")
-    scan = Scan(Path(root), layout, group)
+    scan = scan_folder(Path(root), layout, group)
     raise_problems(root, scan.problems)
     for remark in scan.remarks:
         warnings.warn(remark, stacklevel=2)
     return scan.records
+
+
+def taken(records: Sequence[Record]) -> str:
+    """One line on what makes up a data set: images, and the folders and names of the labels."""
+    kinds = Counter()
+    for record in records:
+        end = unicodedata.normalize("NFC", record.label.name).partition(stem_of(record.image))[2]
+        kinds[f"{record.label.parent.name}/NAME{end}" if end else record.label.parent.name] += 1
+    labels = ", ".join(
+        f"{kind} ({count})" if len(kinds) > 1 else kind for kind, count in kinds.most_common()
+    )
+    groups = len({record.group for record in records})
+    organs = len({record.organ for record in records})
+    vague = sum(record.vague is not None for record in records)
+    parts = [f"{len(records)} images", f"labels: {labels}"]
+    parts += [f"{vague} with vague areas"] if vague else []
+    parts += [f"{organs} organs"] if organs > 1 else []
+    parts += [f"{groups} groups, which no split separates"] if groups < len(records) else []
+    return "; ".join(parts)
 
 
 def format_size(shape: tuple[int, ...]) -> str:

@@ -1,29 +1,37 @@
-"""Label maps to GeoJSON (RFC 7946) and back, as QuPath 0.4 and later use it: a Feature a nucleus.
+"""Label maps to GeoJSON (RFC 7946), as QuPath 0.4 and later use it; and what was drawn, from it.
 
 Coordinates are (x, y) in image px, as in QuPath: pixels have their corners at whole numbers, so the
 centre of the first one is (0.5, 0.5). Outlines run along the edges of pixels: no pixel is lost.
 """
 
+import gzip
+import io
 import json
 import math
+import re
 import uuid
-import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, groupby
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nucsam.data.rois import Outlines, Polygon, Shape, closed, read_bytes, unreadable
 from nucsam.errors import UserError
 from nucsam.files import atomic
 
 CLASS = {"name": "Nucleus", "color": [0, 200, 80]}  # RGB
 DETECTION = {"objectType": "detection", "classification": CLASS, "isLocked": False}
-FARTHEST = 1e9  # px: no image reaches this far
+KINDS = ("annotation", "detection", "cell", "tile", "tmacore", "root")  # QuPath's objects
+NO_AREA = ("Point", "MultiPoint", "LineString", "MultiLineString", "GeometryCollection")
+GZIP = b"\x1f\x8b"
+MOST_BYTES = 2**31  # of an unpacked file
 
-Polygon = list[list[list[float]]]  # closed rings of [x, y]: the outer one, then the holes
+Rings = list[list[list[float]]]  # closed rings of [x, y]: the outer one, then the holes
 
 
 def features(
@@ -74,54 +82,70 @@ def write_geojson(path: str | Path, features: Iterable[dict[str, Any]]) -> int:
 
 
 def read(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
-    """Draw the polygons of a GeoJSON file as a label map.
+    """Draw the nuclei of a GeoJSON file as a label map.
 
-    A polygon has the pixels whose centre is inside by the even-odd rule. Later nuclei cover earlier
-    ones. A MultiPolygon is one nucleus. Of a QuPath cell, the nucleus counts. Points, lines, empty
-    geometries and annotated regions give a warning; a region holds two or more detections or cells.
+    A nucleus has the pixels whose centre is inside by the even-odd rule. `Outlines.label` says
+    more.
 
     Args:
-        path: a FeatureCollection, a list of Features, or one Feature.
+        path: as of `read_shapes`.
         shape: (H, W) of the image, px; what lies outside is cut off.
 
     Returns:
         int32 (H, W): 0 = background, ids 1, 2, ... in the order of the file.
 
     Raises:
-        UserError: names the file and the number of the Feature that cannot be used, from 1; or no
-            polygon meets the image.
+        UserError: as of `read_shapes`; or no nucleus meets the image.
     """
-    nuclei, unused = _read_nuclei(path)
-    label = np.zeros(shape, np.int32)
-    for value, polygons in enumerate(nuclei, 1):
-        for rings in polygons:
-            _fill(label, rings, value)
-    if nuclei and not label.any():
-        found = f"found no pixel of {shape[1]}x{shape[0]} px in any of {len(nuclei)} nuclei"
-        raise UserError(f"{path}: {found}, expected coordinates in px")
-    if unused:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in unused.items())
-        warnings.warn(f"{path}: found {kinds}, not used; expected polygons of nuclei", stacklevel=2)
-    return label
+    return Outlines(path, *read_shapes(path)).label(shape)
+
+
+def read_shapes(path: str | Path) -> tuple[list[Shape], Counter]:
+    """Read the polygons of a GeoJSON file of QuPath 0.2 to 0.6, or of another tool.
+
+    Of a QuPath cell, the nucleus counts. Child objects follow their parent. Rings without an area,
+    and other geometries than polygons, are counted.
+
+    Args:
+        path: a FeatureCollection, a list of Features, or one Feature; .gz is unpacked.
+
+    Returns:
+        The shapes, and the numbers of what is not used, by kind.
+
+    Raises:
+        UserError: names the file and the number of the Feature that cannot be used, from 1.
+    """
+    shapes, unused = [], Counter()
+    for number, feature in _read_features(path):
+        try:
+            shape = _shape(feature, unused)
+        except UserError as error:
+            raise UserError(f"{path}: feature {number}: {error}") from None
+        if shape.polygons:
+            shapes.append(shape)
+    return shapes, unused
 
 
 # Label map to outlines
 
 
-def _feature(polygons: list[Polygon], measurements: dict[str, float]) -> dict[str, Any]:
+def _feature(polygons: list[Rings], measurements: dict[str, float]) -> dict[str, Any]:
     geometry = {"type": "MultiPolygon", "coordinates": polygons}
     if len(polygons) == 1:
         geometry = {"type": "Polygon", "coordinates": polygons[0]}
     finite = {name: value for name, value in measurements.items() if math.isfinite(value)}
+    properties = DETECTION | {"measurements": finite}
+    if len(polygons) > 1:
+        properties["oneNucleus"] = True  # for `read_shapes`
     return {
         "type": "Feature",
         "id": str(uuid.uuid5(uuid.NAMESPACE_OID, str(polygons))),
         "geometry": geometry,
-        "properties": DETECTION | {"measurements": finite},
+        "properties": properties,
     }
 
 
-def _outlines(label: np.ndarray, offset: tuple[float, float]) -> Iterator[list[Polygon]]:
+def _outlines(label: np.ndarray, offset: tuple[float, float]) -> Iterator[list[Rings]]:
     """Yield the polygons of each nucleus, in ascending order of the ids."""
     owner, starts, centres, following, turns = _edges(label)
     starts, centres = starts + np.asarray(offset), centres + offset
@@ -188,7 +212,7 @@ def _simple_rings(corners: list[int], starts: np.ndarray) -> Iterator[list[int]]
     yield list(path.values())
 
 
-def _polygons(rings: list[tuple[np.ndarray, np.ndarray]]) -> list[Polygon]:
+def _polygons(rings: list[tuple[np.ndarray, np.ndarray]]) -> list[Rings]:
     """Put the holes of one nucleus into its outer rings.
 
     Args:
@@ -206,117 +230,97 @@ def _polygons(rings: list[tuple[np.ndarray, np.ndarray]]) -> list[Polygon]:
     return polygons
 
 
-# GeoJSON to label map
+# GeoJSON to shapes
 
 
-def _read_nuclei(path: str | Path) -> tuple[list[list[list[np.ndarray]]], Counter]:
-    """Read the polygons of each nucleus, as rings (n, 2), and count what is not used by kind."""
-    objects, unused = [], Counter()
-    for number, feature in enumerate(_read_features(path), 1):
-        try:
-            geometry = _geometry(feature)
-            polygons = _parse_polygons(geometry)
-        except UserError as error:
-            raise UserError(f"{path}: feature {number}: {error}") from None
-        if polygons:
-            objects.append((_object_type(feature), polygons))
-        else:
-            unused[geometry["type"] if geometry else "empty geometry"] += 1
-    regions = _regions(objects)
-    if any(regions):
-        unused["annotation of a region"] = sum(regions)
-    nuclei = [polygons for (_, polygons), region in zip(objects, regions) if not region]
-    return nuclei, unused
-
-
-def _read_features(path: str | Path) -> list[Any]:
+def _read_features(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """Yield each Feature with the number of its place in the file, then its child objects."""
+    data = read_bytes(path, "GeoJSON")
     try:
-        document = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}), expected GeoJSON") from None
+        if data.startswith(GZIP):
+            with gzip.open(io.BytesIO(data)) as file:
+                data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"over {MOST_BYTES} bytes")
+        document = json.loads(data)
+    except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
+        raise unreadable(path, error, "GeoJSON") from None
     if isinstance(document, dict):
         document = document.get("features", [document])
     if not isinstance(document, list):
         raise UserError(f"{path}: expected a FeatureCollection, a list of Features or a Feature")
-    return document
+    for number, feature in enumerate(document, 1):
+        family = [feature]
+        while family:
+            yield number, (member := family.pop())
+            match member:
+                case {"properties": {"childObjects": [*children]}} | {"childObjects": [*children]}:
+                    family += reversed(children)
 
 
-def _object_type(feature: dict[str, Any]) -> str | None:
-    """QuPath's name for the object of a Feature: annotation, detection, cell, ..."""
-    match feature:
-        case {"properties": {"objectType": str() as kind}}:
-            return kind
-    return None
-
-
-def _geometry(feature: Any) -> Any:
-    """The geometry of a Feature; of a QuPath cell, that of its nucleus."""
+def _shape(feature: Any, unused: Counter) -> Shape:
+    """The shape of a Feature; of a QuPath cell, that of its nucleus."""
     match feature:
         case {"type": "Feature", "nucleusGeometry": dict() as geometry} | {
             "type": "Feature",
             "geometry": geometry,
         }:
-            return geometry
-    raise UserError("expected a Feature with a geometry")
+            polygons = _parse_polygons(geometry, unused)
+        case _:
+            raise UserError("expected a Feature with a geometry")
+    properties = feature.get("properties")
+    properties = properties if isinstance(properties, dict) else {}
+    kind = properties.get("objectType") or properties.get("object_type") or feature.get("id")
+    kind = re.sub("[^a-z]", "", str(kind).lower()).removeprefix("path").removesuffix("object")
+    name = _class_name(properties.get("classification"))
+    kind = kind if kind in KINDS else ""
+    return Shape(polygons, kind, name, properties.get("oneNucleus") is True)
 
 
-def _parse_polygons(geometry: Any) -> list[list[np.ndarray]]:
-    """The polygons of a geometry, each a list of rings; none for one that has no area."""
+def _class_name(classification: Any) -> str:
+    """The name of a class, as QuPath writes it or as GDAL does: as JSON in a string."""
+    match classification:
+        case {"name": str() as name}:
+            return name
+        case {"names": [*names]}:
+            return ": ".join(map(str, names))
+        case str() as text if text.lstrip().startswith("{"):
+            with suppress(ValueError, RecursionError):
+                return _class_name(json.loads(text))
+        case str() as name:
+            return name
+    return ""
+
+
+def _parse_polygons(geometry: Any, unused: Counter) -> list[Polygon]:
+    """The polygons of a geometry; counts those without an area, and what is no polygon."""
     match geometry:
-        case None | {"type": "Point" | "MultiPoint" | "LineString" | "MultiLineString"}:
+        case None:
+            unused["empty geometry"] += 1
             return []
-        case {"type": "Polygon", "coordinates": [_, *_] as rings}:
-            return [[_parse_ring(ring) for ring in rings]]
-        case {"type": "MultiPolygon", "coordinates": [_, *_] as polygons}:
-            parts = [{"type": "Polygon", "coordinates": rings} for rings in polygons]
-            return [_parse_polygons(part)[0] for part in parts]
-    raise UserError(f"found the geometry {str(geometry)[:60]}, expected a Polygon or MultiPolygon")
+        case {"type": str() as kind} if kind in NO_AREA:
+            unused[kind] += 1
+            return []
+        case {"type": "Polygon", "coordinates": list() as rings}:
+            polygons = [rings]
+        case {"type": "MultiPolygon", "coordinates": list() as polygons} if all(
+            isinstance(rings, list) for rings in polygons
+        ):
+            pass
+        case _:
+            found = f"found the geometry {str(geometry)[:60]}"
+            raise UserError(f"{found}, expected a Polygon or MultiPolygon")
+    parsed = [[_parse_ring(ring) for ring in rings] for rings in polygons]
+    whole = [rings for rings in parsed if rings and rings[0] is not None]
+    if empty := max(len(parsed), 1) - len(whole):
+        unused["empty geometry"] += empty
+    return [[ring for ring in rings if ring is not None] for rings in whole]
 
 
-def _parse_ring(ring: Any) -> np.ndarray:
-    """(x, y) of the points of a closed ring, float (n, 2)."""
+def _parse_ring(ring: Any) -> np.ndarray | None:
+    """A ring as of `closed`."""
     try:
-        points = np.array([(float(x), float(y)) for x, y, *_ in ring])
+        points = [(float(x), float(y)) for x, y, *_ in ring]
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"found a ring that is no list of points [x, y] ({error})") from None
-    if len(points) < 4 or (points[0] != points[-1]).any():
-        raise UserError(f"found a ring of {len(points)} points, expected a closed one of 4 or more")
-    if not (np.abs(points) < FARTHEST).all():
-        raise UserError(f"found a coordinate that is not finite or over {FARTHEST:g} px")
-    return points
-
-
-def _regions(objects: list[tuple[str | None, list[list[np.ndarray]]]]) -> list[bool]:
-    """Which objects are annotations whose box holds those of two or more detections or cells."""
-    points = [np.concatenate([*chain(*polygons)]) for _, polygons in objects]
-    low = np.array([xy.min(0) for xy in points]).reshape(-1, 2)
-    high = np.array([xy.max(0) for xy in points]).reshape(-1, 2)
-    nuclei = [k for k, (kind, _) in enumerate(objects) if kind in ("detection", "cell")]
-
-    def nuclei_within(k: int) -> int:
-        return ((low[nuclei] >= low[k]) & (high[nuclei] <= high[k])).all(1).sum()
-
-    kinds = [kind for kind, _ in objects]
-    return [kind == "annotation" and nuclei_within(k) > 1 for k, kind in enumerate(kinds)]
-
-
-def _fill(label: np.ndarray, rings: list[np.ndarray], value: int) -> None:
-    """Give `value` to the pixels that have an odd number of crossings left of their centre."""
-    edges = np.concatenate([np.hstack([ring[:-1], ring[1:]]) for ring in rings])
-    upward = edges[:, 1:2] > edges[:, 3:4]
-    # all edges run downward, so that neighbours compute the same crossings with a shared edge
-    x, y, x_end, y_end = np.where(upward, edges[:, [2, 3, 0, 1]], edges).T
-    first, last = (np.clip(np.ceil(end - 0.5), 0, label.shape[0]).astype(int) for end in (y, y_end))
-    counts = last - first  # rows of pixel centres that each edge crosses
-    if not counts.any():
-        return
-    edge = np.repeat(np.arange(len(edges)), counts)
-    row = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts - first, counts)
-    crossing = x[edge] + (row + 0.5 - y[edge]) / (y_end - y)[edge] * (x_end - x)[edge]
-    column = np.clip(np.ceil(crossing - 0.5), 0, label.shape[1]).astype(int)
-    top, left, height, width = row.min(), column.min(), np.ptp(row) + 1, np.ptp(column) + 1
-    cells = np.bincount((row - top) * width + column - left, minlength=height * width)
-    inside = np.cumsum(cells.reshape(height, width), axis=1) % 2 == 1
-    # a crossing right of the image adds a last column, in which every row is even
-    window = label[top : top + height, left : left + width]
-    window[inside[:, : window.shape[1]]] = value
+    return closed(points)

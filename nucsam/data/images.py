@@ -1,69 +1,79 @@
 """Image and label files as arrays.
 
-Images are PNG, TIFF, JPEG or BMP. Labels are TIFF, PNG or NPY: 0 = background, one id per nucleus.
+Images are PNG, JPEG, BMP, TIFF, or slides of scanners. Labels are TIFF, PNG or NPY: 0 = background,
+one id per nucleus. The suffix alone decides what reads a file: Pillow, or `nucsam.data.slides`.
+
+An orientation tag, of TIFF or EXIF, turns images, labels and masks alike, as every viewer does.
 """
 
-import logging
 import math
-import re
-from collections.abc import Callable, Iterator
-from functools import lru_cache
-from operator import add
+import unicodedata
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import tifffile
 
+from nucsam.data import published, slides
+from nucsam.data.slides import SCANNERS, TIFF, Windows, check_size, turned, unreadable
 from nucsam.errors import UserError
 from nucsam.files import atomic
 
-TIFF = (".tif", ".tiff")
-IMAGES = (".png", *TIFF, ".jpg", ".jpeg", ".bmp")
-LABELS = (*TIFF, ".png", ".npy")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
+IMAGES = (*PICTURES, *TIFF, *SCANNERS)
+ANY = ("PNG", "JPEG", "BMP")  # what a picture may be, whatever its suffix
+LABELS = (".tif", ".tiff", ".png", ".npy")
 
-WHOLE = 2**22  # px: largest TIFF that `open_image` reads whole at once
-MOST = 2**27  # px: largest TIFF that `open_image` reads whole where windows fail
-CACHE = 2**27  # bytes of decoded tiles or strips that a TIFF keeps
+WHOLE = 2**22  # px: largest TIFF without a pyramid that `open_image` reads whole at once
+FINEST, COARSEST = 0.05, 4.0  # microns per px of microscopes
 
-# Microns in a unit of OME. Two different letters look like µ.
-_MICRONS = {"nm": 1e-3, "um": 1.0, "µm": 1.0, "\u03bcm": 1.0, "mm": 1e3, "cm": 1e4}
-_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-
-# tifffile logs a problem and then raises it; the UserError is enough.
-logging.getLogger("tifffile").addHandler(logging.NullHandler())
+# Microns of the units that OME, ImageJ and TIFF name. Normalised, both letters µ are a Greek one.
+_NAMES = {
+    1e-3: "nm nanometer",
+    1.0: "um μm micron microns micrometer micrometre",
+    1e3: "mm millimeter",
+    1e4: "cm centimeter",
+    25400.0: "in inch",
+    1e6: "m meter",
+}
+MICRONS = {name: microns for microns, names in _NAMES.items() for name in names.split()}
 
 
 def read_image(path: str | Path) -> np.ndarray:
     """Read an image file in colour.
 
-    Grey is repeated, palettes are looked up and alpha is dropped. 16-bit values lose low bits: 8
-    where the largest value is over 4095, 4 where it is over 255 (12-bit cameras), none below.
+    Grey is repeated, palettes are looked up, white-is-zero is inverted and alpha is dropped.
+    `nucsam.data.slides` says how 16 bits become 8.
 
     Args:
-        path: a PNG, TIFF, JPEG or BMP file.
+        path: a file of one of IMAGES.
 
     Returns:
         uint8 (H, W, 3), 0..255.
 
     Raises:
-        UserError: the file is damaged, or has other values or another shape.
+        UserError: the file is damaged, has other values or another shape, or over MOST px.
     """
     path = Path(path)
-    pixels = _read_pixels(path, IMAGES, label=False)
-    if pixels.dtype == bool:
-        pixels = pixels * np.uint8(255)
-    low, high = pixels.min(initial=0), pixels.max(initial=0)
-    shape = (*pixels.shape, 1)[:3]
-    if pixels.dtype.kind not in "ui" or low < 0 or high > 65535 or shape[2] > 4:
-        found = f"{pixels.dtype} in {low}..{high} of shape {pixels.shape}"
-        raise UserError(f"{path}: found {found}, expected 8 or 16 bits in (H, W) or (H, W, 1 to 4)")
-    return _rgb(pixels.reshape(shape), _low_bits(high))
+    if published.is_slice(path):
+        return published.read_picture(path)
+    if _suffix(path, IMAGES) not in PICTURES:
+        image = _open_windows(path)
+        check_size(path, image.shape)
+        return image[:, :]
+    pixels, _ = _read_picture(path, ANY, colour=True)
+    if pixels.dtype == np.uint16:
+        pixels = slides.to_bytes(
+            pixels, slides.used_bits(np.bincount(pixels.ravel(), minlength=2**16))
+        )
+    if pixels.ndim == 2:
+        pixels = np.stack([pixels] * 3, -1)
+    return np.ascontiguousarray(pixels)
 
 
-def open_image(path: str | Path) -> "np.ndarray | TiffWindows":
-    """Read an image, or open it by windows where it is a TIFF over WHOLE px.
-
-    A TIFF that windows cannot read is read whole up to MOST px.
+def open_image(path: str | Path) -> np.ndarray | Windows:
+    """Read an image, or open it by windows: a slide, and a TIFF with a pyramid or over WHOLE px.
 
     Args:
         path: as of `read_image`.
@@ -72,43 +82,68 @@ def open_image(path: str | Path) -> "np.ndarray | TiffWindows":
         uint8 (H, W, 3), or an object that is sliced like it.
 
     Raises:
-        UserError: as of `read_image`, and for a larger TIFF that windows cannot read.
+        UserError: as of `read_image`.
     """
     path = Path(path)
-    pixels = 0
-    if path.suffix.lower() in TIFF and path.is_file():
-        try:
-            with tifffile.TiffFile(path) as tiff:
-                pixels = tiff.pages[0].imagelength * tiff.pages[0].imagewidth
-            if pixels > WHOLE:
-                return TiffWindows(path)
-        except Exception as error:  # a damaged file makes decoders raise nearly anything
-            if pixels > MOST:
-                raise UserError(f"{path}: cannot be read by windows ({error})") from error
-    return read_image(path)
+    if published.is_slice(path) or _suffix(path, IMAGES) in PICTURES:
+        return read_image(path)
+    image = _open_windows(path)
+    whole = len(image.sizes) == 1 and math.prod(image.sizes[0]) <= WHOLE
+    return image[:, :] if whole and isinstance(image, slides.TiffWindows) else image
+
+
+def _open_windows(path: Path) -> Windows:
+    return slides.TiffWindows(path) if path.suffix.lower() in TIFF else slides.ScannerWindows(path)
 
 
 def read_label(path: str | Path) -> np.ndarray:
-    """Read a label file.
+    """Read a label file: its stored values, without a look-up in a palette and without inversion.
 
     Args:
-        path: a TIFF, PNG or NPY file of integers >= 0. In a palette file the indices are the ids.
+        path: a TIFF, PNG or NPY file of whole numbers >= 0, of any type.
 
     Returns:
-        int32 (H, W): 0 = background, one id per nucleus, gaps allowed.
+        int32 (H, W): 0 = background, one id per nucleus, gaps allowed. 0 where alpha is 0.
 
     Raises:
-        UserError: the file is damaged, is RGB, has no pixels, or has ids that int32 cannot hold.
+        UserError: the file is damaged, is RGB or a stack, has no pixels or over MOST px, or has ids
+            that int32 cannot hold.
     """
     path = Path(path)
-    label = _read_pixels(path, LABELS, label=True)
-    if label.ndim != 2 or label.dtype.kind not in "uib" or not label.size:
+    label, alpha = _stored(path, LABELS)
+    whole = label.dtype.kind in "uib" or (
+        label.dtype.kind == "f" and bool((np.rint(label) == label).all())
+    )
+    if label.ndim != 2 or not whole or not label.size:
         found = f"{label.dtype} of shape {label.shape}"
         raise UserError(f"{path}: found {found}, expected integer ids (H, W)")
     low, high, largest = label.min(), label.max(), np.iinfo(np.int32).max
     if low < 0 or high > largest:
         raise UserError(f"{path}: found ids in {low}..{high}, expected 0..{largest}")
-    return np.ascontiguousarray(label, np.int32)
+    label = np.ascontiguousarray(label, np.int32)
+    return label if alpha is None else label * (alpha > 0)
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Read a mask: stored values other than 0 are marked, except where alpha is 0.
+
+    Args:
+        path: a PNG, JPEG, BMP or TIFF file.
+
+    Returns:
+        bool (H, W).
+
+    Raises:
+        UserError: the file is damaged, or has other values or another shape.
+    """
+    path = Path(path)
+    values, alpha = _stored(path, (*PICTURES, *TIFF))
+    channels = values.shape[2] if values.ndim == 3 else 1
+    if values.ndim not in (2, 3) or channels > 4 or values.dtype.kind not in "uib":
+        found = f"{values.dtype} of shape {values.shape}"
+        raise UserError(f"{path}: found {found}, expected integers (H, W) or (H, W, 1 to 4)")
+    marked = values != 0 if values.ndim == 2 else values.any(-1)
+    return marked if alpha is None else marked & (alpha > 0)
 
 
 def write_label(path: str | Path, label: np.ndarray) -> None:
@@ -124,220 +159,188 @@ def write_label(path: str | Path, label: np.ndarray) -> None:
         tifffile.imwrite(partial, label.astype(dtype), compression="zlib", photometric="minisblack")
 
 
+# ---- values as they are stored ----
+
+
+def _suffix(path: Path, suffixes: Sequence[str]) -> str:
+    """The suffix in lower case, if it is one of these and the file is a file."""
+    suffix = path.suffix.lower()
+    if suffix not in suffixes:
+        raise UserError(f"{path}: found {suffix or 'no'} suffix, expected {', '.join(suffixes)}")
+    if path.exists() and not path.is_file():  # reading a pipe would block
+        raise UserError(f"{path}: found a folder or device, expected a file")
+    return suffix
+
+
+def _stored(path: Path, suffixes: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Values (H, W) or (H, W, C), and alpha (H, W) or None."""
+    suffix = _suffix(path, suffixes)
+    if suffix in PICTURES:
+        return _read_picture(path, ("PNG",) if suffixes is LABELS else ANY, colour=False)
+    try:
+        return _read_npy(path) if suffix == ".npy" else _read_tiff(path)
+    except Exception as error:  # a damaged file makes decoders raise nearly anything
+        raise unreadable(path, error) from error
+
+
+def _read_npy(path: Path) -> tuple[np.ndarray, None]:
+    values = np.lib.format.open_memmap(path, mode="r")  # takes no memory
+    while values.ndim > 2 and 1 in values.shape:
+        values = values.squeeze(values.shape.index(1))
+    check_size(path, (*values.shape, 1))
+    return np.asarray(values), None
+
+
+def _read_tiff(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    tiff, series = slides.open_tiff(path)
+    check_size(path, (series.keyframe.imagelength, series.keyframe.imagewidth))
+    pixels = slides.TiffPixels(path, tiff, series)
+    height, width = pixels.size
+    values, alpha = pixels[0:height, 0:width], None
+    if pixels.alpha:
+        values, alpha = values[..., :-1], values[..., -1]
+    return values[..., 0] if values.shape[2] == 1 else values, alpha
+
+
+def _read_picture(
+    path: Path, formats: Sequence[str], *, colour: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pixels of a PNG, JPEG or BMP, turned, and alpha (H, W) or None.
+
+    Args:
+        path: the file.
+        formats: what the file may be.
+        colour: whether to convert to RGB what has 8 bits. Otherwise palettes are not looked up.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=formats) as image:
+            check_size(path, image.size[::-1])
+            image.verify()  # the checksums of a PNG, which reading its pixels skips
+        with Image.open(path, formats=formats) as image:
+            if image.format == "PNG" and image.n_frames > 1:
+                raise UserError(f"found {image.n_frames} frames, expected one image")
+            pixels, alpha = _decode_picture(path, image, colour)
+            orientation = _orientation(image)
+    except Image.DecompressionBombError as error:
+        expected = "expected a tiled TIFF, which is read by windows"
+        raise UserError(f"{path}: found too many px ({error}), {expected}") from error
+    except Exception as error:  # a damaged file makes decoders raise nearly anything
+        raise unreadable(path, error) from error
+    return turned(pixels, orientation), None if alpha is None else turned(alpha, orientation)
+
+
+def _decode_picture(path: Path, image, colour: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pixels and alpha of an open Pillow image, which gives PNGs of 16 bits only 8."""
+    head = b""
+    if image.format == "PNG":
+        with path.open("rb") as file:
+            head = file.read(26)
+    bits = head[24] if head else 8
+    alpha = None
+    if bits == 16:
+        pixels = import_module("imagecodecs").png_decode(path.read_bytes())
+    elif colour:
+        pixels = np.asarray(image.convert("RGB"))
+    else:
+        pixels = np.asarray(image)
+        if image.mode == "L" and bits < 8:  # Pillow has scaled them
+            pixels = pixels // (255 // (2**bits - 1))
+        if image.mode == "P" and image.has_transparency_data:
+            alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
+        pixels, alpha = pixels[..., :-1], pixels[..., -1]
+    return (pixels[..., 0] if pixels.shape[2:] == (1,) else pixels), alpha
+
+
+def _orientation(image) -> int:
+    """The orientation of a Pillow image, 1 to 8."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # asking for its EXIF would decode it
+    return image.getexif().get(274, 1)
+
+
+# ---- metadata ----
+
+
 def read_mpp(path: str | Path) -> float | None:
-    """Read the microns per pixel of a TIFF from its OME, ImageJ or resolution tags.
+    """Read the microns per pixel of a TIFF or a slide.
+
+    A TIFF has them in OME-XML, in Aperio's or ImageJ's description, or in its resolution tags.
 
     Args:
         path: an image file.
 
     Returns:
-        Microns per px. None without such a tag, for another format, and from 20 up: such a
-        resolution is that of a screen or printer.
+        Microns per px. None where the file has none between FINEST and COARSEST, as of a printer.
     """
-    if Path(path).suffix.lower() not in TIFF:
-        return None
-    with tifffile.TiffFile(path) as tiff:
-        page = tiff.pages[0]
-        text, resolution, unit = page.description, page.resolution[0], int(page.resolutionunit)
-    microns = {2: 25400.0, 3: 10000.0}.get(unit, 0.0)  # of an inch, of a centimetre
-    if text.startswith("ImageJ"):
-        microns = 1.0 if re.search(r"unit=(micron|um|µm|\\u00B5m)", text) else 0.0
-    mpp = microns / resolution if resolution else 0.0
-    if size := re.search(rf'PhysicalSizeX="({_NUMBER})"', text):
-        unit_name = re.search(r'PhysicalSizeXUnit="([^"]+)"', text)
-        mpp = float(size[1]) * _MICRONS.get(unit_name[1] if unit_name else "µm", 0.0)
-    return mpp if 0 < mpp < 20 else None
+    return _metadata(Path(path))[0]
 
 
-class TiffWindows:
-    """A TIFF read by windows: `image[y0:y1, x0:x1]` has the pixels of `read_image`.
-
-    A window decodes the tiles or strips under it; the last CACHE bytes of them are kept.
-    Uncompressed pixels are memory-mapped. A pyramid is read at full resolution. A 16-bit file is
-    read once when opened, because its largest value sets the bits to drop. Threads may share it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Open the file.
-
-        Args:
-            path: the TIFF file.
-
-        Raises:
-            UserError: the file cannot be read by windows. Slicing raises it for a bad window.
-        """
-        self._tiff = tifffile.TiffFile(path)
-        self._series = series = _only_image(self._tiff)
-        self._page = page = series.keyframe
-        self.shape = (page.imagelength, page.imagewidth, 3)
-        self._channels = series.size // (page.imagelength * page.imagewidth)
-        plain = page.photometric in (1, 2)  # grey, RGB
-        jpeg = (page.photometric, page.compression) == (6, 7)  # YCbCr, which decodes to RGB
-        if page.dtype not in (np.uint8, np.uint16) or self._channels > 4 or not (plain or jpeg):
-            found = f"{page.dtype} in {self._channels} channels, {page.photometric!r}"
-            raise UserError(f"found {found}, expected grey or RGB of 8 or 16 bits")
-        self._segment = _decoder(path, self._tiff)
-        self._segment(0, 0, 0)  # fails on a compression that tifffile lacks
-        self._low_bits = _low_bits(self._highest()) if page.dtype == np.uint16 else 0
-
-    def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
-        """Read a window as uint8 (h, w, 3), cut off at the edges of the image."""
-        rows, columns = (slice(*s.indices(side)[:2]) for s, side in zip(window, self.shape))
-        return _rgb(self._stored(rows, columns), self._low_bits)
-
-    def _highest(self) -> int:
-        """The largest stored value, found by one row of tiles or strips at a time."""
-        height, width = self.shape[:2]
-        step = self._page.chunks[0]
-        bands = (slice(top, min(top + step, height)) for top in range(0, height, step))
-        return max(int(self._stored(band, slice(0, width)).max()) for band in bands)
-
-    def _stored(self, rows: slice, columns: slice) -> np.ndarray:
-        """A window as the file stores it, (h, w, channels)."""
-        if self._series.dataoffset is not None:
-            # a new map each time releases the memory of earlier windows
-            pixels = tifffile.memmap(self._tiff.filehandle.path, mode="r")
-            pixels = _channels_last(pixels, self._series.axes)[rows, columns]
-            return pixels.reshape(*pixels.shape[:2], self._channels)
-        size = (rows.stop - rows.start, columns.stop - columns.start, self._channels)
-        pixels = np.zeros(size, self._page.dtype)
-        high, wide, *depth = self._page.chunks
-        planes = np.split(pixels, self._channels // math.prod(depth), axis=2)  # views
-        for plane, part in enumerate(planes):
-            for row, to_rows, from_rows in _segments_under(rows, high):
-                for column, to_columns, from_columns in _segments_under(columns, wide):
-                    segment = self._segment(plane, row, column)
-                    if segment is not None:  # else the file leaves it out: zeros
-                        part[to_rows, to_columns] = segment[from_rows, from_columns]
-        return pixels
+def read_remarks(path: str | Path) -> list[str]:
+    """What a user must know of how an image file is read: its orientation, and an ignored size."""
+    return _metadata(Path(path))[1]
 
 
-def _decoder(path: Path, tiff: tifffile.TiffFile) -> Callable[..., np.ndarray | None]:
-    """Make a cached function from (plane, row, column) to a tile or strip, (h, w, channels).
-
-    All channels share a plane, or each has its own. The function returns None where the file
-    leaves a segment out.
-    """
-    file, series = tiff.filehandle, tiff.series[0]
-    file.lock = True
-    page = series.keyframe
-    across = math.ceil(page.imagewidth / page.chunks[1])
-    segments = math.ceil(page.imagelength / page.chunks[0]) * across
-    separate = page.samplesperpixel if page.planarconfig == 2 else 1
-    planes = [(p, k * segments) for p in series.pages for k in range(separate)]
-    segment_bytes = math.prod(page.chunks) * page.dtype.itemsize
-
-    @lru_cache(max(1, CACHE // segment_bytes))
-    def decode(plane: int, row: int, column: int) -> np.ndarray | None:
-        try:
-            plane_page, first = planes[plane]
-            index = first + row * across + column
-            offset, count = plane_page.dataoffsets[index], plane_page.databytecounts[index]
-            data, _ = next(file.read_segments([offset], [count]))
-            if data is None:
-                return None
-            return page.decode(data, index, jpegtables=plane_page.jpegtables)[0][0]
-        except Exception as error:  # a damaged file makes decoders raise nearly anything
-            raise _unreadable(path, error) from error
-
-    return decode
-
-
-def _segments_under(window: slice, step: int) -> Iterator[tuple[int, slice, slice]]:
-    """Yield what a window meets on one axis: segment number, place in window, place in segment."""
-    for number in range(window.start // step, math.ceil(window.stop / step)):
-        origin = number * step
-        start, stop = max(window.start, origin), min(window.stop, origin + step)
-        to_window = slice(start - window.start, stop - window.start)
-        yield number, to_window, slice(start - origin, stop - origin)
-
-
-def _read_pixels(path: Path, suffixes: tuple[str, ...], label: bool) -> np.ndarray:
-    """Stored pixels, (H, W) or (H, W, C). A palette is looked up, but for a label."""
+def _metadata(path: Path) -> tuple[float | None, list[str]]:
+    """Microns per px, and remarks."""
     suffix = path.suffix.lower()
-    if suffix not in suffixes:
-        raise UserError(f"{path}: found {suffix or 'no'} suffix, expected {', '.join(suffixes)}")
+    orientation, sizes = 1, []
+    if suffix in SCANNERS:
+        sizes = [slides.slide_mpp(path)]
+    elif suffix in TIFF:
+        tiff, series = slides.open_tiff(path)
+        with tiff:
+            orientation = series.keyframe.tags.valueof(274, 1)
+            sizes = _tiff_sizes(tiff, series.keyframe)
+    elif suffix in PICTURES:
+        from PIL import Image
+
+        try:
+            with Image.open(path) as image:
+                orientation = _orientation(image)
+        except Exception as error:  # a damaged file makes decoders raise nearly anything
+            raise unreadable(path, error) from error
+    remarks = []
+    if orientation in range(2, 9):
+        turn = f"orientation tag {orientation} turns the image"
+        remarks.append(f"{turn}, and labels must match the turned image")
+    sizes = [size for size in sizes if size]
+    mpp = next((size for size in sizes if FINEST <= size <= COARSEST), None)
+    if sizes and not mpp:
+        dpi = 25400 / sizes[-1]
+        remarks.append(f"{dpi:.0f} dpi is no microscope's resolution, so nucsam ignores it")
+    return mpp, remarks
+
+
+def _tiff_sizes(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> list[float | None]:
+    """Microns per px as each kind of metadata says, the most trusted first."""
+    pixels = slides.ome_pixels(tiff, page)
+    sizes = [_times(pixels.get("PhysicalSizeX"), pixels.get("PhysicalSizeXUnit", "um"))]
+    text = tiff.pages.first.description
+    if text.startswith("Aperio"):
+        sizes.append(_times(_fields(text.split("|")).get("MPP"), "um"))
+    resolution = page.resolution[0]
+    per_px = 1 / resolution if resolution else None
+    if text.startswith("ImageJ"):
+        unit = _fields(text.splitlines()).get("unit", "")
+        sizes.append(_times(per_px, unit.replace("\\u00B5", "u")))
+    unit = {2: "inch", 3: "cm"}.get(int(page.resolutionunit), "")
+    return [*sizes, _times(per_px, unit)]
+
+
+def _fields(parts: Sequence[str]) -> dict[str, str]:
+    """Name -> value of texts `name = value`."""
+    pairs = (part.partition("=") for part in parts)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _times(number: str | float | None, unit: str) -> float | None:
+    """Microns of a length; None where it is not one. Some writers use a decimal comma."""
     try:
-        if path.exists() and not path.is_file():  # reading a pipe would block
-            raise UserError("found a folder or device")
-        if suffix == ".npy":
-            with path.open("rb") as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
-        return _read_tiff(path, label) if suffix in TIFF else _read_pillow(path, label)
-    except Exception as error:  # a damaged file makes decoders raise nearly anything
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return UserError(f"{path}: cannot be read ({reason}), expected a whole {path.suffix} file")
-
-
-def _read_tiff(path: Path, label: bool) -> np.ndarray:
-    with tifffile.TiffFile(path) as tiff:
-        series = _only_image(tiff)
-        page = tiff.pages[0]
-        # pillow has LZW and JPEG, looks up palettes and inverts white-is-zero grey
-        known = page.compression in (1, 8, 32946) and page.predictor in (1, 2)
-        if known and (label or page.photometric in (1, 2)):
-            return _channels_last(series.asarray(), series.axes)
-        if len(series.pages) > 1:  # pillow would read only the first
-            raise UserError(f"found a page a channel in {page.compression!r}, {page.photometric!r}")
-    pixels = _read_pillow(path, label)
-    return pixels.view(np.int8) if page.dtype == np.int8 else pixels  # pillow says uint8
-
-
-def _only_image(tiff: tifffile.TiffFile) -> tifffile.TiffPageSeries:
-    """The one image of a whole TIFF, with its smaller copies. A UserError on anything else."""
-    if not tiff.pages:
-        raise UserError("found no page")
-    file = tiff.filehandle
-    file.seek(tiff.pages.next_page_offset)
-    end_mark = bytes(tiff.tiff.offsetsize)
-    if file.read(len(end_mark)) != end_mark:  # tifffile leaves out pages that it cannot reach
-        raise UserError(f"found {len(tiff.pages)} page(s) and no end of the page table")
-    series, *others = tiff.series
-    images = [other for other in others if not other.keyframe.subfiletype & 1]  # 1: smaller copy
-    if images:
-        raise UserError(f"found {1 + len(images)} images, expected one")
-    if series.axes not in ("YX", "YXS", "SYX", "CYX"):
-        raise UserError(f"found axes {series.axes} of shape {series.shape}, expected one image")
-    # tifffile reads zeros past the end of the file
-    end = max(e for page in series.pages for e in map(add, page.dataoffsets, page.databytecounts))
-    if end > file.size:
-        raise UserError(f"found {file.size} of {end} bytes")
-    return series
-
-
-def _read_pillow(path: Path, label: bool) -> np.ndarray:
-    from PIL import Image
-
-    formats = ("PNG",) if label else ("PNG", "JPEG", "BMP")
-    if path.suffix.lower() in TIFF:
-        formats = ("TIFF",)
-    with Image.open(path, formats=formats) as image:
-        image.verify()  # the checksums of a PNG, which reading its pixels skips
-    with Image.open(path, formats=formats) as image:
-        if image.format == "PNG" and image.n_frames > 1:
-            raise UserError(f"found {image.n_frames} frames, expected one image")
-        if not label and image.mode[0] not in "FI":  # neither float nor integers over 8 bits
-            image = image.convert("RGB")
-        return np.asarray(image)
-
-
-def _channels_last(pixels: np.ndarray, axes: str) -> np.ndarray:
-    return np.moveaxis(pixels, 0, -1) if axes[0] in "SC" else pixels
-
-
-def _low_bits(highest: int) -> int:
-    """Low bits to drop from an image whose largest value is `highest`."""
-    if highest > 4095:
-        return 8
-    return 4 if highest > 255 else 0
-
-
-def _rgb(pixels: np.ndarray, low_bits: int) -> np.ndarray:
-    """(H, W, 1 to 4) as a new uint8 (H, W, 3)."""
-    if pixels.dtype != np.uint8:
-        pixels = (pixels >> low_bits).astype(np.uint8)
-    return np.array(pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., [0, 0, 0]], order="C")
+        value = float(str(number).replace(",", "."))
+    except ValueError:
+        return None
+    microns = MICRONS.get(unicodedata.normalize("NFKC", unit).strip().lower(), 0.0)
+    return value * microns if math.isfinite(value) and value * microns > 0 else None

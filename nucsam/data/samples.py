@@ -1,24 +1,30 @@
 """Decoded images, crops and batches."""
 
+import hashlib
 import math
 import os
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nucsam.data import geojson
+from nucsam.data import geojson, published, rois
 from nucsam.data.folders import Record, format_size, raise_problems
-from nucsam.data.images import read_image, read_label
+from nucsam.data.images import open_image, read_image, read_label, read_mask, read_mpp, read_remarks
 from nucsam.data.labels import components, not_instances
+from nucsam.data.rois import Outlines
 from nucsam.errors import UserError
 from nucsam.progress import with_bar
 
 MIN_SIDE = 64  # px, the least that the encoder takes
+TRIES = 16  # places of a crop until one has a pixel that counts
+SAME_SCALE = 0.05  # up to this difference of log magnification an image is not resampled
 DRAWS = 32  # uniform numbers that a crop hands to its augmentation
 
 
@@ -29,36 +35,121 @@ class Sample:
     image: np.ndarray  # uint8 (H, W, 3)
     label: np.ndarray  # int32 (H, W), 0 = background, ids 1..n without gaps
     vague: np.ndarray | None  # bool (H, W), True where the annotators were unsure
+    partial: bool = False  # whether `vague` is also what was not annotated, which no score counts
     problem: str = ""  # why the label seems to be no map of instances
 
+    def counted(self, label: np.ndarray) -> np.ndarray:
+        """A label map (H, W) of the image without the pixels that no score counts."""
+        return np.where(self.vague, 0, label) if self.partial else label
 
-def read_nuclei(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Read a label map, or draw the outlines of a GeoJSON file.
+
+READERS = {
+    ".geojson": geojson.read_shapes,
+    ".json": geojson.read_shapes,
+    ".gz": geojson.read_shapes,
+    ".zip": rois.read_imagej,
+    ".roi": rois.read_imagej,
+    ".xml": rois.read_aperio,
+}
+
+
+def read_outlines(path: Path, region_class: str = "") -> Outlines | None:
+    """Read a file of outlines; None for a label map.
 
     Args:
-        path: a label file or a .geojson file.
+        path: a file of a type in `rois.SUFFIXES`, or a label file, also one of a public data set.
+        region_class: as of `Outlines`.
+
+    Raises:
+        UserError: names the file that cannot be read.
+    """
+    read_shapes = READERS.get(path.suffix.lower())
+    return Outlines(path, *read_shapes(path), region_class) if read_shapes else None
+
+
+def read_nuclei(
+    path: Path, shape: tuple[int, int], region_class: str = ""
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read a label map, or draw outlines.
+
+    Args:
+        path, region_class: as of `read_outlines`.
         shape: (H, W) of the image, which outlines need.
 
     Returns:
-        Integer ids (H, W), 0 = background.
+        Integer ids (H, W), 0 = background; bool (H, W), True where nobody annotated, or None where
+        all was annotated.
     """
-    if path.suffix.lower() == ".geojson":
-        return geojson.read(path, shape)
-    return read_label(path)
+    outlines = read_outlines(path, region_class)
+    if outlines is None:
+        return _read_map(path), None
+    return outlines.label(shape), outlines.uncounted(shape)
+
+
+def _read_map(path: Path) -> np.ndarray:
+    instances = published.read_instances(path)
+    if instances is not None:
+        return instances
+    label = read_label(path)
+    if published.is_split_mask(path):
+        from skimage.measure import label as components
+
+        return components(label)
+    return label
+
+
+def by_region(records: Sequence[Record], region_class: str = "") -> list[Record]:
+    """One record per region of each image that has regions and is read by windows.
+
+    An image that cannot be read stays one record, so that `read_sample` says why. Regions keep the
+    group of their image, but in a data set of one image each is a group of its own.
+
+    Args:
+        records: of `find_records`.
+        region_class: as of `Outlines`.
+
+    Returns:
+        The records, with `region_class` set.
+    """
+    parts = []
+    for record in records:
+        record = replace(record, region_class=region_class)
+        count = attempt(_count_regions, record)
+        if not count or isinstance(count, UserError):
+            parts.append(record)
+            continue
+        for region in range(count):
+            name = f"{record.name}_region{region + 1}"
+            group = record.group if len(records) > 1 else name
+            parts.append(replace(record, name=name, group=group, region=region))
+    return parts
+
+
+def _count_regions(record: Record) -> int:
+    """The number of regions of an image that is read by windows; 0 for another image."""
+    outlines = read_outlines(record.label, record.region_class)
+    if outlines is None or not outlines.regions:
+        return 0
+    return 0 if isinstance(open_image(record.image), np.ndarray) else len(outlines.regions)
 
 
 def read_sample(record: Record) -> Sample:
     """Read and check the files of one record.
+
+    Where outlines have regions, or unsure areas, `vague` has the rest too, and the label map has no
+    nucleus that lies in the rest alone.
 
     Raises:
         UserError: a file is bad, sizes differ, or a side is under MIN_SIDE px.
     """
     from skimage.segmentation import relabel_sequential
 
-    image = read_image(record.image)
+    try:
+        image, label, rest, vague = _read_files(record)
+    except UserError:
+        _check_swapped(record)
+        raise
     size = image.shape[:2]
-    label = read_nuclei(record.label, size)
-    vague = read_image(record.vague).any(-1) if record.vague else None
     if min(size) < MIN_SIDE:
         found = format_size(size)
         raise UserError(f"{record.image}: found {found} px, expected at least {MIN_SIDE} px a side")
@@ -66,13 +157,83 @@ def read_sample(record: Record) -> Sample:
         if mask is not None and mask.shape != size:
             found, expected = format_size(mask.shape), format_size(size)
             raise UserError(f"{path}: found {found} px, expected {expected} as in {record.image}")
-    problem = ""
-    if record.connected:
+    drawn = record.label.suffix.lower() in READERS
+    found = "" if record.connected or drawn else not_instances(label)
+    expected = "one id per nucleus; data.connected = true makes each component a nucleus"
+    problem = f"{record.label}: found {found}, expected {expected}" if found else ""
+    if record.connected and not drawn:
         label = components(label)
-    elif found := not_instances(label):
-        expected = "one id per nucleus; data.connected = true makes each component a nucleus"
-        problem = f"{record.label}: found {found}, expected {expected}"
-    return Sample(image, relabel_sequential(label)[0], vague, problem)
+    if rest is not None:
+        counted = np.bincount(label[~rest], minlength=label.max() + 1) > 0
+        label = np.where(counted[label], label, 0)
+        vague = rest if vague is None else rest | vague
+    return Sample(
+        image,
+        relabel_sequential(label)[0],
+        vague,
+        partial=rest is not None,
+        problem=problem,
+    )
+
+
+def _read_files(record: Record) -> tuple[np.ndarray, ...]:
+    """Image, label map, what was not annotated or None, vague area or None; of its region alone."""
+    if record.region is None:
+        image = read_image(record.image)
+        vague = read_mask(record.vague) if record.vague else None
+        return image, *read_nuclei(record.label, image.shape[:2], record.region_class), vague
+    outlines = read_outlines(record.label, record.region_class)
+    whole = open_image(record.image)
+    size = whole.shape[:2]
+    place = outlines.window(record.region, size)
+    rest = outlines.uncounted(size, place, record.region)
+    vague = open_image(record.vague)[place].any(-1) if record.vague else None
+    return whole[place], outlines.label(size, place), rest, vague
+
+
+def _check_swapped(record: Record) -> None:
+    """Raise a UserError where the label is a picture and the image a label map."""
+    files = attempt(read_image, record.label), attempt(read_label, record.image)
+    if not any(isinstance(file, UserError) for file in files):
+        found = f"a picture, and a label map in {record.image}"
+        raise UserError(f"{record.label}: found {found}; swap the folders of images and labels")
+
+
+def image_remarks(records: Sequence[Record]) -> list[str]:
+    """What a user must know of how the images are read, each remark once with its first image."""
+    images = defaultdict(list)
+    for record in records:
+        for remark in read_remarks(record.image):
+            images[remark].append(record.image)
+    return [f"{len(paths)} image(s): {what}; first: {paths[0]}" for what, paths in images.items()]
+
+
+def digest(sample: Sample) -> str:
+    """SHA-256 of an image's pixels, ids and vague area, in hexadecimal; no file format matters."""
+    sha256 = hashlib.sha256()
+    for array in (sample.image, sample.label.astype(np.int32), sample.vague):
+        if array is not None:
+            sha256.update(f"{array.dtype}{array.shape}".encode())
+            sha256.update(np.ascontiguousarray(array))
+    return sha256.hexdigest()
+
+
+def read_digest(record: Record) -> str:
+    """The `digest` of a record. Raises as `read_instances` does."""
+    return digest(read_instances(record))
+
+
+def read_instances(record: Record) -> Sample:
+    """As `read_sample`, but raises a UserError where the label seems to be no map of instances."""
+    sample = read_sample(record)
+    if sample.problem:
+        raise UserError(sample.problem)
+    return sample
+
+
+def _read_whole(record: Record) -> tuple[Sample, str, float | None]:
+    sample = read_instances(record)
+    return sample, digest(sample), read_mpp(record.image)
 
 
 def attempt(function: Callable[[Any], Any], item: Any) -> Any:
@@ -118,6 +279,7 @@ class Samples:
 
     Every image is read once to check it. Forked loader workers share what is kept; spawned ones
     copy it. Where it would exceed the limit, `kept` is False and each access reads the files again.
+    `digests` are those of `digest`, `mpps` the microns per px of the image files; None = not known.
 
     Args:
         records: the images.
@@ -133,15 +295,22 @@ class Samples:
     ):
         self.records = list(records)
         self.sizes = []  # (H, W) of each image
+        self.partial = []  # of each sample
+        self.digests: list[str] = []
+        self.mpps: list[float | None] = []
         self.kept = True
         self._planes: list[Planes] = []
         problems = []
         kept_bytes = 0
-        for sample in read_each(read_sample, self.records, "Decoding images", progress):
-            if isinstance(sample, UserError) or sample.problem:
-                problems.append(getattr(sample, "problem", "") or str(sample))
+        for result in read_each(_read_whole, self.records, "Decoding images", progress):
+            if isinstance(result, UserError):
+                problems.append(str(result))
                 continue
+            sample, sha256, mpp = result
+            self.digests.append(sha256)
+            self.mpps.append(mpp)
             self.sizes.append(sample.label.shape)
+            self.partial.append(sample.partial)
             planes = _planes(sample)
             kept_bytes += sum(plane.nbytes for plane in planes if plane is not None)
             self.kept &= kept_bytes <= memory_gib * 2**30
@@ -150,6 +319,8 @@ class Samples:
             else:
                 self._planes.clear()
         raise_problems(f"{len(self.records)} images", problems)
+        for remark in image_remarks(self.records):
+            warnings.warn(remark, stacklevel=2)
 
     def planes(self, index: int) -> Planes:
         """One image as it is kept, not to be changed.
@@ -164,20 +335,24 @@ class Samples:
 
     def __getitem__(self, index: int) -> Sample:
         image, label, vague = self.planes(index)
-        return Sample(np.ascontiguousarray(image.transpose(1, 2, 0)), label.astype(np.int32), vague)
+        image = np.ascontiguousarray(image.transpose(1, 2, 0))
+        return Sample(image, label.astype(np.int32), vague, self.partial[index])
 
 
 class Crops:
     """A map-style data set of square crops.
 
     A key (epoch, index) fixes everything random, so that batch size, loader workers and processes
-    change nothing. An image smaller than the window lies somewhere in the crop, reflected around
-    its edges.
+    change nothing. A place that is vague all over is drawn again, up to TRIES times. An image
+    smaller than the window lies somewhere in the crop, reflected around its edges. Where the
+    microns per px of an image differ from `mpp` by over 5 %, its crop is resampled to `mpp`, as
+    prediction does.
 
     Args:
         samples: the images.
-        window: side S of a crop, image px.
+        window: side S of a crop, px of the run.
         seed: of the place of a crop and of its draws.
+        mpp: microns per px of the run; None = not known.
 
     Returns:
         An item is a dict of tensors: image uint8 (3, S, S); label int32 (S, S) with the ids of
@@ -185,22 +360,32 @@ class Crops:
         (DRAWS,), uniform in [0, 1); index int64 (), into the samples.
     """
 
-    def __init__(self, samples: Samples, *, window: int, seed: int):
-        self.samples, self.window, self.seed = samples, window, seed
+    def __init__(self, samples: Samples, *, window: int, seed: int, mpp: float | None = None):
+        self.samples, self.window, self.seed, self.mpp = samples, window, seed, mpp
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def _side(self, index: int) -> int:
+        """Side of a crop in px of its image."""
+        mpp = self.samples.mpps[index]
+        if not mpp or not self.mpp or abs(math.log(self.mpp / mpp)) < SAME_SCALE:
+            return self.window
+        return round(self.window * self.mpp / mpp)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         import torch
 
         epoch, index = key
-        window = self.window
+        window = self._side(index)
         rng = np.random.default_rng((self.seed, epoch, index))
         image, label, vague = self.samples.planes(index)
         room = [side - window for side in label.shape]  # negative where the image is smaller
-        starts = [int(rng.integers(min(0, spare), max(0, spare) + 1)) for spare in room]
-        rows, columns = (slice(max(0, start), start + window) for start in starts)
+        for _ in range(TRIES):
+            starts = [int(rng.integers(min(0, spare), max(0, spare) + 1)) for spare in room]
+            rows, columns = (slice(max(0, start), start + window) for start in starts)
+            if vague is None or not vague[rows, columns].all():
+                break
         image = image[:, rows, columns]
         label = label[rows, columns].astype(np.int32)
         counted = np.ones_like(label, bool) if vague is None else ~vague[rows, columns]
@@ -209,6 +394,8 @@ class Crops:
             edges = [(pad, window - side - pad) for pad, side in zip(before, label.shape)]
             image = np.pad(image, ((0, 0), *edges), mode="reflect")
             label, counted = np.pad(label, edges), np.pad(counted, edges)
+        if window != self.window:
+            image, label, counted = _resampled(image, label, counted, self.window)
         item = {
             "image": np.ascontiguousarray(image),
             "label": label,
@@ -217,6 +404,18 @@ class Crops:
             "index": np.array(index),
         }
         return {name: torch.from_numpy(array) for name, array in item.items()}
+
+
+def _resampled(
+    image: np.ndarray, label: np.ndarray, counted: np.ndarray, side: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A square crop at another side: pixels smoothed against aliasing, ids of the nearest pixel."""
+    from PIL import Image
+
+    planes = [Image.fromarray(plane).resize((side, side), Image.BILINEAR) for plane in image]
+    nearest = ((np.arange(side) + 0.5) * label.shape[0] / side).astype(int)
+    rows_and_columns = np.ix_(nearest, nearest)
+    return np.stack(planes), label[rows_and_columns], counted[rows_and_columns]
 
 
 @dataclass

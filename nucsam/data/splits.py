@@ -2,16 +2,25 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nucsam.config import Data
 from nucsam.data.folders import Record, find_records
+from nucsam.data.samples import by_region
 from nucsam.errors import UserError
+from nucsam.files import shortened
 
 TRAIN, INNER, TEST = range(3)
+PARTS = ("train", "inner", "test")
+CHANGES = {  # entry of an inventory -> what a reader is told where it differs
+    "sha256": "other pixels or labels",
+    "organ": "another organ",
+    "group": "another group",
+    "part": "another part of the split",
+}
 
 
 @dataclass(frozen=True)
@@ -43,9 +52,43 @@ def _stratified(organs: np.ndarray, sizes: np.ndarray, parts: int, seed: int | t
 
 
 def identity(records: Sequence[Record]) -> str:
-    """SHA-256 over organ, name and group of the records; equal identities are split alike."""
+    """SHA-256 over organ, name and group of the records, in order; equal ones are split alike."""
     names = "\n".join(f"{record.organ}/{record.name}/{record.group}" for record in records)
     return hashlib.sha256(names.encode()).hexdigest()
+
+
+def inventory(
+    records: Sequence[Record], split: Split, digests: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """What a run keeps of its data set: name -> organ, group, part and SHA-256 of each image.
+
+    Args:
+        records: the images.
+        split: names the part of each: train, inner or test.
+        digests: of `samples.digest`, in the order of the records; none = not known.
+    """
+    parts = {i: part for part in PARTS for i in getattr(split, part)}
+    return {
+        record.name: {"organ": record.organ, "group": record.group, "part": parts[i]}
+        | ({"sha256": digests[i]} if digests else {})
+        for i, record in enumerate(records)
+    }
+
+
+def inventory_changes(
+    old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping[str, str]]
+) -> list[str]:
+    """How two inventories differ, a text for each kind of change. What one lacks is equal.
+
+    Returns:
+        For example ["added: a, b", "removed: c", "other pixels or labels: d"].
+    """
+    common = sorted(old.keys() & new.keys())
+    kinds = {"added": sorted(new.keys() - old.keys()), "removed": sorted(old.keys() - new.keys())}
+    for key, title in CHANGES.items():
+        both = [n for n in common if key in old[n] and key in new[n]]
+        kinds[title] = [n for n in both if old[n][key] != new[n][key]]
+    return [f"{title}: {shortened(names)}" for title, names in kinds.items() if names]
 
 
 def split_records(records: Sequence[Record], data: Data) -> Split:
@@ -95,5 +138,6 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
 def find_split(data: Data) -> tuple[list[Record], Split]:
     """The images of a configuration and their split; training and scoring must agree on it."""
     records = find_records(data.root, layout=data.layout, group=data.group)
-    split = split_records(records, data)
-    return [replace(record, connected=data.connected) for record in records], split
+    records = [replace(record, connected=data.connected) for record in records]
+    records = by_region(records, data.region_class)
+    return records, split_records(records, data)

@@ -3,7 +3,6 @@
 Arrays are (B, channels, H, W).
 """
 
-import importlib.util
 import json
 import math
 from fractions import Fraction
@@ -14,11 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nucsam.errors import UserError
 from nucsam.model.heads import SamHead
 from nucsam.model.network import Nucsam
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-3  # of a probability; a right graph is off by about 1e-6, a wrong one by far more
 
 
@@ -53,19 +50,6 @@ class Graph(nn.Module):
         if len(self.names) == 1:
             return maps.sigmoid()
         return torch.cat([1 - maps[:, :3].softmax(1)[:, :1], maps[:, 3:].sigmoid()], dim=1)
-
-
-def check_packages() -> None:
-    """Check that the packages of the `onnx` extra are installed.
-
-    Raises:
-        UserError: names those that are not.
-    """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"format onnx: {', '.join(missing)} not installed; pip install 'nucsam[onnx]' adds them"
-        )
 
 
 def write_graph(path: Path, graph: Graph, metadata: dict[str, Any]) -> float:

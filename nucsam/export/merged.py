@@ -11,6 +11,7 @@
 No path of this machine goes into a file. Of the data folder it holds the name.
 """
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from nucsam import __version__
 from nucsam.config import Config
-from nucsam.errors import UserError
+from nucsam.errors import UserError, check_packages
 from nucsam.export import graph
 from nucsam.files import atomic
 from nucsam.model.network import Nucsam
@@ -28,11 +29,11 @@ from nucsam.model.weights import Base
 from nucsam.run import checkpoint
 from nucsam.run.directory import RunDirectory
 
-FORMATS = {  # format -> `kind` in the metadata of a file with a head, and of one without
-    "safetensors": ("merged", "encoder"),
-    "mobile-sam": ("mobile-sam", "mobile-sam"),
-    "onnx": ("graph", ""),
-    "adapter": ("adapter", checkpoint.HEADLESS),
+FORMATS = {  # format -> `kind` in the metadata of its files
+    "safetensors": "merged",
+    "mobile-sam": "mobile-sam",
+    "onnx": "graph",
+    "adapter": "adapter",
 }
 
 
@@ -42,7 +43,6 @@ def export_run(
     *,
     format: str = "safetensors",
     base: str = "",
-    without_head: bool = False,
     force: bool = False,
 ) -> str:
     """Write the best weights of a finished run as one file.
@@ -52,7 +52,6 @@ def export_run(
         out: the file.
         format: one of `FORMATS`.
         base: base weights of an adapter file, as `load_base` takes them; "" = auto.
-        without_head: of the format adapter, LoRA alone.
         force: replace an existing file.
 
     Returns:
@@ -63,37 +62,28 @@ def export_run(
             or not finished, or an adapter on another base.
         RuntimeError: onnxruntime gives other maps than PyTorch.
     """
-    _check(source, out, format, base, without_head, force)
+    _check(source, out, format, base, force)
     if source.is_file():
         net, config, stock, metadata = checkpoint.open_adapter(source, base or "auto")
     else:
         net, config, stock, metadata = checkpoint.open_run(source)
         metadata |= _finished(RunDirectory(source), config)
-    has_head = metadata["kind"] == "adapter" and not without_head
-    if format == "onnx" and not has_head:
-        raise UserError(f"{source}: found an adapter without a head, format onnx needs one")
-    tensors = _tensors(format, has_head, net, stock)
-    if not tensors:
-        raise UserError(f"without_head: {source} trained nothing but a head")
-    metadata = _portable(metadata, config) | {"kind": FORMATS[format][0 if has_head else 1]}
+    tensors = _tensors(format, net, stock)
+    metadata = _portable(metadata, config) | {"kind": FORMATS[format]}
     remark = _write(out, format, tensors, metadata, net, config)
     values = sum(tensor.numel() for tensor in tensors.values())
     size = out.stat().st_size / 2**20
     return f"{out}: {len(tensors)} tensors, {values:,} values{remark}, {size:.2f} MiB"
 
 
-def _check(
-    source: Path, out: Path, format: str, base: str, without_head: bool, force: bool
-) -> None:
+def _check(source: Path, out: Path, format: str, base: str, force: bool) -> None:
     """Refuse what can be refused before the model is read."""
     if format not in FORMATS:
         raise UserError(f"format: found {format!r}, expected one of {', '.join(FORMATS)}")
-    if without_head and format != "adapter":
-        raise UserError(f"without_head: found format {format}, expected adapter")
     if base and source.is_dir():
         raise UserError(f"base: {source} is a run and names its base, expected an adapter file")
     if format == "onnx":
-        graph.check_packages()
+        check_packages("onnx", "onnx", "onnxscript", "onnxruntime")
     if out.is_file() and not force:
         raise UserError(f"{out}: exists; force replaces it")
 
@@ -104,27 +94,23 @@ def _finished(run: RunDirectory, config: Config) -> dict[str, Any]:
     Raises:
         UserError: the run is not finished.
     """
-    scores = run.read_scores()
-    if not run.is_finished(config):
-        scoreless = " and no scores" if scores is None else ""
+    scores = run.read_scores(config)
+    if scores is None:
+        scoreless = "" if run.scores_file.is_file() else " and no scores"
         raise UserError(
-            f"{run.path}: found an unfinished run, {run.epochs_done()} of {config.train.epochs} "
-            f"epochs{scoreless}; nucsam train {run.config_file} --out {run.path} --resume "
-            "finishes it"
+            f"{run.path}: found an unfinished run, {run.progress(config)}{scoreless}; "
+            f"nucsam train {run.config_file} --out {run.path} --resume finishes it"
         )
-    if "headline" not in scores:
-        raise UserError(f"{run.scores_file}: found no headline, expected the scores of a run")
-    return {"scores": scores["headline"], "scores_of": scores.get("images_of")}
+    return {"scores": scores["headline"], "scores_of": scores["images_of"]}
 
 
-def _tensors(format: str, has_head: bool, net: Nucsam, stock: Base) -> dict[str, Tensor]:
+def _tensors(format: str, net: Nucsam, stock: Base) -> dict[str, Tensor]:
     if format == "adapter":
-        prefix = "" if has_head else checkpoint.ENCODER
-        return {name: p for name, p in net.trainable().items() if name.startswith(prefix)}
+        return net.trainable()
     tensors = checkpoint.merged_tensors(net, stock)
-    if has_head and format != "mobile-sam":
-        return tensors
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    if format == "mobile-sam":
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    return tensors
 
 
 def _write(
@@ -142,8 +128,10 @@ def _write(
             difference = graph.write_graph(partial, onnx, metadata)
         return f", at most {difference:.1g} from PyTorch's maps in onnxruntime"
     if format == "mobile-sam" and out.suffix != ".safetensors":
-        with atomic(out) as partial, partial.open("wb") as file:
-            torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+        buffer = io.BytesIO()  # in a file, torch makes a RuntimeError of a full disk
+        torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, buffer)
+        with atomic(out) as partial:
+            partial.write_bytes(buffer.getbuffer())
     else:
         checkpoint.write_tensors(out, tensors, metadata)
     return ""

@@ -55,18 +55,18 @@ class Job:
         return self.run.with_name(f"{self.run.name}.log")
 
     def scores(self) -> dict[str, Any] | None:
-        """The run's scores; None until the child has written everything, or if they are damaged."""
+        """The run's scores; None until it is finished, or if they are damaged."""
         if self.last and not (self.run / self.last).is_file():
             return None
         try:
-            return self.directory.read_scores()
+            return self.directory.read_scores(self.config)
         except UserError:
             return None
 
     def note(self) -> dict[str, Any]:
         """The note of the last holder of the claim: began, where and log_from; at the end ended.
 
-        Of a job that failed also failed (s since 1970) and status.
+        Also failures, the number of attempts that failed so far, and the status of the last.
         """
         return read_note(self.lock)
 

@@ -21,12 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
 from rich.markdown import Markdown
 
 from nucsam import config
 from nucsam.claims import Claim, is_claimed
 from nucsam.config import Config
+from nucsam.data.folders import raise_problems
+from nucsam.data.samples import read_digest, read_each
+from nucsam.data.splits import find_split, inventory
 from nucsam.errors import UserError
 from nucsam.files import write_text
 from nucsam.folds.jobs import Job, child_environment, device_of, plan, variants
@@ -37,7 +39,8 @@ from nucsam.folds.table import (
     table_rows,
     table_sections,
 )
-from nucsam.processes import is_first, launch_time
+from nucsam.processes import handled, is_first
+from nucsam.progress import PlainConsole
 from nucsam.run.directory import RunDirectory
 from nucsam.score.tables import COLUMNS, HEADLINE, percent, write_json
 
@@ -51,20 +54,19 @@ class Board:
 
     Args:
         jobs: in the order in which they are taken.
-        since: s since 1970; a job that failed later is not tried again.
         shown: whether this process also shows them to a person.
     """
 
-    def __init__(self, jobs: Sequence[Job], *, since: float, shown: bool) -> None:
+    def __init__(self, jobs: Sequence[Job], *, shown: bool) -> None:
         self.jobs = jobs
-        self.since = since
+        self.failures = {job: _failures(job) for job in jobs}  # before this launch
         self.shown = shown
-        self.console = Console()
+        self.console = PlainConsole()
         self.done: set[Job] = set()
         self._told: dict[Job, tuple[str, int | None]] = {}
 
     def say(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, style=style, soft_wrap=True)
 
     def outcome(self, job: Job) -> str:
         """Of a job that nobody holds: done, failed in this launch, or waiting."""
@@ -72,7 +74,7 @@ class Board:
             self.done.add(job)
         if job in self.done:
             return "done"
-        return "failed" if job.note().get("failed", 0) >= self.since else "waiting"
+        return "failed" if _failures(job) > self.failures[job] else "waiting"
 
     def state(self, job: Job) -> str:
         """running, or the outcome."""
@@ -116,6 +118,12 @@ class Board:
             if validated:
                 texts += [f"{speed} images/s", _duration(note)]
             self.say(", ".join(texts))
+
+
+def _failures(job: Job) -> int:
+    """How many attempts at a job have failed: counted, because a clock can be set back."""
+    failures = job.note().get("failures")
+    return failures if isinstance(failures, int) else 0
 
 
 def _progress(job: Job) -> tuple[int, dict[str, Any], str]:
@@ -207,8 +215,8 @@ def run_jobs(jobs: Sequence[Job], base: Config, out: Path) -> Board:
         UserError, SystemExit: as of `cross_validate`.
     """
     environment = child_environment(os.environ, device_of(os.environ))
+    board = Board(jobs, shown=is_first())
     _prepare(out, base, jobs)
-    board = Board(jobs, since=launch_time(), shown=is_first())
     with _Stop() as stop:
         while not stop() and not board.ended():
             if claimed := board.claim():
@@ -233,13 +241,12 @@ class _Stop:
         launchers = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
         launched = any(name in os.environ for name in launchers)
         self.launcher = os.getppid() if launched else None
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        self.handlers = {number: signal.signal(number, self._ask) for number in numbers}
+        self._handled = handled(self._ask, signal.SIGTERM, signal.SIGINT)
+        self._handled.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self._handled.__exit__(None, None, None)
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         self.signal = number
@@ -258,6 +265,7 @@ def _work(job: Job, claim: Claim, environment: dict[str, str], stop: _Stop, boar
     where = f"{socket.gethostname()} {environment['CUDA_VISIBLE_DEVICES'] or 'CPU'}"
     with job.log.open("ab") as log:
         note = {"began": time.time(), "where": where, "log_from": log.tell()}
+        note["failures"] = _failures(job)
         claim.note(note)
         child = subprocess.Popen(
             [*(job.trainer or TRAINER), str(settings), "--out", str(job.run), "--resume"],
@@ -271,7 +279,7 @@ def _work(job: Job, claim: Claim, environment: dict[str, str], stop: _Stop, boar
         )
     status = _wait(child, stop, board)
     if job.scores() is None and not stop():
-        note |= {"failed": time.time(), "status": status}
+        note |= {"failures": note["failures"] + 1, "status": status}
     claim.note(note | {"ended": time.time()})
     claim.release()
 
@@ -300,10 +308,12 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
     if RunDirectory(out).exists():
         raise UserError(f"out: {out} is one run, expected a folder for the runs of all folds")
     (out / ".locks").mkdir(parents=True, exist_ok=True)
+    _check_images(jobs)
     with Claim.take(out / ".locks" / "folds", wait=True):
         common = out / "folds.toml"
-        wanted = {common: base} | {RunDirectory(job.run).config_file: job.config for job in jobs}
-        changed = [line for path, new in wanted.items() for line in _changed(path, new)]
+        wanted = {RunDirectory(job.run).config_file: job.config for job in jobs}
+        changed = _changed(common, base, free=("data.fold:",))
+        changed += [line for path, new in wanted.items() for line in _changed(path, new)]
         if changed:
             raise UserError(
                 "out: holds runs of another configuration (found -> wanted), expected the same, "
@@ -312,9 +322,25 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
         write_text(common, config.to_toml(base))
 
 
-def _changed(path: Path, wanted: Config) -> list[str]:
+def _changed(path: Path, wanted: Config, free: tuple[str, ...] = ()) -> list[str]:
     """A line for a configuration file that differs in what may not change."""
     if not path.is_file():
         return []
-    lines = config.conflicts(config.load_config(path), wanted, free=("data.fold:",))
+    lines = config.conflicts(config.load_config(path), wanted, free)
     return [f"{path}: {'; '.join(lines)}"] if lines else []
+
+
+def _check_images(jobs: Sequence[Job]) -> None:
+    """Refuse other images than the runs were split on: their folds together would be no partition.
+
+    Reads the images only where a run says which they were.
+    """
+    kept = [job for job in jobs if job.directory.read_images()]
+    if not kept:
+        return
+    records, _ = find_split(kept[0].config.data)
+    digests = list(read_each(read_digest, records, "Checking images", is_first()))
+    raise_problems(f"{len(records)} images", [str(d) for d in digests if isinstance(d, UserError)])
+    for job in kept:
+        _, split = find_split(job.config.data)
+        job.directory.check_images(inventory(records, split, digests), job.config.data.root)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from nucsam.files import csv_text
 from nucsam.folds.jobs import Job
 from nucsam.folds.published import CAVEATS, PUBLISHED, is_nuinsseg
 from nucsam.score.tables import COLUMNS, HEADLINE, over_folds, percent
@@ -182,7 +183,7 @@ def table_csv(rows: Sequence[TableRow]) -> str:
         place = row.model, row.protocol, row.fold, row.images
         numbers = [text for pair in row.scores for text in pair]
         cells = [*place, *numbers, row.trained, "; ".join(row.marks)]
-        lines.append(["" if cell == UNDEFINED else cell for cell in cells])
+        lines.append(["" if cell == UNDEFINED else csv_text(cell) for cell in cells])
     file = io.StringIO(newline="")
     csv.writer(file).writerows(lines)
     return file.getvalue()

@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nucsam.download import fetch, file_sha256
+from nucsam.download import fetch, file_checksum
 from nucsam.errors import UserError
-from nucsam.files import shortened
+from nucsam.files import expanded, shortened
 
 # MobileSAM's published file, in its authors' repository and on their page at Hugging Face.
 FILE = "mobile_sam.pt"
@@ -57,7 +57,7 @@ def load_base(spec: str | Path, *, cache: str | Path | None = None, seed: int = 
     """
     if spec == "none":
         return random_base(seed)
-    path = _published(Path(cache or default_cache())) if spec == "auto" else Path(spec)
+    path = _published(Path(cache or default_cache())) if spec == "auto" else expanded(spec)
     if not path.is_file():
         raise UserError(f"model.weights: no such file: {path}; expected a path, 'auto' or 'none'")
     if path.suffix == ".safetensors":
@@ -165,8 +165,8 @@ def _published(cache: Path) -> Path:
     """MobileSAM's published file in `cache`, downloaded if it is not there."""
     path = cache / FILE
     if not path.exists():
-        fetch(path, URLS, sha256=FILE_SHA256, size=FILE_BYTES, advice=_ADVICE)
-    digest = file_sha256(path)
+        fetch(path, URLS, checksum=f"sha256:{FILE_SHA256}", size=FILE_BYTES, advice=_ADVICE)
+    digest = file_checksum(path).removeprefix("sha256:")
     if digest != FILE_SHA256:
         raise UserError(
             f"{path} is not MobileSAM's published {FILE}: found SHA-256 {digest}, expected "

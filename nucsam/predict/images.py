@@ -8,30 +8,34 @@ number.
 
 import json
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nucsam import __version__
 from nucsam.claims import Claim, read_note
-from nucsam.data.folders import list_folder
-from nucsam.data.images import IMAGES, open_image, read_mpp
+from nucsam.data.folders import list_folder, stem_of
+from nucsam.data.geojson import read_shapes
+from nucsam.data.images import IMAGES, open_image, read_mpp, read_remarks
+from nucsam.data.rois import Outlines
+from nucsam.data.slides import one_file_each
 from nucsam.errors import UserError
-from nucsam.files import read_json, write_text
+from nucsam.files import read_json, result_of, shortened, stale_partials, write_text
 from nucsam.model.weights import state_sha256
 from nucsam.predict import writers
 from nucsam.predict.predictor import Predictor, load
 from nucsam.predict.tiles import Tiles, Window
 from nucsam.processes import exit_on_sigterm, is_first, launch_time, process_count
+from nucsam.progress import PlainConsole
 
 POLL = 0.5  # s between looks at the images that other processes hold
 UNRECORDED = ("nucsam", "model")  # entries of predict.json that may differ from run to run
@@ -45,6 +49,7 @@ def predict_files(
     formats: Sequence[str] = ("labels",),
     mpp: float | None = None,
     force: bool = False,
+    roi: Path | None = None,
     **options: Any,
 ) -> int:
     """Predict images into files of `out`, and return the exit status of this process.
@@ -54,8 +59,9 @@ def predict_files(
         paths: image files, and folders of them.
         out: folder of the results, which are named by the images' stems.
         formats: keys of `writers.FILES`.
-        mpp: microns per px of every image, instead of what its TIFF tags say.
+        mpp: microns per px of every image, instead of what its file says.
         force: predict also the images that have all their files.
+        roi: GeoJSON of the regions of one image to predict in, or a folder of STEM.geojson.
         options: of `predictor.load`; `scale` and `mpp` exclude each other.
 
     Returns:
@@ -66,17 +72,18 @@ def predict_files(
     """
     _check_options(formats, options.get("scale"), mpp)
     files = {
-        path: writers.output_files(out, path.stem, formats) for path in find_image_files(paths)
+        path: writers.output_files(out, stem_of(path), formats) for path in find_image_files(paths)
     }
     _check_files(files, out)
+    outlines = _read_rois(roi, files) if roi else {}
     predictor = load(model, **options)
-    settings = _settings(model, predictor, mpp)
+    settings = _settings(model, predictor, mpp) | {"roi": roi and str(roi)}
     claims = out / ".claims" if process_count() > 1 else None
     (claims or out).mkdir(parents=True, exist_ok=True)
     with exit_on_sigterm():
         with Claim.take(claims / "predict.json", wait=True) if claims else nullcontext():
             _record(out / "predict.json", settings, files, force)
-        batch = Batch(predictor, files, mpp, force=force, claims=claims)
+        batch = Batch(predictor, files, mpp, force=force, claims=claims, rois=outlines)
         try:
             return batch.run()
         except torch.OutOfMemoryError as error:
@@ -105,17 +112,34 @@ def find_image_files(paths: Sequence[Path]) -> list[Path]:
     problems = []
     for path in paths:
         suffix = path.suffix.lower()
-        inside = [p for p in list_folder(path) if p.suffix.lower() in IMAGES and p.is_file()]
+        inside = one_file_each(list(filter(_is_image, list_folder(path))))
         if path.is_dir() and not inside:
-            problems.append(f"{path}: found no image, expected {', '.join(IMAGES)}")
+            problems.append(f"{path}: found no image, expected {', '.join(IMAGES)}{_inside(path)}")
         elif not path.exists():
             problems.append(f"{path}: no such file or folder")
         elif not path.is_dir() and suffix not in IMAGES:
-            problems.append(f"{path}: found {suffix or 'no'} suffix, expected {', '.join(IMAGES)}")
+            expected = f"expected {', '.join(IMAGES)}; convert it to TIFF"
+            problems.append(f"{path}: found {suffix or 'no'} suffix, {expected}")
         images |= dict.fromkeys(inside if path.is_dir() else [path])
     if problems:
         raise UserError("\n  ".join(problems))
     return list(images)
+
+
+def _inside(folder: Path) -> str:
+    """What a folder without images has instead, and what to do with it; "" for nothing."""
+    subfolders = list_folder(folder, folders_only=True)
+    with_images = [path for path in subfolders if any(map(_is_image, list_folder(path)))]
+    if with_images:
+        names = shortened([path.name for path in with_images])
+        return f"; its subfolders have some, so name them instead: {names}"
+    others = Counter(path.suffix.lower() for path in list_folder(folder) if path.is_file())
+    kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.items())
+    return f"; convert to TIFF what lies there: {kinds}" if kinds else ""
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGES and path.is_file()
 
 
 def _check_files(files: Mapping[Path, dict[str, Path]], out: Path) -> None:
@@ -137,6 +161,19 @@ def _check_files(files: Mapping[Path, dict[str, Path]], out: Path) -> None:
                 f"{path}: lies in a folder of results, which could overwrite it; expected another "
                 "out"
             )
+
+
+def _read_rois(roi: Path, images: Iterable[Path]) -> dict[Path, Outlines]:
+    """The regions to predict in, of each image."""
+    images = list(images)
+    if roi.is_dir():
+        files = {path: roi / f"{stem_of(path)}.geojson" for path in images}
+    elif len(images) == 1:
+        files = {images[0]: roi}
+    else:
+        expected = "one image, or a folder with a GeoJSON file for each"
+        raise UserError(f"roi: found {roi} for {len(images)} images, expected {expected}")
+    return {path: Outlines(file, *read_shapes(file)) for path, file in files.items()}
 
 
 def _settings(model: Path, predictor: Predictor, mpp: float | None) -> dict[str, Any]:
@@ -199,9 +236,10 @@ class Batch:
     Args:
         predictor: the model and its tiles.
         files: the result files by format, of each image.
-        mpp: microns per px of every image; None = by its TIFF tags.
+        mpp: microns per px of every image; None = as its file says.
         force: predict also the images that have all their files.
         claims: folder of the claims, one file per image; None where this process is alone.
+        rois: regions to predict in, by image; empty = everywhere.
     """
 
     predictor: Predictor
@@ -209,6 +247,7 @@ class Batch:
     mpp: float | None = None
     force: bool = False
     claims: Path | None = None
+    rois: Mapping[Path, Outlines] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.since = launch_time()
@@ -217,8 +256,12 @@ class Batch:
         for path in self.files:
             self._has_ended(path)
         self.skipped = len(self.outcomes)
+        self.stale = defaultdict(list)  # result -> what a killed process has left of it
+        for folder in {file.parent for results in self.files.values() for file in results.values()}:
+            for partial in stale_partials(folder):
+                self.stale[result_of(partial)].append(partial)
         self.warned = not is_first()  # of images without microns per px
-        self.console = Console(stderr=True)
+        self.console = PlainConsole(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
         self.bar = Progress(*columns, console=self.console, disable=not is_first())
         self.bar.add_task("", total=len(self.files) - self.skipped)
@@ -283,6 +326,9 @@ class Batch:
                 claim.release()
                 continue
             self.held[path] = claim
+            for file in self.files[path].values():
+                for partial in self.stale.pop(file, []):
+                    partial.unlink(missing_ok=True)
             yield path
 
     def _end(self, path: Path, **outcome: Any) -> None:
@@ -307,7 +353,12 @@ class Batch:
                     image = open_image(path)
                     if 0 in image.shape:
                         raise UserError(f"{path}: found no pixels")
-                    tiles = self.predictor.grid(image, mpp=self._mpp(path))
+                    roi = self.rois.get(path)
+                    area = roi and roi.inside
+                    tiles = self.predictor.grid(image, mpp=self._mpp(path), area=area)
+                    if not tiles.windows:
+                        found = f"found no pixel in the regions of {roi.path}"
+                        raise UserError(f"{path}: {found}, expected coordinates in px")
                 except (UserError, OSError) as error:
                     self._fail(path, error)
                     continue
@@ -327,7 +378,8 @@ class Batch:
         lacking = (mpp is None) != (trained is None) and self.predictor.ratio is None
         if lacking and not self.warned:
             who = f"{path} has no" if mpp is None else "the model was trained without"
-            self._say(f"{who} microns per px: assuming the magnification of the training")
+            remarks = "".join(f" ({remark})" for remark in read_remarks(path))
+            self._say(f"{who} microns per px{remarks}: assuming the magnification of the training")
             self.warned = True
         return mpp
 
@@ -352,7 +404,7 @@ class Batch:
         self._end(path, failed=text)
 
     def _say(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, markup=False, soft_wrap=True)
+        self.console.print(text, style=style, soft_wrap=True)
 
     def _show(self, part: float = 0.0) -> None:
         """Show how many images have ended, and `part`, 0..1, of the one that is being written."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
-from itertools import groupby
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from nucsam.errors import UserError
 from nucsam.model.network import Nucsam, build_model
 from nucsam.model.weights import load_base
 from nucsam.predict.devices import autocast_dtype, find_device
-from nucsam.predict.tiles import Key, Tiles, Window, own_nuclei, windows
+from nucsam.predict.tiles import Area, Key, Tiles, Window, own_nuclei, windows, windows_in
 from nucsam.run import checkpoint
 from nucsam.run.learning import advice
 
@@ -88,16 +88,21 @@ class Predictor:
             raise UserError(
                 f"image: found {image.dtype} of shape {image.shape}, expected uint8 (H, W, 3)"
             )
-        return next(self.predict_many([image], mpp=mpp))
+        return next(self.predict_many([image], [mpp]))
 
     def predict_many(
-        self, images: Iterable[np.ndarray], *, mpp: float | None = None
+        self, images: Iterable[np.ndarray], mpps: Iterable[float | None] = repeat(None)
     ) -> Iterator[np.ndarray]:
         """Label maps of images, in order, as of `predict`.
 
         Nuclei are extracted while the next tiles are on the device.
+
+        Args:
+            images: uint8 (H, W, 3) each.
+            mpps: microns per px of each.
         """
-        results = self.extract(self.grid(image, mpp=mpp) for image in images)
+        grids = (self.grid(image, mpp=mpp) for image, mpp in zip(images, mpps))
+        results = self.extract(grids)
         for tiles, parts in groupby(results, key=lambda result: result[0]):
             whole = np.zeros(tiles.size, np.int32)
             count = 0
@@ -108,12 +113,13 @@ class Predictor:
                 count += int(label.max())
             yield whole
 
-    def grid(self, image: Any, *, mpp: float | None = None) -> Tiles:
+    def grid(self, image: Any, *, mpp: float | None = None, area: Area | None = None) -> Tiles:
         """The tiles and windows of an image.
 
         Args:
             image: uint8 (H, W, 3), or what slices like it.
             mpp: microns per px of the image; None = not known.
+            area: where to predict; None = everywhere.
 
         Raises:
             UserError: a magnification more than `RATIO` times off.
@@ -129,7 +135,11 @@ class Predictor:
             for px in (self.tile, self.overlap, self.core, self.margin)
         )
         places = windows(image.shape[:2], core, margin)
-        return Tiles(image, scale=self.scale / ratio, tile=tile, overlap=overlap, windows=places)
+        if area is not None:
+            places = windows_in(places, area, margin)
+        tiles = Tiles(image, scale=self.scale / ratio, tile=tile, overlap=overlap, windows=places)
+        tiles.area = area
+        return tiles
 
     def extract(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, Window, np.ndarray]]:
         """The nuclei of each window of images, in order.
@@ -154,7 +164,7 @@ class Predictor:
     ) -> tuple[Tiles, Window, np.ndarray]:
         area = round(self.instances.area * (self.scale / tiles.scale) ** 2)
         label = self.model.instances(maps, replace(self.instances, area=area))
-        return tiles, window, own_nuclei(label, window)
+        return tiles, window, own_nuclei(label, window, tiles.area)
 
     def _dense(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, Window, np.ndarray]]:
         """Tiles, window and dense maps (C, h, w) of its outer place, in order.
@@ -298,7 +308,7 @@ def open_model(path: Path) -> tuple[Nucsam, Config, dict[str, Any]]:
             "export merges an adapter with its base"
         )
     base = load_base(path)
-    config = Config.from_dict(metadata["config"], f"{path}: configuration")
+    config = checkpoint.check_metadata(path, metadata)
     if config.model.head == "instance" and not base.extra:
         raise UserError(f"{path}: found no tensor of the head, expected a whole export")
     model = build_model(replace(config.model, train="head"), base, seed=0)

@@ -15,17 +15,19 @@ A place is a pair of slices: rows, columns.
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from nucsam.data.slides import Windows
 from nucsam.errors import UserError
 
 STRIP = 8  # windows abreast: in a narrow strip, few maps wait for the next row of windows
 
 Place = tuple[slice, slice]
+Area = Callable[[Place], np.ndarray]  # bool (h, w): which pixels of a place to predict
 Key = tuple[int, int, int]  # a tile's row and column, and the first window that it is run for
 
 
@@ -59,6 +61,28 @@ def windows(size: tuple[int, int], core: int, margin: int) -> list[Window]:
         for first in range(0, len(columns), STRIP)
         for (y, y_outer), (x, x_outer) in product(rows, columns[first : first + STRIP])
     ]
+
+
+def windows_in(places: Sequence[Window], area: Area, margin: int) -> list[Window]:
+    """The windows whose core meets an area, each cut to the part that does.
+
+    Args:
+        places: of `windows`.
+        area: where to predict.
+        margin: px around a core.
+    """
+    inside = []
+    for window in places:
+        hits = [np.flatnonzero(area(window.core).any(axis)) for axis in (1, 0)]
+        if not len(hits[0]):
+            continue
+        core, outer = [], []
+        for place, around, hit in zip(*window, hits):
+            low, high = place.start + int(hit[0]), place.start + int(hit[-1]) + 1
+            core.append(slice(low, high))
+            outer.append(slice(max(around.start, low - margin), min(around.stop, high + margin)))
+        inside.append(Window(tuple(core), tuple(outer)))
+    return inside
 
 
 def side(size: int, scale: float) -> tuple[int, int]:
@@ -116,12 +140,15 @@ class Tiles:
     The maps of a tile stay until the last window that needs them.
 
     Args:
-        image: uint8 (H, W, 3), or what slices like it, such as `data.images.TiffWindows`.
+        image: uint8 (H, W, 3), or a `data.slides.Windows`. Its pyramid is read at the level nearest
+            to the scale.
         scale: model px per image px.
         tile: longest side of a tile, image px.
         overlap: what neighbours share, image px.
         windows: windows of this image, in the order in which they are asked for.
     """
+
+    area: Area | None = None  # where nuclei are kept; None = everywhere
 
     def __init__(
         self, image: Any, *, scale: float, tile: int, overlap: int, windows: Sequence[Window]
@@ -135,6 +162,7 @@ class Tiles:
         self.ramps = [ramp(length, overlap) for length in self.sides]
         self.failed: Exception | None = None  # why the image could not be read to its end
         self.asked: set[Key] = set()  # tiles given so far
+        self.level = image.level(scale) if isinstance(image, Windows) else 0
         self._keys = self._plan()
         self._last = {key: k for k, keys in enumerate(self._keys) for key in keys}
         self._maps: dict[Key, np.ndarray] = {}
@@ -142,22 +170,33 @@ class Tiles:
     def ask(self, k: int) -> Iterator[tuple[Key, np.ndarray]]:
         """Key and pixels uint8 (h, w, 3) of each tile that window k needs and that is still to run.
 
-        An image smaller than a tile is mirrored. Where the image cannot be read, `failed` is set
-        and the tiles end early.
+        A tile from a smaller level has the model's px. An image smaller than a tile is mirrored.
+        Where the image cannot be read, `failed` is set and the tiles end early.
         """
-        height, width = self.sides
         for key in self._keys[k]:
             if key in self.asked:
                 continue
             self.asked.add(key)
             y, x = self.starts[0][key[0]], self.starts[1][key[1]]
             try:
-                tile = self.image[y : y + height, x : x + width]
+                tile = self._read(y, x)
             except (UserError, OSError) as error:
                 self.failed = error
                 return
+            height, width = self.model_sides if self.level else self.sides
             missing = ((0, height - tile.shape[0]), (0, width - tile.shape[1]), (0, 0))
             yield key, np.pad(tile, missing, mode="symmetric")
+
+    def _read(self, y: int, x: int) -> np.ndarray:
+        """The tile from (y, x) on, cut off at the edges of the image."""
+        bottom, right = (
+            min(start + side, length) for start, side, length in zip((y, x), self.sides, self.size)
+        )
+        rows, columns = slice(y, bottom), slice(x, right)
+        if not self.level:
+            return self.image[rows, columns]
+        size = round((bottom - y) * self.scale), round((right - x) * self.scale)
+        return self.image.resampled(self.level, rows, columns, size)
 
     def add(self, key: Key, maps: np.ndarray) -> None:
         """Take the dense maps float32 (C, h, w) of a tile."""
@@ -210,26 +249,31 @@ class Tiles:
         return plan
 
 
-def own_nuclei(label: np.ndarray, window: Window) -> np.ndarray:
-    """Remove the nuclei whose centroid lies outside a window's core.
+def own_nuclei(label: np.ndarray, window: Window, area: Area | None = None) -> np.ndarray:
+    """Remove the nuclei whose centroid lies outside a window's core, or outside an area.
 
     Centroids are rounded down to whole px, so that all windows that see a nucleus whole agree.
 
     Args:
         label: int32 (h, w) of the window's outer place, 0 = background.
         window: the window.
+        area: where nuclei are kept; None = everywhere.
 
     Returns:
         The label map int32 (h, w) of the other nuclei, in the same order, ids 1, 2, ...
     """
-    if window.core == window.outer:
+    if window.core == window.outer and area is None:
         return label
     flat = label.ravel()
     pixels = np.flatnonzero(flat)
-    area = np.bincount(flat[pixels], minlength=1)
-    inside = area > 0
+    sizes = np.bincount(flat[pixels], minlength=1)
+    inside = sizes > 0
+    centroids = []
     for values, core, outer in zip(np.divmod(pixels, label.shape[1]), window.core, window.outer):
-        total = np.bincount(flat[pixels], values, len(area)).astype(np.int64)
-        centre = total // np.maximum(area, 1) + outer.start
+        total = np.bincount(flat[pixels], values, len(sizes)).astype(np.int64)
+        centroids.append(total // np.maximum(sizes, 1))
+        centre = centroids[-1] + outer.start
         inside &= (centre >= core.start) & (centre < core.stop)
+    if area is not None:
+        inside &= area(window.outer)[tuple(centroids)]
     return (np.cumsum(inside) * inside).astype(np.int32)[label]

@@ -42,8 +42,6 @@ DASHES = ("-", "--", "-.", (0, (1, 1.5)))
 STYLE = {
     "text.parse_math": False,  # a name may hold a $
     "text.color": COLOURS["ink"],
-    "axes.titleweight": "bold",
-    "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -55,8 +53,6 @@ STYLE = {
     "grid.color": COLOURS["line"],
     "xtick.color": COLOURS["ink"],
     "ytick.color": COLOURS["ink"],
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
     "legend.frameon": False,
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "nucsam",  # the same chart gives the same file

@@ -13,7 +13,6 @@ from nucsam.run.learning import advice, learnt_nothing
 from nucsam.score.tables import COLUMNS, FEWEST, HEADLINE, over_folds, percent
 
 SHOWN = {name: COLUMNS[name] for name in HEADLINE}
-NO_ORGAN = "all images"  # stands for the organ where a data set names none
 POINT = 0.01  # of AJI: scores without error bars must differ by more to be spoken of
 
 Row = dict[str, Any]  # one scored image of `RunRecord.rows`
@@ -31,8 +30,8 @@ def grouped(items: Iterable[Any], key: Callable[[Any], str]) -> dict[str, list[A
 
 
 def by_organ(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Organ, or NO_ORGAN, -> its images."""
-    return grouped(rows, lambda row: row["organ"] or NO_ORGAN)
+    """Organ, or "all images" where a data set names none, -> its images."""
+    return grouped(rows, lambda row: row["organ"] or "all images")
 
 
 def by_variant(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:

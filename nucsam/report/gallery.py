@@ -104,9 +104,10 @@ def picture(row: dict[str, Any], predictor: Predictor, record: Record) -> dict[s
     from PIL import Image
 
     sample = read_sample(record)
-    pred = predictor.predict(sample.image)
+    pred = sample.counted(predictor.predict(sample.image))
+    truth = sample.counted(sample.label)
     protocol = Protocol(**row["run"].scores["scores"][0]["protocol"])
-    score = score_maps(sample.label, pred, vague=sample.vague, protocol=protocol)
+    score = score_maps(truth, pred, vague=sample.vague, protocol=protocol)
     true_outcomes, outcomes = score.outcomes()
     file = io.BytesIO()
     shown = Image.fromarray(sample.image)
@@ -120,7 +121,7 @@ def picture(row: dict[str, Any], predictor: Predictor, record: Record) -> dict[s
         "height": height,
         "jpeg": base64.b64encode(file.getvalue()).decode(),
         "layers": {
-            "truth": layers(sample.label, true_outcomes, size),
+            "truth": layers(truth, true_outcomes, size),
             "prediction": layers(pred, outcomes, size),
         },
         "aji": score.aji if abs(score.aji - row["aji"]) > TOLERANCE else None,

@@ -5,13 +5,12 @@ the extra `report` (matplotlib, jinja2).
 """
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from nucsam.config import Config, differences
 from nucsam.data.draw import overlay, write_png
-from nucsam.errors import UserError
+from nucsam.errors import UserError, check_packages
 from nucsam.files import printable, write_text
 from nucsam.report import facts
 from nucsam.report.charts import Chart, run_charts, svg, write_chart
@@ -40,11 +39,7 @@ def write_report(folder: Path, *, root: str = "", figures: Path | None = None) -
     Raises:
         UserError: a package is missing, `folder` holds no run, or a file of a run is damaged.
     """
-    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"a report needs {' and '.join(missing)}: pip install 'nucsam[report]' installs them"
-        )
+    check_packages("report", "matplotlib", "jinja2")
     all_runs = read_runs(folder)
     runs = max(
         facts.by_variant(all_runs).values(),
@@ -132,9 +127,7 @@ def _render(**values: Any) -> str:
 
 
 def _write_figures(
-    folder: Path,
-    charts: Mapping[str, Chart],
-    pictures: Sequence[dict[str, Any]],
+    folder: Path, charts: Mapping[str, Chart], pictures: Sequence[dict[str, Any]]
 ) -> list[Path]:
     """Write every chart and every picture of the gallery."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ ever unpickled, and every write is atomic.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,18 +15,21 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from nucsam.config import Config, differences
+from nucsam.config import SPLIT, Config, differences
 from nucsam.errors import UserError
-from nucsam.files import atomic, read_json
+from nucsam.files import COUNT, NUMBER, TEXT, Leaf, atomic, check_form, read_json
 from nucsam.model import lora
 from nucsam.model.network import Nucsam, build_model
 from nucsam.model.weights import Base, load_base, misfit, read_safetensors
 from nucsam.run.directory import RunDirectory
 
-ENCODER = "image_encoder."
-HEADLESS = "adapter of the encoder"  # kind of an adapter file without a head
 # What shapes do not tell of an adapter, as `differences` writes it.
-LORA_SETTINGS = ("model.train:", "model.rank:", "model.alpha:", "model.pattern:")
+FIXED = (
+    *("model.train:", "model.rank:", "model.alpha:", "model.pattern:"),
+    *(f"data.{key}:" for key in SPLIT),
+)
+MPP = Leaf("microns per px over 0, or null", lambda v: v is None or (NUMBER.holds(v) and v > 0))
+PRECISION = Leaf("a precision", lambda value: value in ("no", "fp16", "bf16", "fp8"))
 _START_AGAIN = "delete it to start the run again"
 
 
@@ -73,28 +76,25 @@ def save_adapter(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, 
     write_tensors(path, weights, {"kind": "adapter", **metadata})
 
 
-def load_adapter(
-    path: Path, model: Nucsam, base: Base, kinds: Sequence[str] = ("adapter",)
-) -> dict[str, Any]:
+def load_adapter(path: Path, model: Nucsam, base: Base) -> dict[str, Any]:
     """Copy an adapter file's weights into `model`, which is built on `base`; return its metadata.
 
     Args:
         path: the file.
         model: the model to change.
         base: what it is built on.
-        kinds: of adapter files to take. One of the kind HEADLESS leaves the head as it is.
 
     Raises:
         UserError: the adapter was trained on another base, or does not fit the model.
     """
-    weights, metadata = _read_adapter(path, kinds)
+    weights, metadata = _read_adapter(path)
     trained_on = metadata["base"]
     if trained_on["sha256"] != base.sha256:
         raise UserError(
             f"{path}: trained on the base {trained_on['sha256'][:12]} ({trained_on['source']}), "
             f"found the base {base.sha256[:12]} ({base.source})"
         )
-    put_weights(model, weights, path, prefix=ENCODER if metadata["kind"] == HEADLESS else "")
+    put_weights(model, weights, path)
     return metadata
 
 
@@ -102,36 +102,32 @@ def open_adapter(path: Path, weights: str = "auto") -> tuple[Nucsam, Config, Bas
     """The model of an exported adapter file.
 
     Args:
-        path: adapter file of `nucsam export`. One of the kind HEADLESS leaves the head random.
+        path: adapter file of `nucsam export`.
         weights: names the base, as in `load_base`.
 
     Returns:
         As `open_run`.
     """
-    kinds = ("adapter", HEADLESS)
-    _, metadata = _read_adapter(path, kinds)
-    config = Config.from_dict(metadata["config"], f"{path}: configuration")
+    _, metadata = _read_adapter(path)
+    config = check_metadata(path, metadata)
     base = load_base(weights)
     net = build_model(config.model, base, seed=config.train.seed)
-    load_adapter(path, net, base, kinds)
+    load_adapter(path, net, base)
     return net.eval(), config, base, metadata
 
 
-def put_weights(
-    model: Nucsam, weights: Mapping[str, Tensor], source: Path, prefix: str = ""
-) -> None:
+def put_weights(model: Nucsam, weights: Mapping[str, Tensor], source: Path) -> None:
     """Copy trained weights into the model, in place.
 
     Args:
         model: the model to change.
-        weights: exactly the model's trainable tensors whose names start with `prefix`.
+        weights: exactly the model's trainable tensors.
         source: file named in an error.
-        prefix: "" for all trainable tensors.
 
     Raises:
         UserError: names, shapes or types differ.
     """
-    targets = {name: p for name, p in model.trainable().items() if name.startswith(prefix)}
+    targets = model.trainable()
     if problem := misfit(weights, targets):
         raise UserError(f"{source}: weights do not fit the model: {problem}")
     with torch.no_grad():
@@ -139,12 +135,24 @@ def put_weights(
             parameter.copy_(weights[name])
 
 
-def _read_adapter(path: Path, kinds: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    weights, metadata = read_tensors(path, *kinds)
-    match metadata:
-        case {"base": {"sha256": str(), "source": str()}, "config": {"model": dict()}}:
-            return weights, metadata
-    raise UserError(f"{path}: found metadata without base and config, expected an adapter's")
+def _read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    weights, metadata = read_tensors(path, "adapter")
+    check_metadata(path, metadata)
+    return weights, metadata
+
+
+def check_metadata(path: Path, metadata: dict[str, Any]) -> Config:
+    """Check the metadata of an adapter or a merged export, and return their configuration.
+
+    Raises:
+        UserError: an entry is missing, of another type or out of range.
+    """
+    source = f"{path}: metadata"
+    check_form(metadata, {"base": {"sha256": TEXT, "source": TEXT}, "config": dict}, source)
+    for name, form in (("mpp", MPP), ("precision", PRECISION), ("selected", {"epoch": COUNT})):
+        if name in metadata:
+            check_form(metadata[name], form, f"{source}: {name}")
+    return Config.from_dict(metadata["config"], f"{path}: configuration")
 
 
 # ---- base, and the model of a run ----
@@ -176,7 +184,7 @@ def open_run(path: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
 
     Raises:
         UserError: a file is missing or damaged, or the adapter was trained with other LoRA
-            settings than those in the configuration.
+            settings or on another split than the configuration says.
     """
     run = RunDirectory(path)
     config = run.read_config()
@@ -189,7 +197,7 @@ def open_run(path: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
     net = build_model(config.model, base, seed=config.train.seed)
     metadata = load_adapter(run.adapter_file, net, base)
     trained = Config.from_dict(metadata["config"], f"{run.adapter_file}: configuration")
-    changes = [line for line in differences(trained, config) if line.startswith(LORA_SETTINGS)]
+    changes = [line for line in differences(trained, config) if line.startswith(FIXED)]
     if changes:
         raise UserError(
             f"{run.adapter_file}: trained with other settings than {run.config_file} says: "

@@ -1,14 +1,58 @@
 """The run directory: the names of its files, reading and writing them, and what they belong to."""
 
 import json
-from collections.abc import Sequence
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nucsam.config import Config, conflicts, load_config, to_toml
+from nucsam.claims import Claim, read_note
+from nucsam.config import SPLIT, Config, conflicts, load_config, to_toml
+from nucsam.data.splits import inventory_changes
 from nucsam.errors import UserError
-from nucsam.files import printable, read_json, to_json, write_text
+from nucsam.files import (
+    COUNT,
+    FLAG,
+    SHARE,
+    TEXT,
+    check_form,
+    printable,
+    read_json,
+    stale_partials,
+    to_json,
+    write_text,
+)
+
+# The form of what the table, the report and the export read in a run's documents
+HEADLINE = dict.fromkeys(("dice", "aji", "pq"), SHARE)
+MEANS = {"images": COUNT, "mean": HEADLINE}
+SCORES = {
+    "images_of": TEXT,
+    "untrained": FLAG,
+    "epoch": COUNT,
+    "epoch_chosen_by": TEXT,
+    "base": {"source": TEXT},
+    "headline": HEADLINE,
+    "scores": [
+        {
+            "protocol": {"name": TEXT},
+            "rules": TEXT,
+            "images": [
+                HEADLINE
+                | {"name": TEXT, "organ": TEXT, "n_truth": COUNT, "n_pred": COUNT}
+                | {"outcomes": dict.fromkeys(("missed", "false", "split", "merged"), COUNT)}
+            ],
+            "summary": MEANS
+            | {"nuclei": COUNT, "predicted": COUNT, "pooled": HEADLINE}
+            | {"low": HEADLINE, "high": HEADLINE, "organs": {str: MEANS}},
+        }
+    ],
+}
+IMAGES = {str: {"organ": TEXT, "group": TEXT, "part": TEXT, "sha256": TEXT}}
 
 
 class RunDirectory:
@@ -16,28 +60,66 @@ class RunDirectory:
 
     - `config.toml`: the whole configuration.
     - `environment.json`: versions, hardware, parameters, numbers of images.
+    - `images.json`: organ, group, part of the split and SHA-256 of each image.
     - `metrics.jsonl`: one line per epoch.
     - `adapter.safetensors`: the weights of the best epoch so far.
     - `base.safetensors`: the base weights, only where they are random.
     - `state/last.safetensors`: everything that resuming needs.
     - `scores.json`: the scores of the test images, written when training has ended.
     - `report.html`: the run as a page.
+    - `.lock`: the claim of the process that trains.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / "config.toml"
         self.environment_file = path / "environment.json"
+        self.images_file = path / "images.json"
         self.metrics_file = path / "metrics.jsonl"
         self.adapter_file = path / "adapter.safetensors"
         self.base_file = path / "base.safetensors"
         self.state_file = path / "state" / "last.safetensors"
         self.scores_file = path / "scores.json"
         self.report_file = path / "report.html"
+        self.lock_file = path / ".lock"
 
     def exists(self) -> bool:
         """Whether the directory holds a run, finished or not."""
         return self.config_file.is_file()
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Context of the only training in this directory, which it makes.
+
+        A directory that still holds no run at the end is removed, if it is empty.
+
+        Raises:
+            UserError: another process trains here.
+        """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            claim = Claim.take(self.lock_file)
+        except UserError as error:
+            warnings.warn(f"{error}; another training in this directory goes unseen", stacklevel=3)
+            yield
+            return
+        if claim is None:
+            holder = read_note(self.lock_file).get("holder", "another process")
+            raise UserError(
+                f"{self.path}: {holder} trains in this directory; wait for its end, or give "
+                "another out"
+            )
+        with claim:
+            claim.note({"holder": f"process {os.getpid()} on {socket.gethostname()}"})
+            try:
+                yield
+            finally:
+                if not self.exists():
+                    self.lock_file.unlink()
+                    with suppress(OSError):
+                        for folder in made:
+                            folder.rmdir()
 
     def check(self, config: Config, *, resume: bool) -> None:
         """Check that a run of `config` can start here, or resume.
@@ -54,7 +136,8 @@ class RunDirectory:
                     "another out for a new run"
                 )
         elif self.path.exists() and any(
-            not path.name.endswith(".partial") for path in self.path.iterdir()
+            path != self.lock_file and not path.name.endswith(".partial")
+            for path in self.path.iterdir()
         ):
             raise UserError(
                 f"{self.path}: found files, expected a new or empty folder; give another out, or "
@@ -62,10 +145,13 @@ class RunDirectory:
             )
 
     def prepare(self, config: Config) -> None:
-        """Make the directory, clear it of partial files, and write the configuration."""
+        """Make the directory, clear it of partial files, and write the configuration.
+
+        The files of a process that still runs stay.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        for partial in self.path.rglob(".*.partial"):
-            partial.unlink()
+        for partial in stale_partials(self.path):
+            partial.unlink(missing_ok=True)
         write_text(self.config_file, to_toml(config))
 
     def read_config(self) -> Config:
@@ -81,12 +167,36 @@ class RunDirectory:
             )
         return load_config(self.config_file)
 
+    def write_images(self, images: Mapping[str, Mapping[str, str]]) -> None:
+        write_text(self.images_file, json.dumps(images, indent=1) + "\n")
+
+    def read_images(self) -> dict[str, dict[str, str]]:
+        """The inventory of the run's images; empty in a run of an older nucsam."""
+        return _read_document(self.images_file, IMAGES) or {}
+
+    def check_images(self, images: Mapping[str, Mapping[str, str]], root: str | Path) -> None:
+        """Check that images are those the run was split on, in the same parts.
+
+        Args:
+            images: of `splits.inventory`; entries without SHA-256 are compared by the rest.
+            root: their folder, for the message.
+
+        Raises:
+            UserError: names the images that differ.
+        """
+        kept = self.read_images()
+        if changes := inventory_changes(kept, images) if kept else []:
+            raise UserError(
+                f"{root}: found other images than {self.path} was split on, so that test images "
+                f"may have been trained on; {'; '.join(changes)}"
+            )
+
     def write_environment(self, facts: dict[str, Any]) -> None:
         write_text(self.environment_file, json.dumps(facts, indent=2) + "\n")
 
     def read_environment(self) -> dict[str, Any]:
         """The facts of `write_environment`; empty where the run has not written them yet."""
-        return _read_document(self.environment_file) or {}
+        return _read_document(self.environment_file, dict) or {}
 
     def write_metrics(self, epochs: Sequence[dict[str, Any]]) -> None:
         write_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in epochs))
@@ -95,27 +205,57 @@ class RunDirectory:
         """One dict per epoch done, in order."""
         if not self.metrics_file.is_file():
             return []
+        source = str(self.metrics_file)
         lines = self.metrics_file.read_bytes().splitlines()
-        return [read_json(line, str(self.metrics_file)) for line in lines]
+        return [check_form(read_json(line, source), {"epoch": COUNT}, source) for line in lines]
 
     def write_scores(self, scores: dict[str, Any]) -> None:
         write_text(self.scores_file, to_json(scores) + "\n")
 
-    def read_scores(self) -> dict[str, Any] | None:
-        """The scores of the test images; None where the run has not written them yet."""
-        return _read_document(self.scores_file)
+    def read_scores(self, config: Config) -> dict[str, Any] | None:
+        """The scores of the test images; None where the run of `config` is not finished.
+
+        Raises:
+            UserError: the file is damaged, or holds scores of another split.
+        """
+        if not self.is_finished(config):
+            return None
+        scores = _read_document(self.scores_file, SCORES)
+        split, data = scores.get("split", {}), config.to_dict()["data"]
+        check_form(split, dict, f"{self.scores_file}: split")
+        changes = [
+            f"data.{k}: {split[k]!r} -> {data[k]!r}"
+            for k in SPLIT
+            if split.get(k, data[k]) != data[k]
+        ]
+        if changes:
+            raise UserError(
+                f"{self.scores_file}: found scores of another split than {self.config_file} has: "
+                f"{'; '.join(changes)}"
+            )
+        return scores
 
     def epochs_done(self) -> int:
         epochs = self.read_metrics()
-        return epochs[-1].get("epoch", 0) if epochs else 0
+        return epochs[-1]["epoch"] if epochs else 0
+
+    def progress(self, config: Config) -> str:
+        """Epochs done, as "2 of 20 epochs"."""
+        return f"{self.epochs_done()} of {config.train.epochs} epochs"
+
+    def is_trained(self, config: Config) -> bool:
+        """Whether all epochs are done."""
+        return self.epochs_done() >= config.train.epochs
 
     def is_finished(self, config: Config) -> bool:
         """Whether all epochs are done and the test images are scored."""
-        return self.epochs_done() >= config.train.epochs and self.scores_file.is_file()
+        return self.is_trained(config) and self.scores_file.is_file()
 
 
-def _read_document(path: Path) -> dict[str, Any] | None:
-    return read_json(path.read_bytes(), str(path)) if path.is_file() else None
+def _read_document(path: Path, form: Any) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    return check_form(read_json(path.read_bytes(), str(path)), form, str(path))
 
 
 @dataclass(frozen=True)
@@ -132,9 +272,9 @@ class RunRecord:
     @classmethod
     def read(cls, folder: Path) -> "RunRecord":
         run = RunDirectory(folder)
-        return cls(
-            folder, run.read_config(), run.read_metrics(), run.read_environment(), run.read_scores()
-        )
+        config = run.read_config()
+        scores = run.read_scores(config)
+        return cls(folder, config, run.read_metrics(), run.read_environment(), scores)
 
     @property
     def name(self) -> str:
@@ -144,11 +284,6 @@ class RunRecord:
     def rows(self) -> list[dict[str, Any]]:
         """One dict per scored image, by the first protocol, with its `fold` and its `run`."""
         images = self.scores["scores"][0]["images"] if self.scores else []
-        if any("outcomes" not in image for image in images):
-            raise UserError(
-                f"{RunDirectory(self.folder).scores_file}: found scores of an earlier version, "
-                f"expected the outcomes of nuclei; nucsam evaluate {self.folder} writes them"
-            )
         place = {"fold": self.config.data.fold, "run": self}
         return [{**image, "organ": printable(image["organ"]), **place} for image in images]
 

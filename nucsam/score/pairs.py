@@ -11,10 +11,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from nucsam.config import compiled
 from nucsam.data import folders
 from nucsam.data.draw import overlay, write_png
-from nucsam.data.images import IMAGES, LABELS, read_image, read_label
+from nucsam.data.images import IMAGES, LABELS, read_image, read_label, read_mask
 from nucsam.data.samples import attempt, read_nuclei
 from nucsam.errors import UserError
 from nucsam.files import shortened
@@ -51,14 +53,15 @@ def _label_files(folder: Path, suffixes: Sequence[str]) -> dict[str, _File]:
     """Name -> file, of a folder and of its sub-folders, which are organs."""
     if not folder.is_dir():
         raise UserError(f"{folder}: expected a folder of label maps")
-    organs = {"": folder} | {
-        path.name: path for path in folders.list_folder(folder) if path.is_dir()
-    }
+    subfolders = folders.list_folder(folder, folders_only=True)
+    organs = {"": folder} | {path.name: path for path in subfolders}
     problems: list[str] = []
     files = [
         _File(organ, stem, path)
         for organ, place in organs.items()
-        for stem, path in folders.files_by_stem([place], suffixes, problems).items()
+        for stem, path in folders.files_by_stem(
+            folders.list_folder(place), suffixes, problems
+        ).items()
     ]
     if not files:
         kinds = ", ".join(suffixes)
@@ -75,14 +78,19 @@ def _label_files(folder: Path, suffixes: Sequence[str]) -> dict[str, _File]:
 
 
 def _by_any_name(files: dict[str, _File]) -> dict[str, _File]:
-    """Name or ORGAN_STEM -> file: the other folder may need the organ where this one does not."""
-    return {file.long_name: file for file in files.values()} | files
+    """File by its name, by ORGAN_STEM, which the other folder may need, and without `_masks`."""
+    bare = Counter(map(folders.bare_stem, files))
+    short = {
+        folders.bare_stem(name): file
+        for name, file in files.items()
+        if bare[folders.bare_stem(name)] == 1
+    }
+    return short | {file.long_name: file for file in files.values()} | files
 
 
 def _truth_files(folder: Path) -> dict[str, _File]:
     """Name -> file, of a data set as `nucsam train` takes it or of a folder of label maps."""
-    plain = (folder / "labels").is_dir() or (folder / "annotations").is_dir()
-    if plain or any(folder.glob("*/label masks*")):
+    if folders.is_data_set(folder):
         records = folders.find_records(folder)
         return {r.name: _File(r.organ, r.name, r.label, r.vague, r.image) for r in records}
     return _label_files(folder, LABELS)
@@ -91,12 +99,12 @@ def _truth_files(folder: Path) -> dict[str, _File]:
 def find_pairs(
     truth: str | Path, pred: str | Path, vague: str | Path | None = None, *, organ: str = ""
 ) -> tuple[list[Pair], list[str], list[str]]:
-    """Pair the files that have the same stem.
+    """Pair the files that have the same stem, or the same without `_masks` and the like.
 
     Args:
         truth: folder of .tif, .tiff, .png or .npy label maps, flat or with a sub-folder for each
-            organ; or a data set in NuInsSeg's or the plain layout, with its vague areas. Outlines
-            in `annotations` are taken to be of an image of the prediction's size.
+            organ; or a data set, with its vague areas. Outlines are taken to be of an image of the
+            prediction's size.
         pred: folder of label maps, flat or with sub-folders.
         vague: folder of image files, nonzero = vague.
         organ: regular expression searched in the name; its first group, or else the whole match,
@@ -112,18 +120,24 @@ def find_pairs(
     truths, predictions = _truth_files(Path(truth)), _label_files(Path(pred), LABELS)
     masks = _label_files(Path(vague), IMAGES) if vague else {}
     predicted, unsure = _by_any_name(predictions), _by_any_name(masks)
-    missing = sorted(truths.keys() - predicted.keys())
-    used = {predicted[name] for name in truths.keys() & predicted.keys()}
+    matched = {}
+    for name in truths:
+        bare = folders.bare_stem(name)
+        file = predicted.get(name) or (None if bare in truths else predicted.get(bare))
+        if file:
+            matched[name] = file
+    missing = sorted(truths.keys() - matched.keys())
+    used = set(matched.values())
     extra = sorted(name for name, file in predictions.items() if file not in used)
     if not used:
         names = f"found {shortened(extra)}, expected {shortened(missing)}"
         raise UserError(f"no file of {pred} has the stem of one in {truth}: {names}")
     pairs = []
-    for name in sorted(truths.keys() & predicted.keys()):
+    for name in sorted(matched):
         file = truths[name]
         place = folders.first_group(pattern, name) or file.organ
         mask = unsure[name].path if name in unsure else file.vague
-        pairs.append(Pair(name, place, file.path, predicted[name].path, mask, file.image))
+        pairs.append(Pair(name, place, file.path, matched[name].path, mask, file.image))
     return pairs, missing, extra
 
 
@@ -131,16 +145,21 @@ def score_pair(
     pair: Pair,
     protocols: Sequence[Protocol],
     connected: bool = False,
+    region_class: str = "",
     overlays: Path | None = None,
 ) -> list[dict]:
     """A row of one image for each protocol, and its picture in the folder `overlays`.
+
+    Nothing counts where nobody annotated.
 
     Raises:
         UserError: the files cannot be read or scored; names them.
     """
     pred = read_label(pair.pred)
-    truth = read_nuclei(pair.truth, pred.shape)
-    vague = read_image(pair.vague).any(-1) if pair.vague else None
+    truth, rest = read_nuclei(pair.truth, pred.shape, region_class)
+    if rest is not None:
+        truth, pred = np.where(rest, 0, truth), np.where(rest, 0, pred)
+    vague = read_mask(pair.vague) if pair.vague else None
     rows = []
     for protocol in protocols:
         with warnings.catch_warnings(record=True) as caught:
@@ -149,7 +168,8 @@ def score_pair(
                 score = score_maps(truth, pred, vague=vague, protocol=protocol, connected=connected)
             except UserError as error:
                 raise UserError(f"{pair.pred} against {pair.truth}: {error}") from error
-        warned = [f"{pair.name}: {warning.message}" for warning in caught]
+        ours = [warning.message for warning in caught if warning.category is UserWarning]
+        warned = [f"{pair.name}: {message}" for message in ours]
         rows.append(image_row(pair.name, pair.organ, score, warned))
     if overlays is not None:
         image = read_image(pair.image)
@@ -190,6 +210,7 @@ def score_folders(
     protocol: str = "nuinsseg",
     connected: bool = False,
     organ: str = "",
+    region_class: str = "",
     workers: int = 0,
     overlays: Path | None = None,
     **changes: Any,
@@ -200,6 +221,7 @@ def score_folders(
         truth, pred, vague, organ: as of `find_pairs`.
         protocol, changes: as of `protocols_for`.
         connected: as of `score_maps`.
+        region_class: as of `nucsam.data.rois.Outlines`.
         workers: processes; 0 = one for each core, at most 8, and only one for a few images.
         overlays: folder for one PNG per image, with contours of both maps. The truth must be a data
             set, which has images.
@@ -222,7 +244,8 @@ def score_folders(
             found = f"label maps without images in {truth}"
             raise UserError(f"overlays: found {found}, expected truth to be a data set with images")
         overlays.mkdir(parents=True, exist_ok=True)
-    score = partial(score_pair, protocols=protocols, connected=connected, overlays=overlays)
+    settings = {"connected": connected, "region_class": region_class, "overlays": overlays}
+    score = partial(score_pair, protocols=protocols, **settings)
     results = list(with_bar(_score_all(score, pairs, workers), len(pairs), "Scoring"))
     problems = [str(result) for result in results if isinstance(result, UserError)]
     folders.raise_problems(f"{len(pairs)} images", problems)

@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from nucsam.config import Config, compiled
+from nucsam.config import SPLIT, Config, compiled
 from nucsam.data.draw import overlay, write_png
 from nucsam.data.folders import first_group
 from nucsam.data.samples import Samples
-from nucsam.data.splits import find_split, identity
+from nucsam.data.splits import find_split, identity, inventory
 from nucsam.errors import UserError
 from nucsam.model.network import build_model
 from nucsam.predict.devices import autocast_dtype, find_device, uses_gpu
@@ -35,6 +35,7 @@ def score_images(
     indices: Sequence[int],
     accelerator: Accelerator,
     *,
+    mpp: float | None = None,
     tta: bool = False,
     **rules: Any,
 ) -> list[dict[str, Any]]:
@@ -48,6 +49,8 @@ def score_images(
         samples: images with labels.
         indices: of the samples to score.
         accelerator: of this launch.
+        mpp: microns per px of the run; each image is scored at that magnification, as in
+            `nucsam predict`. None = not known.
         tta: average over the eight flips and turns.
         rules: protocol and changes of `protocols_for`.
 
@@ -56,16 +59,19 @@ def score_images(
     """
     places = range(accelerator.process_index, len(indices), accelerator.num_processes)
     share = [indices[place] for place in places]
-    vague = any(samples.records[i].vague for i in indices)
+    vague = any(samples.records[i].vague or samples.partial[i] for i in indices)
     protocols = protocols_for(**{"protocol": PROTOCOL, **rules}, vague=vague)
     was_training = net.training
     net.eval()
     rows = []
-    predictor = scoring_predictor(net, config, tta=tta)
-    for index, label in zip(share, predictor.predict_many(samples[i].image for i in share)):
+    predictor = scoring_predictor(net, config, mpp=mpp, tta=tta)
+    images = (samples[i].image for i in share)
+    labels = predictor.predict_many(images, [samples.mpps[i] for i in share])
+    for index, label in zip(share, labels):
         record, sample = samples.records[index], samples[index]
+        truth, pred = sample.counted(sample.label), sample.counted(label)
         for protocol in protocols:
-            score = score_maps(sample.label, label, vague=sample.vague, protocol=protocol)
+            score = score_maps(truth, pred, vague=sample.vague, protocol=protocol)
             rows.append((index, image_row(record.name, record.organ, score)))
     net.train(was_training)
     if accelerator.num_processes > 1:
@@ -92,8 +98,8 @@ def score_run(
     """Score a run's test images with the weights of its best epoch.
 
     With `data.fold = "all"` the inner split is scored. Vague areas are those of the data set.
-    Writes scores.json if the run is scored as it stands: trained, on the images where they were,
-    by NuInsSeg's protocol, with the organs of its data set.
+    Every image must be the one it was when the run was split, wherever the folder lies now. Writes
+    scores.json if the run has ended and is scored by NuInsSeg's protocol and its own organs.
 
     Args:
         path: run directory.
@@ -121,33 +127,45 @@ def score_run(
     except UserError as error:
         hint = "" if root else "; if the images have moved, name their folder"
         raise UserError(f"{error}{hint}") from None
+    run = RunDirectory(path)
+    run.check_images(inventory(records, split, []), data.root)
     images = identity(records)
     if metadata.get("images", images) != images:
         raise UserError(
             f"{data.root}: found other images than {path} was split on, so that test images may "
             "have been trained on; expected the same names, organs and groups"
         )
-    records = [records[i] for i in split.test or split.inner]
+    samples = Samples(records, memory_gib=data.memory)
+    run.check_images(inventory(records, split, samples.digests), data.root)
     if organ:
         places = [first_group(pattern, record.name) or record.organ for record in records]
-        records = [replace(r, organ=place) for r, place in zip(records, places)]
-    samples = Samples(records, memory_gib=data.memory)
+        samples.records = [replace(r, organ=place) for r, place in zip(records, places)]
     accelerator = scoring_accelerator(metadata)
     net = accelerator.prepare_model(net, evaluation_mode=True)  # as training scores it
-    results = score_images(net, config, samples, range(len(samples)), accelerator, **rules)
+    indices, mpp = split.test or split.inner, metadata.get("mpp")
+    results = score_images(net, config, samples, indices, accelerator, mpp=mpp, **rules)
     scores = describe_scores(
-        results, metadata, of="test" if split.test else "inner", untrained=untrained
+        results,
+        metadata,
+        of="test" if split.test else "inner",
+        untrained=untrained,
+        unfinished="" if run.is_trained(config) else run.progress(config),
     )
     if overlays is not None:
-        _write_overlays(net, config, samples, overlays)
-    as_it_stands = not (untrained or root or organ) and protocols == protocols_for(PROTOCOL)
-    if as_it_stands:
-        RunDirectory(path).write_scores(scores)
+        _write_overlays(net, config, samples, indices, overlays, mpp)
+    as_it_stands = not (untrained or organ) and protocols == protocols_for(PROTOCOL)
+    if as_it_stands and run.is_trained(config) and (not root or run.read_images()):
+        run.write_scores(scores)
     return scores
 
 
 def describe_scores(
-    results: list[dict[str, Any]], metadata: dict[str, Any], *, of: str, untrained: bool
+    results: list[dict[str, Any]],
+    metadata: dict[str, Any],
+    *,
+    of: str,
+    untrained: bool,
+    unfinished: str = "",
 ) -> dict[str, Any]:
     """The content of scores.json: what a reader must know of the scores, then the scores.
 
@@ -156,16 +174,18 @@ def describe_scores(
         metadata: the adapter's.
         of: "test" or "inner", the split that was scored.
         untrained: whether the model was scored as it was before the first step.
+        unfinished: "2 of 20 epochs" where a run was scored before its end.
     """
     config = metadata["config"]
     return {
         "images_of": of,
         "untrained": untrained,
+        "unfinished": unfinished,
         "epoch": 0 if untrained else metadata["selected"]["epoch"],
         "epoch_chosen_by": f"{config['train']['best']} on the {config['data']['select']} split",
         "epoch_chosen_on_these": not untrained and config["data"]["select"] == of,
         "base": metadata["base"],
-        "split": {key: config["data"][key] for key in ("split", "folds", "fold", "group", "seed")},
+        "split": {key: config["data"][key] for key in SPLIT},
         "seed": config["train"]["seed"],
         "headline": headline(results),
         "scores": results,
@@ -179,9 +199,10 @@ def scores_sentence(scores: dict[str, Any]) -> str:
     if scores["untrained"]:
         return f"untrained model, {images}: {', '.join(numbers)}"
     warning = ", THE IMAGES SCORED HERE" if scores["epoch_chosen_on_these"] else ""
+    unfinished = f"UNFINISHED, {scores['unfinished']}: " if scores["unfinished"] else ""
     return (
-        f"epoch {scores['epoch']} (chosen by {scores['epoch_chosen_by']}{warning}), {images}, "
-        f"one seed, base {scores['base']['source']}: {', '.join(numbers)}"
+        f"{unfinished}epoch {scores['epoch']} (chosen by {scores['epoch_chosen_by']}{warning}), "
+        f"{images}, one seed, base {scores['base']['source']}: {', '.join(numbers)}"
     )
 
 
@@ -194,12 +215,15 @@ def scoring_accelerator(metadata: dict[str, Any]) -> Accelerator:
     return Accelerator(cpu=not on_gpu, mixed_precision=precision)
 
 
-def scoring_predictor(net: nn.Module, config: Config, *, tta: bool = False) -> Predictor:
-    """The predictor that scores a run."""
+def scoring_predictor(
+    net: nn.Module, config: Config, *, mpp: float | None = None, tta: bool = False
+) -> Predictor:
+    """The predictor that scores a run of `mpp` microns per px."""
     return Predictor(
         net,
         scale=config.data.scale,
         instances=config.instances,
+        mpp=mpp,
         tile=max(SMALLEST_TILE, config.data.crop),
         batch=config.train.batch,
         tta=tta,
@@ -214,16 +238,24 @@ def open_predictor(path: Path) -> Predictor:
     """
     net, config, _, metadata = open_run(path)
     device = find_device("auto")
-    predictor = scoring_predictor(net.to(device), config)
+    predictor = scoring_predictor(net.to(device), config, mpp=metadata.get("mpp"))
     predictor.autocast = autocast_dtype(metadata.get("precision"), device)
     return predictor
 
 
-def _write_overlays(net: nn.Module, config: Config, samples: Samples, folder: Path) -> None:
+def _write_overlays(
+    net: nn.Module,
+    config: Config,
+    samples: Samples,
+    indices: Sequence[int],
+    folder: Path,
+    mpp: float | None,
+) -> None:
     net.eval()
-    images = (samples[i].image for i in range(len(samples)))
-    labels = scoring_predictor(net, config).predict_many(images)
-    for index, label in enumerate(labels):
+    images = (samples[i].image for i in indices)
+    predictor = scoring_predictor(net, config, mpp=mpp)
+    labels = predictor.predict_many(images, [samples.mpps[i] for i in indices])
+    for index, label in zip(indices, labels):
         record, sample = samples.records[index], samples[index]
         name = f"{record.organ}_{record.name}" if record.organ else record.name
         write_png(folder / f"{name}.png", overlay(sample.image, sample.label, label))

@@ -13,7 +13,7 @@ import numpy as np
 from rich.box import SIMPLE
 from rich.table import Table
 
-from nucsam.files import to_json, without_nan, write_text
+from nucsam.files import csv_text, to_json, without_nan, write_text
 from nucsam.score.metrics import METRICS, OUTCOMES, Protocol, Score, pool
 
 HEADLINE = ("dice", "aji", "pq")  # what a run is judged by
@@ -219,7 +219,7 @@ def write_csv(path: str | Path, results: dict) -> None:
     lines = []
     for result in results["scores"]:
         for row in result["images"]:
-            line = {"name": row["name"], "organ": row["organ"]}
+            line = {"name": csv_text(row["name"]), "organ": csv_text(row["organ"])}
             line["protocol"] = result["protocol"]["name"]
             line |= {metric: row[metric] for metric in METRICS}
             line |= {f"ap{50 + 5 * k}": value for k, value in enumerate(row["ap"])}

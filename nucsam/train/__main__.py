@@ -4,5 +4,4 @@ import sys
 
 from nucsam.cli import run_command
 
-if __name__ == "__main__":
-    sys.exit(run_command(["train", *sys.argv[1:]]))
+sys.exit(run_command(["train", *sys.argv[1:]]))

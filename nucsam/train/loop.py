@@ -1,6 +1,7 @@
 """The training loop of one fold, from top to bottom: fit, epoch, step, validate."""
 
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ from nucsam.config import Config, Train, load_config
 from nucsam.data.augment import augment
 from nucsam.errors import UserError
 from nucsam.model.network import build_model
+from nucsam.processes import is_first
 from nucsam.run.checkpoint import load_adapter, put_weights
+from nucsam.run.directory import RunDirectory
 from nucsam.score.runs import describe_scores, headline, score_images, scores_sentence
 from nucsam.train.progress import (
     StepBar,
@@ -28,6 +31,10 @@ from nucsam.train.progress import (
 from nucsam.train.signals import Sigterm
 from nucsam.train.training import Training
 
+# What PyTorch says where a loader process is killed, or finds no room in /dev/shm.
+_LOADER_DIED = re.compile(
+    r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)|shared memory|/torch_\d"
+)
 CHECK_STEPS = 20  # optimizer steps between checks of the loss, each of which waits for the device
 
 
@@ -52,12 +59,20 @@ def fit(
 
     Raises:
         UserError: a setting, an image or a file is wrong; a loss is not finite; the device has too
-            little memory.
+            little memory; another process trains in `out`.
         SystemExit: SIGTERM has arrived; the state is saved.
     """
     if not isinstance(config, Config):
         config = load_config(config)
-    training = Training(config, Path(out), resume=resume, build=build)
+    with RunDirectory(Path(out)).claim() if is_first() else nullcontext():
+        return _fit(config, Path(out), resume, build)
+
+
+def _fit(
+    config: Config, out: Path, resume: bool, build: Callable[..., nn.Module]
+) -> dict[str, Any]:
+    """`fit` in a directory that this launch alone writes."""
+    training = Training(config, out, resume=resume, build=build)
     progress = training.progress
     if training.base.extra and not progress.step and not progress.history:
         # The base is a trained model: epoch 0 shows later whether training made it worse.
@@ -155,6 +170,7 @@ def validate(training: Training) -> dict[str, float]:
         training.samples,
         training.select,
         training.accelerator,
+        mpp=training.mpp,
     )
     put_weights(training.net, current, training.run.path)
     training.net.train()
@@ -167,7 +183,9 @@ def score_best(training: Training) -> dict[str, Any]:
     accelerator = training.accelerator
     accelerator.wait_for_everyone()  # the main process has written the adapter
     metadata = load_adapter(training.run.adapter_file, training.net, training.base)
-    scored = score_images(training.net, config, training.samples, training.score, accelerator)
+    scored = score_images(
+        training.net, config, training.samples, training.score, accelerator, mpp=training.mpp
+    )
     scores = describe_scores(scored, metadata, of=training.scored_split, untrained=False)
     if accelerator.is_main_process:
         training.run.write_scores(scores)
@@ -220,7 +238,7 @@ def _step_images(training: Training) -> int:
 
 @contextmanager
 def _memory_advice(config: Config) -> Iterator[None]:
-    """Turn running out of device memory into a UserError with the settings that help."""
+    """Turn running out of memory of the device, or of loader processes, into a UserError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -233,6 +251,14 @@ def _memory_advice(config: Config) -> Iterator[None]:
             f"train.accumulate={2 * t.accumulate}, the same training with half the images at a "
             f"time; train.checkpoint=true; data.crop={d.crop // 2}. ({error})"
         ) from error
+    except RuntimeError as error:
+        if config.data.workers and _LOADER_DIED.search(str(error)):
+            raise UserError(
+                f"data.workers: found {config.data.workers}, but a loader process died or found no "
+                "shared memory. Use data.workers=0; or in a container give it more, as in "
+                f"docker run --shm-size=2g. ({str(error).strip().splitlines()[-1]})"
+            ) from error
+        raise
 
 
 def _leave(training: Training) -> None:

@@ -4,14 +4,14 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nucsam.config import Config
+from nucsam.progress import PlainConsole
 from nucsam.run.learning import USUAL_STEPS, advice, learnt_nothing, steps_sentence
 from nucsam.score.tables import HEADLINE
 
-console = Console()
+console = PlainConsole()
 
 
 class StepBar(Progress):
@@ -67,7 +67,7 @@ def print_epoch(line: dict[str, Any]) -> None:
 
 
 def print_warning(text: str) -> None:
-    console.print(text, style="yellow", markup=False)
+    console.print(text, style="yellow")
 
 
 def warn_if_worse(history: list[dict[str, Any]], metric: str) -> None:

@@ -7,21 +7,25 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
+from nucsam.processes import handled
+
 
 class Sigterm:
     """Context in which SIGTERM only asks to stop; `stop_requested` says whether it has.
 
-    All processes stop after the same step, whichever of them got the signal.
+    All processes stop after the same step, whichever of them got the signal. In another thread than
+    the main one it never comes.
     """
 
     def __enter__(self) -> "Sigterm":
         self._received = False
         self._requests: torch.Tensor | None = None  # of all processes, as of the step before
-        self._previous = signal.signal(signal.SIGTERM, self._receive)
+        self._handled = handled(self._receive, signal.SIGTERM)
+        self._handled.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        self._handled.__exit__(None, None, None)
 
     def _receive(self, _: int, __: FrameType | None) -> None:
         self._received = True

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -21,21 +21,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nucsam import __version__
-from nucsam.config import Config, Train
+from nucsam.config import Config, Data, Train
 from nucsam.data.augment import window
-from nucsam.data.folders import Record
-from nucsam.data.images import read_mpp
-from nucsam.data.samples import Crops, EpochBatches, Samples
-from nucsam.data.splits import find_split, identity
+from nucsam.data.folders import taken
+from nucsam.data.samples import SAME_SCALE, Crops, EpochBatches, Samples
+from nucsam.data.splits import find_split, identity, inventory
 from nucsam.errors import UserError
+from nucsam.files import check_form
 from nucsam.model.network import calibrated
 from nucsam.model.weights import Base, load_base
 from nucsam.predict.devices import uses_gpu
+from nucsam.predict.predictor import RATIO
 from nucsam.processes import check_joined
 from nucsam.run import checkpoint
 from nucsam.run.checkpoint import Progress
 from nucsam.run.directory import RunDirectory
-from nucsam.train.progress import print_start, print_warning
+from nucsam.train.progress import console, print_start, print_warning
 from nucsam.train.signals import ignore_sigterm, kill_workers
 
 CALIBRATION_IMAGES = 16  # crops that set a random base's BatchNorm statistics
@@ -69,7 +70,7 @@ class Training:
         self.accelerator = _accelerator(config.train, out)
         self.run = RunDirectory(out)
         self.run.check(config, resume=resume)
-        self._load_images()
+        self._load_images(resume)
         self._load_model(build)
         self.progress = Progress()
         self.loss_sums: dict[str, Tensor] = {}
@@ -81,7 +82,8 @@ class Training:
         self._write_start()
         self.accelerator.init_trackers("nucsam", config.flat())
 
-    def _load_images(self) -> None:
+    def _load_images(self, resume: bool) -> None:
+        """Samples and their split."""
         d = self.config.data
         main = self.accelerator.is_main_process
         records, split = find_split(d)
@@ -97,6 +99,10 @@ class Training:
                 "least one of each"
             )
         self.samples = Samples(records, memory_gib=d.memory, progress=main)
+        self.images = inventory(records, split, self.samples.digests)
+        if resume:
+            self.run.check_images(self.images, d.root)
+        self.mpp = run_mpp(d, self.samples.mpps)
         if not any(self.samples[i].label.any() for i in self.train):
             raise UserError(
                 f"data.root: found no nucleus in the {len(self.train)} images of {d.root} to train "
@@ -114,7 +120,8 @@ class Training:
         """Batches, base, model and optimizer."""
         d, t = self.config.data, self.config.train
         accelerator = self.accelerator
-        crops = Crops(self.samples, window=window(d.crop, self.config.augment), seed=t.seed)
+        side = window(d.crop, self.config.augment)
+        crops = Crops(self.samples, window=side, seed=t.seed, mpp=self.mpp)
         self.batches = EpochBatches(
             self.train,
             batch=t.batch,
@@ -145,7 +152,7 @@ class Training:
         groups = _parameter_groups(self.weights, t)
         self.optimizer = accelerator.prepare(torch.optim.AdamW(groups, betas=(0.9, 0.99)))
         self.facts = {
-            "mpp": d.mpp or _median_mpp(self.samples.records),
+            "mpp": self.mpp,
             "images": identity(self.samples.records),
             "processes": accelerator.num_processes,
             "precision": accelerator.mixed_precision,
@@ -158,6 +165,7 @@ class Training:
         accelerator.wait_for_everyone()  # no process may take what is written now for an older run
         if accelerator.is_main_process:
             self.run.prepare(self.config)
+            self.run.write_images(self.images)
             if random_base:
                 checkpoint.save_random_base(self.run, self.base)
         accelerator.wait_for_everyone()
@@ -166,6 +174,7 @@ class Training:
         if accelerator.is_main_process:
             facts = self._environment()
             self.run.write_environment(facts)
+            console.print(f"{self.config.data.root}: {taken(self.samples.records)}", markup=False)
             print_start(facts, accelerator.device)
 
     def _environment(self) -> dict[str, Any]:
@@ -269,7 +278,7 @@ class Training:
         path = self.run.state_file
         metadata = checkpoint.load_state(path, self.weights, self.average, self.optimizer)
         self.progress = checkpoint.read_progress(path, metadata)
-        saved = metadata.get("about", {})
+        saved = check_form(metadata.get("about", {}), dict, f"{path}: about")
         for name, value in self.facts.items():
             if saved.get(name, value) != value:
                 raise UserError(
@@ -280,7 +289,9 @@ class Training:
         self.loss_sums = {
             name: torch.tensor(total, device=device) for name, total in self.progress.sums.items()
         }
-        if self.accelerator.scaler is not None and metadata["scaler"]:  # empty in a state of fp32
+        if self.accelerator.scaler is not None and metadata.get(
+            "scaler"
+        ):  # empty in a state of fp32
             self.accelerator.scaler.load_state_dict(metadata["scaler"])
 
     def log(self, line: dict[str, Any], *, validated: bool) -> None:
@@ -356,10 +367,32 @@ def _load_base(
     return calibrated(load_base("none", seed=config.train.seed), images)
 
 
-def _median_mpp(records: list[Record]) -> float | None:
-    """Microns per image px: the median of what the image files say; None where none says it."""
-    values = [mpp for record in records if (mpp := read_mpp(record.image))]
-    return statistics.median(values) if values else None
+def run_mpp(d: Data, mpps: Sequence[float | None]) -> float | None:
+    """Microns per px of a run: `data.mpp`, or the median of its images; None where none says it.
+
+    Warns where images differ from it.
+
+    Args:
+        d: the section `data` of the configuration.
+        mpps: of the images; None = not known.
+
+    Raises:
+        UserError: an image differs by more than the predictor takes.
+    """
+    known = [mpp for mpp in mpps if mpp]
+    if not known:
+        return d.mpp or None
+    mpp = d.mpp or statistics.median(known)
+    least, most = min(known), max(known)
+    spread = f"data.root: found images of {least:g} to {most:g} microns per px"
+    if max(most / mpp, mpp / least) > RATIO:
+        raise UserError(f"{spread}, expected at most {RATIO:g} times off {mpp:g} (data.mpp)")
+    if max(most / mpp, mpp / least) > math.exp(SAME_SCALE):
+        warnings.warn(
+            f"{spread}; training, scoring and prediction resample them to {mpp:g} (data.mpp)",
+            stacklevel=2,
+        )
+    return mpp
 
 
 def _parameter_groups(weights: dict[str, Tensor], t: Train) -> list[dict[str, Any]]:

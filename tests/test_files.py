@@ -1,0 +1,40 @@
+"""Names that reach a terminal or a table, and partial files."""
+
+import io
+import os
+
+import pytest
+from rich.table import Table
+
+from nucsam.files import atomic, csv_text, printable, result_of, stale_partials
+from nucsam.progress import PlainConsole
+
+
+def test_a_name_is_shown_and_never_obeyed():
+    name = "[/red][bold]a:smile:\x1b]0;title\x07\u202eb"
+    console = PlainConsole(file=io.StringIO(), width=200)
+    table = Table(title=name)
+    table.add_column(name)
+    table.add_row(name)
+    console.print(name, style="red")
+    console.print(table)
+    shown = r"[/red][bold]a:smile:\x1b]0;title\x07\u202eb"
+    assert console.file.getvalue().count(shown) == 4
+    assert printable(f"{name}\n\t\udcffé") == f"{shown}\n\t\\udcffé"
+
+
+@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
+def test_no_name_is_a_formula(name):
+    assert csv_text(name) == f"'{name}"
+    assert csv_text("liver=1") == "liver=1"
+
+
+def test_partial_files_are_stale_where_their_process_is_gone(tmp_path):
+    result = tmp_path / "a.b.tif"
+    with atomic(result) as own:
+        own.write_text("half")
+        assert result_of(own) == result and stale_partials(tmp_path) == []
+        dead = tmp_path / ".a.b.tif.999999999.partial"
+        dead.touch()
+        (tmp_path / f".c.tif.{os.getppid()}.partial").touch()
+        assert stale_partials(tmp_path) == [dead] and result_of(dead) == result
