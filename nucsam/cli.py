@@ -120,7 +120,7 @@ def evaluate_command(
     run: Annotated[Path | None, Argument(metavar="[RUN]", help="Run directory to score.")] = None,
     untrained: Annotated[bool, Option("--untrained", help="Score RUN before training.")] = False,
     data: DataFolder = "",
-    overlays: Annotated[Path | None, Option(help="Folder for RUN's images with contours.")] = None,
+    overlays: Annotated[Path | None, Option(help="Folder for images with contours.")] = None,
     truth: Annotated[Path | None, Option(help="Folder of true label maps, not RUN.")] = None,
     pred: Annotated[Path | None, Option(help="Folder of any tool's predicted label maps.")] = None,
     vague: Annotated[Path | None, Option(help="Folder of masks of vague areas.")] = None,
@@ -128,31 +128,45 @@ def evaluate_command(
     iou: Annotated[float | None, Option(help="Matching threshold, not the protocol's.")] = None,
     at_least: Annotated[bool, Option("--at-least", help="Match at IoU >= threshold.")] = False,
     zone: Annotated[int | None, Option(help="Ignored ring around true boundaries, px.")] = None,
-    connected: Annotated[bool, Option("--connected", help="Label binary masks.")] = False,
+    connected: Annotated[bool, Option("--connected", help="Label masks' components.")] = False,
     organ: Annotated[str, Option(help="Regular expression on the stem, gives the organ.")] = "",
     region_class: RegionClass = "",
-    workers: Annotated[int, Option(help="Processes; 0: one per core.")] = 0,
+    workers: Annotated[int | None, Option(help="Processes; default: one per core.")] = None,
     csv: Annotated[Path | None, Option(help="File with a line per image.")] = None,
     as_json: Annotated[str, Option("--json", help="File of all scores; - prints them.")] = "",
 ) -> None:
-    """Score a run's test images, or --pred against --truth: label maps with the same stems."""
+    """Score a run's test images, or --pred against --truth: label maps with the same stems.
+
+    --untrained and --data go with RUN alone. --vague, --connected, --region-class and --workers go
+    with --truth and --pred alone: a run's data set and configuration say how it is scored.
+    """
     from nucsam.console import PlainConsole
     from nucsam.score import pairs, tables
 
-    if (run is None) == (truth is None or pred is None):
+    if run is None and (truth is None or pred is None):
         raise UserError("evaluate: expected either RUN, or both --truth and --pred")
+    if run is None:
+        kind, other = "--truth and --pred", {"--untrained": untrained, "--data": data}
+    else:
+        kind, other = "RUN", {"--truth": truth, "--pred": pred, "--vague": vague}
+        other |= {"--connected": connected, "--region-class": region_class, "--workers": workers}
+    given = [
+        name for name, value in other.items() if value not in (None, "") and value is not False
+    ]
+    if given:
+        raise UserError(f"evaluate: found {', '.join(given)}, expected {kind} without (see --help)")
     console = PlainConsole(stderr=as_json == "-")
+    strict = False if at_least else None
+    rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone}
+    both = {"organ": organ, "overlays": overlays, **rules}
     if run is not None:
         from nucsam.score.runs import score_run, scores_sentence  # imports torch
 
-        results = score_run(run, untrained=untrained, root=data, overlays=overlays)
+        results = score_run(run, untrained=untrained, root=data, **both)
         console.print(scores_sentence(results), style="bold")
     else:
-        strict = False if at_least else None
-        rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone}
-        maps = {"vague": vague, "connected": connected, "organ": organ}
-        maps |= {"region_class": region_class}
-        results = pairs.score_folders(truth, pred, workers=workers, **rules, **maps)
+        maps = {"vague": vague, "connected": connected, "region_class": region_class}
+        results = pairs.score_folders(truth, pred, workers=workers or 0, **maps, **both)
         for remark in pairs.remarks(results):
             console.print(remark, style="yellow")
     for result in results["scores"]:
@@ -231,6 +245,7 @@ def inspect_command(
     data: Annotated[Path, Argument(metavar="DATA", help="Folder of images and label maps.")],
     layout: Annotated[str, Option(help="auto, or how DATA is arranged.")] = "auto",
     group: Annotated[str, Option(help="Regular expression on the stem, gives the group.")] = "",
+    connected: Annotated[bool, Option("--connected", help="Label masks' components.")] = False,
     region_class: RegionClass = "",
     sheet: Annotated[
         Path | None, Option(help="File of the contact sheet; default: contact_sheet.png.")
@@ -241,7 +256,9 @@ def inspect_command(
     from nucsam.console import PlainConsole
     from nucsam.data.summary import draw_examples, inspect_folder, summary_table
 
-    summary = inspect_folder(data, layout=layout, group=group, region_class=region_class)
+    summary = inspect_folder(
+        data, layout=layout, group=group, connected=connected, region_class=region_class
+    )
     console = PlainConsole(stderr=as_json)
     console.print(f"{summary['root']}, layout {summary['layout']}: {summary['taken']}")
     console.print(summary_table(summary))

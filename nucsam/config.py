@@ -143,6 +143,8 @@ class Data:
     fold: int | Literal["all"] = 0
     # Searched in the file stem; no split separates images of one group (first capture or match).
     group: str = setting("", regular_expression)
+    # Each connected component of a label map is a nucleus: for masks and maps of classes.
+    connected: bool = False
     # Class of outlines that bound what was annotated, beside QuPath's `Region*`; "": none.
     region_class: str = ""
     # Split that chooses the best epoch; "test" only to compare with papers.

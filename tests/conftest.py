@@ -17,9 +17,10 @@ TINY = {
 def whole_scores(**changes):
     """A scores.json with one image, as far as nucsam reads it, with other entries on top."""
     mean = {"dice": 0.8, "aji": 0.6, "pq": 0.5}
-    counts = dict.fromkeys(("tp", "fp", "fn", "merges", "splits"), 1)
-    image = {"name": "a", "organ": "b", **mean, "n_truth": 2, "n_pred": 2, "counts": counts}
+    outcomes = dict.fromkeys(("missed", "false", "split", "merged"), 0)
+    image = {"name": "a", "organ": "b", **mean, "n_truth": 2, "n_pred": 2, "outcomes": outcomes}
     summary = {"images": 1, "mean": mean, "low": mean, "high": mean, "organs": {}}
+    summary |= {"nuclei": 2, "predicted": 2, "pooled": mean}
     rules = {"protocol": {"name": "nuinsseg"}, "rules": "nuinsseg: its rules"}
     return {
         "images_of": "test",

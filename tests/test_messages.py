@@ -93,8 +93,8 @@ $ train data.root=links TINY  # an image twice
 links: found 1 problem(s) links/images/mouse_liver_1.png: found the file of links/images/link.png
 again, expected each image once
 $ train data.root=binary TINY  # masks of 0 and 255
-12 images: found 8 problem(s) binary/labels/...: found a binary mask (... components that all have
-the value 255), expected one id per nucleus, as of skimage.measure.label ...
+12 images: found 8 problem(s) binary/labels/...: found a binary mask: ... separate components share
+the value 255, expected one id per nucleus; data.connected = true makes each component a nucleus ...
 $ train data.root=colour TINY  # colour masks
 12 images: ... colour/labels/...: found uint8 of shape (96, 96, 3), expected integer ids (H, W)
 $ train data.root=cut TINY  # masks of another size
@@ -266,6 +266,13 @@ $ report listed  # a report of another document
 listed/scores.json: found a list, expected a dict
 $ evaluate --pred plain/labels  # nothing to score
 evaluate: expected either RUN, or both --truth and --pred
+$ evaluate run --vague flat --connected --workers 0  # options for label maps
+evaluate: found --vague, --connected, --workers, expected RUN without (see --help)
+$ evaluate SAME --untrained --data plain  # options for a run
+evaluate: found --untrained, --data, expected --truth and --pred without (see --help)
+$ evaluate SAME --overlays OUT/o  # pictures without images
+overlays: found label maps without images in plain/labels, expected truth to be a data set with
+images
 $ evaluate --truth plain/labels --pred page.pt  # no folder of predictions
 page.pt: expected a folder of label maps
 $ evaluate --truth plain/labels --pred old  # a folder without label maps
@@ -433,6 +440,7 @@ $ train PLAIN data.crop=128 train.epochs=1 train.precision=fp16 --out OUT/new --
 data.crop: found 128 px, but no image with a shorter side over 96 px; a smaller crop is faster
 resume: OUT/new holds no saved state; a new run starts
 trains ... of ... parameters on base none (random, seed 0); images: 5 train, 3 inner, 4 test; 1
+5 images x 1 epochs = 3 optimizer steps; 1,500 or more are usual
 random base weights: the scores say nothing about MobileSAM
 epoch 1: loss ..., ... images/s; DICE ..., AJI ..., PQ ...
 epoch 1 (chosen by aji on the inner split), test images, one seed, base none (random, seed 0): DICE
@@ -440,7 +448,7 @@ warning: train.precision: fp16 needs a GPU; computing in fp32 on this CPU
 $ evaluate run --untrained  # before the first step
 untrained model, test images: DICE ..., AJI ..., PQ ...
 $ evaluate --truth plain/labels --pred binary/labels --workers 1  # masks for label maps
-human_bladder_1: prediction: found a 0/255 mask with ... connected components, scored as ONE object;
+human_bladder_1: prediction: found a binary mask: ... separate components share the value 255, each
 $ evaluate --truth few/labels --pred mixed --workers 1  # predictions of other images
 1 true label maps without a prediction are not scored, beside 1 images that are: human_bladder_2
 1 predictions without a true label map are not scored, beside 1 images that are: x
@@ -774,5 +782,5 @@ def test_masks_are_labelled_where_that_is_asked(scene, capsys):
         assert run_command(scene(line + options)) == 0
         output = capsys.readouterr()
         scores.append(json.loads(output.out)["scores"][0]["summary"]["mean"]["aji"])
-        assert ("0/255 mask" in output.err) == (not options)
+        assert ("a binary mask" in output.err) == (not options)
     assert scores[0] < scores[1]

@@ -21,7 +21,7 @@ from nucsam.score.metrics import METRICS, PROTOCOLS, Protocol, pool, score_maps
 
 PLAIN = PROTOCOLS["plain"]
 RING = PROTOCOLS["nuceval"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*connected components")  # some maps are masks
+pytestmark = pytest.mark.filterwarnings("ignore:.*separate components")  # some maps are masks
 
 
 # ---- the oracle: exact fractions, one pixel and one matching at a time ----
@@ -155,8 +155,8 @@ def test_one_shifted_square():
     assert plain(truth, pred, iou=0.6, strict=False).tp == 1
 
 
-def test_found_missed_and_spurious():
-    # the first is exact; the second has 4 of 16 px; 15 px are spurious
+def test_matched_missed_and_false():
+    # the first is exact; the second has 4 of 16 px; 15 px are false
     truth = square((8, 20), (0, 4, 0, 4), (0, 4, 6, 10))
     pred = square((8, 20), (0, 4, 0, 4), (5, 8, 15, 20), (0, 1, 6, 10)) * 10
     found = plain(truth, pred)
@@ -257,14 +257,16 @@ def test_bad_vague_areas_and_rules_are_refused():
 def test_masks_warn_and_can_be_labelled(dtype, value):
     truth = square((6, 12), (0, 4, 0, 4), (0, 4, 6, 10))
     mask = (truth > 0).astype(dtype) * dtype(value)
-    kind = f"prediction: .*0/{int(value)} mask with 2 connected components"
+    kind = f"prediction: .*2 separate components share the value {int(value)}"
     with pytest.warns(UserWarning, match=kind) as warned:
         assert plain(truth, mask).fp == 1
     assert warned[0].filename == __file__  # the caller's line
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert score_maps(truth, mask, protocol="plain", connected=True).pq == 1
-        assert score_maps(truth, truth, protocol="plain", connected=True).pq == 1  # no mask
+        twice = np.hstack([truth * 9, truth * 3])  # no mask: four components of four values
+        found = score_maps(twice, twice, protocol="plain", connected=True)
+        assert (found.n_truth, found.pq) == (4, 1)
 
 
 # ---- protocols ----

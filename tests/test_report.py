@@ -19,7 +19,7 @@ pytest.importorskip("jinja2", reason="the extra `report` is not installed")
 
 from nucsam.cli import run_command
 from nucsam.config import load_config, to_toml
-from nucsam.report import gallery
+from nucsam.report import facts, gallery
 from nucsam.report.page import finish, write_report
 from nucsam.score.metrics import score_maps
 
@@ -175,7 +175,7 @@ def test_the_page_shows_scores_and_how_they_were_made(finished):
     lines = (finished / "fold0" / "metrics.jsonl").read_text().splitlines()
     epochs = [json.loads(line) for line in lines]
     page = Page(finished / "fold0" / "report.html")
-    images, summary = scores["scores"][0]["images"], scores["scores"][0]["summary"]
+    images = scores["scores"][0]["images"]
     assert len(images) == 4 and page.count("article") == 3
     other = [100 * scores["scores"][1]["summary"]["mean"][name] for name in ("dice", "aji", "pq")]
     seconds, speeds, memory = (
@@ -183,8 +183,7 @@ def test_the_page_shows_scores_and_how_they_were_made(finished):
     )
     cost = sum(seconds) / 60, np.median(speeds), max(memory)
     for words in (
-        *(f"{100 * value:.1f} 95 % interval" for value in scores["headline"].values()),
-        f"{100 * summary['low']['aji']:.1f} to {100 * summary['high']['aji']:.1f}",
+        *(f"{100 * value:.1f}" for value in scores["headline"].values()),
         *(image["name"] for image in images),
         f"epoch {scores['epoch']}; chosen by AJI on the inner split",
         "none (random, seed 0), SHA-256 " + environment["base_sha256"][:12],
@@ -198,7 +197,7 @@ def test_the_page_shows_scores_and_how_they_were_made(finished):
         "base weights are random",
     ):
         assert words in page.text, words
-    for words in ("predicted again", "no pictures", "unfinished", "flatter"):
+    for words in ("predicted again", "no pictures", "unfinished", "flatter", "interval"):
         assert words not in page.text, words
 
 
@@ -244,6 +243,83 @@ def test_scores_that_flatter_are_marked(one):
     text = written(one).text
     assert "test images chose" in text and "no test images" in text
     assert text.count("flatter the model") == 2
+
+
+def test_an_interval_needs_six_images(one):
+    scores = read_scores(one)
+    scored = scores["scores"][0]
+    scored["images"] += [{**image, "name": image["name"] + "x"} for image in scored["images"]]
+    limits = dict.fromkeys(scored["summary"]["mean"], 0.25)
+    scored["summary"] |= {"low": limits, "high": limits}
+    (one / "scores.json").write_text(json.dumps(scores))
+    assert written(one).text.count("95 % interval 25.0 to 25.0") == 3
+
+
+def test_the_table_counts_nuclei_as_the_captions_do(finished):
+    images = read_scores(finished / "fold0")["scores"][0]["images"]
+    page = Page(finished / "fold0" / "report.html")
+    for image in images:
+        counts = {name: n for name, n in image["outcomes"].items() if n}
+        false = counts.pop("false", 0)
+        assert sum(counts.values()) == image["n_truth"] and false <= image["n_pred"]
+        numbers = [image["outcomes"][name] for name in ("missed", "false", "split", "merged")]
+        numbers = f"{image['n_truth']} {image['n_pred']} {' '.join(map(str, numbers))}"
+        assert numbers in page.text
+        if f"AJI {100 * image['aji']:.1f}," in page.text:  # it has a picture
+            truth = ", ".join(f"{n} {name}" for name, n in counts.items())
+            assert f"truth {truth}" in page.text
+
+
+def test_a_model_that_learnt_nothing_is_said_to(one):
+    scores = read_scores(one)
+    scores["scores"][0]["summary"]["predicted"] = 0
+    (one / "scores.json").write_text(json.dumps(scores))
+    text = written(one).text
+    assert (
+        "learnt nothing: it predicts no nucleus in the 4 test images. It has taken 20 opt" in text
+    )
+    assert "train.epochs = 300 would take" in text
+
+
+# ---- findings ----
+
+
+def image_of(organ, aji, **outcomes):
+    counts = {"missed": 0, "false": 0, "split": 0, "merged": 0} | outcomes
+    row = {"name": f"{organ}{aji}", "organ": organ, "aji": aji, "n_truth": 50, "n_pred": 50}
+    return row | {"outcomes": counts}
+
+
+def texts(describe, rows):
+    return [finding.text for finding in describe(rows)]
+
+
+def test_the_worst_organ_differs_by_more_than_chance():
+    rng = np.random.default_rng(0)
+    organs = [f"organ {k}" for k in range(20)]
+    alike = [image_of(organ, aji) for organ in organs for aji in rng.normal(0.6, 0.1, 4)]
+    assert texts(facts._worst_organ, alike) == []  # some organ is the worst, but by chance
+    worse = alike + [image_of("fat", aji) for aji in (0.3, 0.35, 0.4, 0.3)]
+    (text,) = texts(facts._worst_organ, worse)
+    assert text.startswith("The worst organ is fat with a mean AJI of 33.8 (4 images); ")
+    few = [image_of("fat", 0.1), image_of("fat", 0.1), image_of("liver", 0.9)]
+    assert texts(facts._worst_organ, few) == []
+
+
+def test_a_finding_needs_a_difference_beyond_noise():
+    assert facts.differs([1, 2, 1, 2, 1, 2]) and facts.differs([-1, -2, -1, -2, -1, -2])
+    assert not facts.differs([1, 2, 1, 2, 1])  # too few images
+    assert not facts.differs([9, -8, 9, -8, 9, -8]) and not facts.differs([0] * 6)
+    more = [image_of("a", 0.5, missed=9 + k % 2, false=2, merged=8, split=k % 2) for k in range(6)]
+    (text,) = texts(facts._matches, more)
+    assert text == (
+        "57 of 300 true nuclei (19 %) are missed, and 12 of 300 predicted ones (4 %) are false: "
+        "more nuclei are missed than are false."
+    )
+    assert "under-segmentation" in texts(facts._touching, more)[0]
+    noisy = [image_of("a", 0.5, missed=9 * (k % 2), false=8 - 8 * (k % 2)) for k in range(6)]
+    assert texts(facts._matches, noisy)[0].endswith("(8 %) are false.")
+    assert texts(facts._touching, noisy) == []
 
 
 def test_an_unfinished_run_shows_what_there_is(one):

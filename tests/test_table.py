@@ -1,5 +1,6 @@
 """The cross-validation table: statistics over folds, marks, Markdown."""
 
+import csv
 import json
 import math
 
@@ -7,11 +8,13 @@ import pytest
 from conftest import whole_scores
 
 from nucsam.folds.jobs import plan, variants
+from nucsam.folds.published import CAVEATS, PUBLISHED, is_nuinsseg
 from nucsam.folds.table import (
-    CAVEATS,
-    PUBLISHED,
     cross_validation,
     markdown_section,
+    table_csv,
+    table_latex,
+    table_rows,
     table_sections,
 )
 
@@ -22,7 +25,7 @@ def metrics(dice):
     return {name: dice and dice * factor for name, factor in factors.items()}
 
 
-def finish(job, dice, *, organs=(), no_vague=None, epoch=1):
+def finish(job, dice, *, organs=(), no_vague=None, epoch=1, images_in_all=12):
     """Write the files of a finished run; `organs` are (name, images, Dice)."""
     groups = {name: {"images": n, "mean": metrics(value)} for name, n, value in organs}
     images = sum(n for _, n, _ in organs)
@@ -39,6 +42,7 @@ def finish(job, dice, *, organs=(), no_vague=None, epoch=1):
     job.directory.write_metrics([{"epoch": job.config.train.epochs}])
     (job.run / "scores.json").write_text(json.dumps(document))
     environment = {"parameters_trainable": 1234567, "parameters": 5826993}
+    environment["images"] = {"train": images_in_all - 5, "inner": 2, "test": 3}
     (job.run / "environment.json").write_text(json.dumps(environment))
 
 
@@ -68,18 +72,21 @@ def test_numbers_of_the_table(table):
     assert (row["missing"], other["missing"]) == ([], [0, 2])
     assert row["epoch_chosen_on_test"] and not row["random_base"]
     assert row["base"] == ["mobile_sam.pt"] and row["epochs"] == 2
-    assert len(table["published"]) == len(PUBLISHED) and table["caveats"] == list(CAVEATS)
+    assert [(fold["fold"], fold["images"]) for fold in plain["folds"]] == [(0, 3), (1, 1), (2, 3)]
+    assert [fold["mean"]["dice"] for fold in no_vague["folds"]] == [0.6, 0.75, 0.8]
+    assert table["published"] == table["caveats"] == []
 
 
 def test_table_in_markdown(table):
-    scores, how, *organs = table_sections(table)
+    scores, folds, how, *organs = table_sections(table)
     mark = "`model.rank=4`; **EPOCH CHOSEN ON THE TEST IMAGES**; nuinsseg"
     assert f"| {mark} | 70.00 ± 10.00 | 35.00 ± 5.00 | 17.50 ± 2.50 | 1,234,567 |" in scores
     assert f"| {mark}-no-vague | 71.67 ± 10.41 |" in scores
     assert "**INCOMPLETE: fold 0, 2 of 3 missing**; nuinsseg | 50.00 | 25.00 | 12.50 |" in scores
-    assert "| published: CellViT (ViT-256) | 81.92 | 60.03 | 56.44 |" in scores
-    assert "RANDOM BASE" not in scores
-    assert all(f"- {note}\n" in scores for note in ("nuinsseg: r", *CAVEATS))
+    assert "RANDOM BASE" not in scores and "published" not in scores
+    assert scores.endswith("- nuinsseg: r\n- nuinsseg-no-vague: r\n")
+    assert f"| {mark} | 1 | 1 | 70.00 | 35.00 | 17.50 |\n" in folds
+    assert f"| {mark}-no-vague | 1 | 1 | 75.00 | 37.50 | 18.75 |\n" in folds
     best = "1 in fold 0, 2 in fold 1, 2 in fold 2, chosen by dice on the test split"
     assert f"| `model.rank=4` | 2; kept {best} | mobile_sam.pt | 5,826,993 |" in how
     assert "| 3 official folds, seed 19, group none | 0 |" in how
@@ -89,6 +96,46 @@ def test_table_in_markdown(table):
     ]
     assert "| liver | 6 | 3 | – | – | – |\n" in organs[0]
     assert "| brain | 1 | 1 | 80.00 | 40.00 | 20.00 |\n" in organs[0]
+
+
+def test_published_results_stand_beside_those_on_nuinsseg_alone(tmp_path, tiny):
+    def published(place, organs, images):
+        jobs = plan(variants(tiny(), []), tmp_path / place)
+        finish(jobs[0], 0.8, organs=[(name, 5, 0.8) for name in organs], images_in_all=images)
+        return cross_validation(jobs, "tiny")
+
+    organs = [f"human {k}" for k in range(20)] + [f"mouse {k}" for k in range(6)]
+    table = published("whole", organs, 665)
+    assert len(table["published"]) == len(PUBLISHED)
+    scores, *_ = table_sections(table)
+    assert "| published: CellViT (ViT-256) | 81.92 | 60.03 | 56.44 |" in scores
+    assert all(f"- {note}\n" in scores for note in CAVEATS)
+    assert table_rows(table)[-1].cells == ["67.4", "42.3", "39.8"]
+    assert published("fewer", organs, 664)["published"] == []
+    assert not is_nuinsseg({665}, organs[:8])  # synthetic images are of eight such organs
+    assert not is_nuinsseg({665}, [*organs, "colon"]) and not is_nuinsseg(set(), [])
+
+
+def test_csv_and_latex_hold_the_rows_of_the_table(table):
+    rows = table_rows(table)
+    means = ["70.00 ± 10.00", "35.00 ± 5.00", "17.50 ± 2.50"]
+    assert [row.fold for row in rows] == ["0", "1", "2", "mean"] * 2 + ["1", "mean"]
+    assert rows[3].cells == means and rows[3].images == "7"
+    header, first, *others = csv.reader(table_csv(rows).splitlines())
+    mark, incomplete = "EPOCH CHOSEN ON THE TEST IMAGES", "INCOMPLETE: fold 0, 2 of 3 missing"
+    scores = [f"{name}{kind} (%)" for name in ("Dice", "AJI", "PQ") for kind in ("", " std")]
+    assert header == ["model", "protocol", "fold", "images", *scores, "trained", "marks"]
+    numbers = ["60.00", "", "30.00", "", "15.00", ""]
+    assert first == ["model.rank=4", "nuinsseg", "0", "3", *numbers, "1,234,567", mark]
+    assert others[2][4:10] == ["70.00", "10.00", "35.00", "5.00", "17.50", "2.50"]
+    assert others[-1][-1] == f"{mark}; {incomplete}" and len(others) + 1 == len(rows)
+    lines = table_latex([row._replace(model="a_b & 5 %") for row in rows]).splitlines()
+    assert lines[1:3] == [r"\begin{tabular}{lllrrrrr}", r"\toprule"]
+    assert lines[3] == r"model & protocol & fold & images & Dice & AJI & PQ & trained \\"
+    name = rf"a\_b \& 5 \%; {mark} & nuinsseg & mean & 7"
+    cells = r"70.00 $\pm$ 10.00 & 35.00 $\pm$ 5.00 & 17.50 $\pm$ 2.50 & 1,234,567 \\"
+    assert lines[8:10] == [f"{name} & {cells}", r"\midrule"]
+    assert lines[-2:] == [r"\bottomrule", r"\end{tabular}"] and r"\midrule" not in lines[-3]
 
 
 def test_a_table_without_any_fold_says_so(tmp_path, tiny):

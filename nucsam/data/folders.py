@@ -36,7 +36,10 @@ MASK_SUFFIX = re.compile(
 
 @dataclass(frozen=True)
 class Record:
-    """One image on disk. `name` is the file stem, or `ORGAN_STEM` where organs share a stem."""
+    """One image on disk. `name` is the file stem, or `ORGAN_STEM` where organs share a stem.
+
+    With `connected`, each connected component of the label is a nucleus.
+    """
 
     name: str
     organ: str
@@ -44,6 +47,7 @@ class Record:
     label: Path
     vague: Path | None
     group: str
+    connected: bool = False
     region_class: str = ""  # in a file of outlines, a class of regions beside `Region*`
     region: int | None = None  # which region of the outlines to read, from 0; None: the whole image
 

@@ -17,6 +17,7 @@ import numpy as np
 from nucsam.data import geojson, published, rois
 from nucsam.data.folders import Record, format_size, raise_problems
 from nucsam.data.images import open_image, read_image, read_label, read_mask, read_mpp, read_remarks
+from nucsam.data.labels import components, not_instances
 from nucsam.data.rois import Outlines
 from nucsam.errors import UserError
 from nucsam.progress import with_bar
@@ -35,6 +36,7 @@ class Sample:
     label: np.ndarray  # int32 (H, W), 0 = background, ids 1..n without gaps
     vague: np.ndarray | None  # bool (H, W), True where the annotators were unsure
     partial: bool = False  # whether `vague` is also what was not annotated, which no score counts
+    problem: str = ""  # why the label seems to be no map of instances
 
     def counted(self, label: np.ndarray) -> np.ndarray:
         """A label map (H, W) of the image without the pixels that no score counts."""
@@ -138,10 +140,8 @@ def read_sample(record: Record) -> Sample:
     nucleus that lies in the rest alone.
 
     Raises:
-        UserError: a file is bad, sizes differ, a side is under MIN_SIDE px, or the label is a
-            binary mask: several components that share one id.
+        UserError: a file is bad, sizes differ, or a side is under MIN_SIDE px.
     """
-    from scipy import ndimage
     from skimage.segmentation import relabel_sequential
 
     try:
@@ -157,19 +157,23 @@ def read_sample(record: Record) -> Sample:
         if mask is not None and mask.shape != size:
             found, expected = format_size(mask.shape), format_size(size)
             raise UserError(f"{path}: found {found} px, expected {expected} as in {record.image}")
+    drawn = record.label.suffix.lower() in READERS
+    found = "" if record.connected or drawn else not_instances(label)
+    expected = "one id per nucleus; data.connected = true makes each component a nucleus"
+    problem = f"{record.label}: found {found}, expected {expected}" if found else ""
+    if record.connected and not drawn:
+        label = components(label)
     if rest is not None:
         counted = np.bincount(label[~rest], minlength=label.max() + 1) > 0
         label = np.where(counted[label], label, 0)
         vague = rest if vague is None else rest | vague
-    largest = label.max()
-    label = relabel_sequential(label)[0]
-    if label.max() == 1 and record.label.suffix.lower() not in READERS:
-        _, components = ndimage.label(label, np.ones((3, 3)))
-        if components > 1:
-            found = f"a binary mask ({components} components that all have the value {largest})"
-            expected = "one id per nucleus, as of skimage.measure.label"
-            raise UserError(f"{record.label}: found {found}, expected {expected}")
-    return Sample(image, label, vague, partial=rest is not None)
+    return Sample(
+        image,
+        relabel_sequential(label)[0],
+        vague,
+        partial=rest is not None,
+        problem=problem,
+    )
 
 
 def _read_files(record: Record) -> tuple[np.ndarray, ...]:
@@ -215,12 +219,20 @@ def digest(sample: Sample) -> str:
 
 
 def read_digest(record: Record) -> str:
-    """The `digest` of a record. Raises as `read_sample` does."""
-    return digest(read_sample(record))
+    """The `digest` of a record. Raises as `read_instances` does."""
+    return digest(read_instances(record))
+
+
+def read_instances(record: Record) -> Sample:
+    """As `read_sample`, but raises a UserError where the label seems to be no map of instances."""
+    sample = read_sample(record)
+    if sample.problem:
+        raise UserError(sample.problem)
+    return sample
 
 
 def _read_whole(record: Record) -> tuple[Sample, str, float | None]:
-    sample = read_sample(record)
+    sample = read_instances(record)
     return sample, digest(sample), read_mpp(record.image)
 
 
@@ -275,7 +287,7 @@ class Samples:
         progress: whether to show a progress bar.
 
     Raises:
-        UserError: names every file that cannot be used.
+        UserError: names every file that cannot be used; also a label that is no map of instances.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -138,5 +138,6 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
 def find_split(data: Data) -> tuple[list[Record], Split]:
     """The images of a configuration and their split; training and scoring must agree on it."""
     records = find_records(data.root, layout=data.layout, group=data.group)
+    records = [replace(record, connected=data.connected) for record in records]
     records = by_region(records, data.region_class)
     return records, split_records(records, data)

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -16,19 +17,19 @@ from nucsam.errors import UserError
 EXAMPLES = 24  # images on the contact sheet
 WIDTH = 80  # characters of a table
 
-Contents = tuple[str, np.ndarray, float | None, float | None]
+Contents = tuple[str, np.ndarray, float | None, float | None, str]
 
 
 def _contents(record: Record) -> Contents:
-    """Size, areas of the nuclei in px, vague area in percent, and microns per pixel."""
+    """Size, areas of the nuclei in px, vague area in percent, microns per pixel, and problem."""
     sample = read_sample(record)
     areas = np.bincount(sample.label.ravel())[1:]
     vague = None if sample.vague is None else 100 * sample.vague.mean()
-    return format_size(sample.label.shape), areas, vague, read_mpp(record.image)
+    return format_size(sample.label.shape), areas, vague, read_mpp(record.image), sample.problem
 
 
 def _row(organ: str, images: Sequence[tuple[Record, Contents]]) -> dict:
-    sizes, areas, vague, mpp = zip(*(contents for _, contents in images))
+    sizes, areas, vague, mpp, _ = zip(*(contents for _, contents in images))
     nuclei = np.concatenate(areas)
     known = [percent for percent in vague if percent is not None]
     return {
@@ -46,24 +47,31 @@ def _row(organ: str, images: Sequence[tuple[Record, Contents]]) -> dict:
 
 
 def inspect_folder(
-    root: str | Path, *, layout: str = "auto", group: str = "", region_class: str = ""
+    root: str | Path,
+    *,
+    layout: str = "auto",
+    group: str = "",
+    region_class: str = "",
+    connected: bool = False,
 ) -> dict:
     """Read a whole data set and count what is in it.
 
     Args:
         root, layout, group: as for `nucsam.data.find_records`.
         region_class: as of `nucsam.data.rois.Outlines`.
+        connected: each connected component of a label map is a nucleus.
 
     Returns:
         A dict fit for JSON. `rows`: one per organ and a last one for all, with images, groups,
         nuclei, median nuclear area in px, vague area in percent of the images that have a mask,
         microns per pixel, and sizes. `layout`; `taken`: one line on what is taken. `bad`: every
-        problem; images with one are not counted. `remarks`. `examples`: name, image path and label
-        path of up to EXAMPLES images, taken round-robin from the organs; `example_regions`: class
-        and number of the region of each.
+        problem; unreadable images are not counted. `remarks`. `examples`: name, image path and
+        label path of up to EXAMPLES images, taken round-robin from the organs; `example_regions`:
+        class and number of the region of each.
     """
     scan = scan_folder(Path(root), layout, group)
-    records, problems = by_region(scan.records, region_class), scan.problems
+    records = [replace(record, connected=connected) for record in scan.records]
+    records, problems = by_region(records, region_class), scan.problems
     images, organs = [], defaultdict(list)
     for record, contents in zip(records, read_each(_contents, records, "Reading images")):
         if isinstance(contents, UserError):
@@ -71,6 +79,7 @@ def inspect_folder(
         else:
             images.append((record, contents))
             organs[record.organ].append((record, contents))
+            problems += filter(None, contents[-1:])
     rows = [_row(organ, pairs) for organ, pairs in organs.items()]
     if images:
         rows.append(_row("all", images))

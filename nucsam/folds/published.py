@@ -1,5 +1,7 @@
 """Published results on NuInsSeg, and what a reader must know to compare with them."""
 
+from collections.abc import Collection
+
 # Five-fold results on NuInsSeg
 PUBLISHED = (  # model, parameters, Dice, AJI, PQ in percent, source
     ("Shallow U-Net", "1.9 M", "78.8", "50.5", "42.7", "NuInsSeg paper"),
@@ -23,3 +25,16 @@ CAVEATS = (
     "The report's published code trains 4,182,404 parameters and scores masks turned to 0/1: "
     "its row is as reported.",
 )
+
+
+def is_nuinsseg(images: Collection[int], organs: Collection[str]) -> bool:
+    """Whether runs used all of NuInsSeg: its 665 images, in organ folders named as its 31 are.
+
+    A fold tests 133 images, which are of more than 20 organs.
+
+    Args:
+        images: how many images each variant has.
+        organs: of the images scored so far.
+    """
+    named = all(organ.startswith(("human ", "mouse ")) for organ in organs)
+    return set(images) == {665} and 20 < len(organs) <= 31 and named

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -33,7 +33,13 @@ from nucsam.data.splits import find_split, inventory
 from nucsam.errors import UserError
 from nucsam.files import write_text
 from nucsam.folds.jobs import Job, child_environment, device_of, plan, variants
-from nucsam.folds.table import cross_validation, table_sections
+from nucsam.folds.table import (
+    cross_validation,
+    table_csv,
+    table_latex,
+    table_rows,
+    table_sections,
+)
 from nucsam.processes import handled, is_first
 from nucsam.run.directory import RunDirectory
 from nucsam.score.tables import COLUMNS, HEADLINE, percent, write_json
@@ -105,8 +111,11 @@ class Board:
                 continue
             where = f" on {note['where']}" if state == "running" and note else ""
             texts = [f"{job.name}: {state}{where}, epoch {epochs} of {job.config.train.epochs}"]
+            if scores := job.scores() if state == "done" else None:
+                texts += [_scores(scores["images_of"], scores["headline"])]
+            elif validated:
+                texts += [_scores(job.config.data.select, validated)]
             if validated:
-                texts += [f"{COLUMNS[name]} {percent(validated[name])}" for name in HEADLINE]
                 texts += [f"{speed} images/s", _duration(note)]
             self.say(", ".join(texts))
 
@@ -125,6 +134,11 @@ def _progress(job: Job) -> tuple[int, dict[str, Any], str]:
     validated = next((line for line in reversed(lines) if HEADLINE[0] in line), {})
     speed = lines[-1].get("images_per_second")
     return lines[-1]["epoch"], validated, f"{speed:.1f}" if speed else ""
+
+
+def _scores(split: str, means: Mapping[str, float | None]) -> str:
+    numbers = [f"{COLUMNS[name]} {percent(means[name])}" for name in HEADLINE]
+    return f"{split} {', '.join(numbers)}"
 
 
 def _duration(note: dict[str, Any]) -> str:
@@ -152,7 +166,7 @@ def cross_validate(
     Args:
         path: the configuration file.
         overrides: texts 'table.key=value'.
-        out: folder of the runs, of table.json and of table.md.
+        out: folder of the runs, and of table.json, table.md, table.csv and table.tex.
         grid: as of `variants`.
 
     Returns:
@@ -175,15 +189,17 @@ def cross_validate(
     if not is_first():
         return 0  # the first one reports; a launcher would end the others on any other status
     table = cross_validation(jobs, path.stem)
-    sections = table_sections(table)
+    sections, rows = table_sections(table), table_rows(table)
     write_json(out / "table.json", table)
     write_text(out / "table.md", "\n".join(sections))
+    write_text(out / "table.csv", table_csv(rows))
+    write_text(out / "table.tex", table_latex(rows))
     for section in reversed(sections):
         board.console.print(Markdown(section))
     failed = [job for job in jobs if job not in board.done]
     for job in failed:
         board.say(f"not done: {job.name}, see {job.log}", "red")
-    board.say(f"table: {out / 'table.md'}, {out / 'table.json'}")
+    board.say(f"table: {out / 'table.md'}, and table.csv, table.tex and table.json beside it")
     return 1 if failed else 0
 
 

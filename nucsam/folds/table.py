@@ -1,12 +1,24 @@
-"""The cross-validation table: statistics over folds, and Markdown."""
+"""The cross-validation table: statistics over folds, as Markdown, CSV and LaTeX."""
 
+import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from nucsam.files import csv_text
 from nucsam.folds.jobs import Job
-from nucsam.folds.published import CAVEATS, PUBLISHED
-from nucsam.score.tables import HEADLINE, over_folds, percent
+from nucsam.folds.published import CAVEATS, PUBLISHED, is_nuinsseg
+from nucsam.score.tables import COLUMNS, HEADLINE, over_folds, percent
+
+TITLES = "|".join(COLUMNS[name] for name in HEADLINE)
+MEAN, PUBLISHED_ROW = "mean", "published"  # what stands in place of a fold
+UNDEFINED = percent(None)
+LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"±": r"$\pm$", UNDEFINED: "--"}
+)
 
 
 def cross_validation(jobs: Sequence[Job], name: str) -> dict[str, Any]:
@@ -14,6 +26,7 @@ def cross_validation(jobs: Sequence[Job], name: str) -> dict[str, Any]:
 
     Means are over the images of a fold, then over finished folds. The deviation is the sample
     standard deviation over folds, NaN of one. An organ's mean is over the folds that have it.
+    Published results and caveats are there only where the images are NuInsSeg's.
 
     Args:
         jobs: all folds of all variants.
@@ -25,11 +38,16 @@ def cross_validation(jobs: Sequence[Job], name: str) -> dict[str, Any]:
     by_variant: dict[str, list[Job]] = {}
     for job in jobs:
         by_variant.setdefault(job.variant or name, []).append(job)
+    variants = [_variant(label, folds) for label, folds in by_variant.items()]
+    protocols = [rules for variant in variants for rules in variant["protocols"]]
+    organs = {organ for rules in protocols for organ in rules["organs"]}
+    images = {variant["images"] for variant in variants if variant["protocols"]}
+    comparable = is_nuinsseg(images, organs)
     return {
         "name": name,
-        "variants": [_variant(label, folds) for label, folds in by_variant.items()],
-        "published": [list(row) for row in PUBLISHED],
-        "caveats": list(CAVEATS),
+        "variants": variants,
+        "published": [list(row) for row in PUBLISHED] if comparable else [],
+        "caveats": list(CAVEATS) if comparable else [],
     }
 
 
@@ -44,6 +62,7 @@ def _variant(label: str, jobs: Sequence[Job]) -> dict[str, Any]:
         "missing": [fold for fold in scores if fold not in done],
         "parameters_trainable": environment.get("parameters_trainable"),
         "parameters": environment.get("parameters"),
+        "images": sum(environment.get("images", {}).values()),
         "epochs": c.train.epochs,
         "best_epochs": {fold: document["epoch"] for fold, document in done.items()},
         "epoch_chosen_by": f"{c.train.best} on the {c.data.select} split",
@@ -52,18 +71,19 @@ def _variant(label: str, jobs: Sequence[Job]) -> dict[str, Any]:
         "random_base": c.model.weights == "none",
         "split": {"scheme": c.data.split, "group": c.data.group, "seed": c.data.seed},
         "seed": c.train.seed,
-        "protocols": _protocols([document["scores"] for document in done.values()]),
+        "protocols": _protocols({fold: document["scores"] for fold, document in done.items()}),
     }
 
 
-def _protocols(folds: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The folds' scores by each protocol.
+def _protocols(scores: Mapping[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The scores of each fold by each protocol.
 
     A fold without vague areas has one protocol: it scores the same with and without them.
     """
     rows = []
-    for k, rules in enumerate(max(folds, key=len, default=[])):
-        summaries = [(scored[k:] or scored)[0]["summary"] for scored in folds]
+    for k, rules in enumerate(max(scores.values(), key=len, default=[])):
+        by_fold = {fold: (scored[k:] or scored)[0]["summary"] for fold, scored in scores.items()}
+        summaries = list(by_fold.values())
         organs = {}
         for organ in sorted({organ for summary in summaries for organ in summary["organs"]}):
             groups = [s["organs"][organ] for s in summaries if organ in s["organs"]]
@@ -74,42 +94,120 @@ def _protocols(folds: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
             }
         row = {"protocol": rules["protocol"]["name"], "rules": rules["rules"]}
         row["images"] = sum(summary["images"] for summary in summaries)
+        row["folds"] = [
+            {"fold": fold, "images": summary["images"], "mean": summary["mean"]}
+            for fold, summary in by_fold.items()
+        ]
         rows.append(row | over_folds([s["mean"] for s in summaries]) | {"organs": organs})
     return rows
 
 
-def table_sections(table: dict[str, Any]) -> list[str]:
-    """table.md in sections: the scores, how the models were made, and each variant's organs."""
-    nothing = {"protocol": "no fold done", "rules": "", "organs": {}, **over_folds([])}
-    scores, organs, rules = [], [], {}
-    for row in table["variants"]:
-        label, trained = _label(row), _count(row["parameters_trainable"])
-        for scored in row["protocols"] or [nothing]:
-            title = f"{label}; {scored['protocol']}"
-            scores.append([title, *_cells(scored), trained])
-            rules[scored["rules"]] = None
-            rows = [
-                [organ, str(group["images"]), str(group["folds"]), *_cells(group)]
-                for organ, group in scored["organs"].items()
-            ]
-            if rows:
-                columns = "organ|images|folds|Dice|AJI|PQ"
-                organs.append(markdown_section(f"Per organ: {title}", columns, rows))
+class TableRow(NamedTuple):
+    """One row of table.md, table.csv and table.tex: of a fold, over folds, or published."""
+
+    model: str
+    marks: tuple[str, ...]  # what makes its numbers flatter or say little
+    protocol: str
+    fold: str  # its number, MEAN or PUBLISHED_ROW
+    images: str
+    scores: tuple[tuple[str, str], ...]  # of HEADLINE in percent: mean, and deviation over folds
+    trained: str  # parameters
+
+    @property
+    def cells(self) -> list[str]:
+        """The scores, each with its deviation where there is one."""
+        return [_with_deviation(*pair) for pair in self.scores]
+
+
+def table_rows(table: dict[str, Any]) -> list[TableRow]:
+    """The document of `cross_validation` row by row: folds, then their mean, then published."""
+    nothing = {"protocol": "no fold done", "images": 0, "folds": [], **over_folds([])}
+    rows = []
+    for variant in table["variants"]:
+        name, marks = variant["variant"], _marks(variant)
+        trained = _count(variant["parameters_trainable"])
+        for scored in variant["protocols"] or [nothing]:
+            for row in (*scored["folds"], {**scored, "fold": MEAN}):
+                place = scored["protocol"], str(row["fold"]), str(row["images"])
+                rows.append(TableRow(name, marks, *place, _scores(row), trained))
     for model, parameters, *cells, _ in table["published"]:
-        scores.append([f"published: {model}", *cells, parameters])
+        scores = tuple((cell, "") for cell in cells)
+        rows.append(TableRow(model, (), "", PUBLISHED_ROW, "", scores, parameters))
+    return rows
+
+
+def table_sections(table: dict[str, Any]) -> list[str]:
+    """table.md in sections: means, folds, how the models were made, and each variant's organs."""
+    means, folds = [], []
+    for row in table_rows(table):
+        marks = (f"**{mark}**" for mark in row.marks)
+        title = "; ".join([f"`{row.model}`", *marks, row.protocol])
+        if row.fold == PUBLISHED_ROW:
+            means.append([f"published: {row.model}", *row.cells, row.trained])
+        elif row.fold == MEAN:
+            means.append([title, *row.cells, row.trained])
+        else:
+            folds.append([title, row.fold, row.images, *row.cells])
+    protocols = [rules for variant in table["variants"] for rules in variant["protocols"]]
     average = "Percent: mean over a fold's images, then over folds ± standard deviation over folds."
-    notes = [average, *filter(None, rules), *table["caveats"]]
-    title, columns = f"Cross-validation: {table['name']}", "model|Dice|AJI|PQ|trained"
+    notes = [average, *dict.fromkeys(rules["rules"] for rules in protocols), *table["caveats"]]
+    title, columns = f"Cross-validation: {table['name']}", f"model|{TITLES}|trained"
+    sections = [markdown_section(title, columns, means, notes)]
+    if folds:
+        sections.append(markdown_section("Test scores", f"model|fold|images|{TITLES}", folds))
     how = "model|epochs|base weights|parameters in all|split|seed"
-    return [
-        markdown_section(title, columns, scores, notes),
-        markdown_section("How", how, [_how(row) for row in table["variants"]]),
-        *organs,
-    ]
+    sections.append(markdown_section("How", how, [_how(row) for row in table["variants"]]))
+    return sections + _organ_sections(table)
 
 
-def _label(row: dict[str, Any]) -> str:
-    """A variant's name and what makes its numbers flatter or say little."""
+def _organ_sections(table: dict[str, Any]) -> list[str]:
+    sections = []
+    for variant in table["variants"]:
+        marks = "".join(f"; **{mark}**" for mark in _marks(variant))
+        for scored in variant["protocols"]:
+            rows = []
+            for organ, group in scored["organs"].items():
+                counts = str(group["images"]), str(group["folds"])
+                rows.append([organ, *counts, *(_with_deviation(*pair) for pair in _scores(group))])
+            title = f"Per organ: `{variant['variant']}`{marks}; {scored['protocol']}"
+            if rows:
+                sections.append(markdown_section(title, f"organ|images|folds|{TITLES}", rows))
+    return sections
+
+
+def table_csv(rows: Sequence[TableRow]) -> str:
+    """table.csv: scores in percent, empty where undefined."""
+    scores = [f"{title}{kind} (%)" for title in TITLES.split("|") for kind in ("", " std")]
+    lines = [["model", "protocol", "fold", "images", *scores, "trained", "marks"]]
+    for row in rows:
+        place = row.model, row.protocol, row.fold, row.images
+        numbers = [text for pair in row.scores for text in pair]
+        cells = [*place, *numbers, row.trained, "; ".join(row.marks)]
+        lines.append(["" if cell == UNDEFINED else csv_text(cell) for cell in cells])
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows(lines)
+    return file.getvalue()
+
+
+def table_latex(rows: Sequence[TableRow]) -> str:
+    """table.tex: a tabular in percent; a document needs the package booktabs."""
+    lines = [["model", "protocol", "fold", "images", *TITLES.split("|"), "trained"]]
+    for row in rows:
+        model = "; ".join((row.model, *row.marks))
+        lines.append([model, row.protocol, row.fold, row.images, *row.cells, row.trained])
+    head, *body = [" & ".join(cell.translate(LATEX) for cell in line) + r" \\" for line in lines]
+    parts = []
+    for row, line in zip(rows, body):
+        parts.append(line)
+        if row.fold == MEAN and row is not rows[-1]:
+            parts.append(r"\midrule")
+    note = "% Percent; a document needs the package booktabs."
+    start = [note, r"\begin{tabular}{lllrrrrr}", r"\toprule", head, r"\midrule"]
+    return "\n".join([*start, *parts, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _marks(row: dict[str, Any]) -> tuple[str, ...]:
+    """What makes a variant's numbers flatter or say little."""
     marks = []
     if row["epoch_chosen_on_test"]:
         marks.append("EPOCH CHOSEN ON THE TEST IMAGES")
@@ -118,7 +216,20 @@ def _label(row: dict[str, Any]) -> str:
     if row["missing"]:
         folds = ", ".join(map(str, row["missing"]))
         marks.append(f"INCOMPLETE: fold {folds} of {row['folds']} missing")
-    return "; ".join([f"`{row['variant']}`", *(f"**{mark}**" for mark in marks)])
+    return tuple(marks)
+
+
+def _scores(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Dice, AJI and PQ in percent, each with its deviation over folds, "" where there is none."""
+    scores = []
+    for name in HEADLINE:
+        std = row.get("std", {}).get(name, math.nan)
+        scores.append((percent(row["mean"][name], 2), "" if math.isnan(std) else percent(std, 2)))
+    return tuple(scores)
+
+
+def _with_deviation(mean: str, std: str) -> str:
+    return f"{mean} ± {std}" if std else mean
 
 
 def _how(row: dict[str, Any]) -> list[str]:
@@ -136,17 +247,7 @@ def _how(row: dict[str, Any]) -> list[str]:
 
 
 def _count(number: int | None) -> str:
-    return f"{number:,}" if number else "–"
-
-
-def _cells(scored: Mapping[str, Any]) -> list[str]:
-    """Dice, AJI and PQ in percent, each with its deviation where there is one."""
-    cells = []
-    for name in HEADLINE:
-        mean, std = scored["mean"][name], scored["std"][name]
-        defined = not math.isnan(mean + std)
-        cells.append(percent(mean, 2) + (f" ± {percent(std, 2)}" if defined else ""))
-    return cells
+    return f"{number:,}" if number else UNDEFINED
 
 
 def markdown_section(

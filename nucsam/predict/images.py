@@ -290,6 +290,12 @@ class Batch:
         text = f"{out}: {len(outcomes) - failed} image(s), {nuclei:,} nuclei, {tiles} tiles in "
         text += f"{self.task.elapsed:.1f} s" + (f"; {failed} failed" if failed else "")
         self._say(text)
+        if len(outcomes) > failed and not nuclei:
+            self._say(
+                "no nucleus in any image: the model may have learnt nothing, or the images are of "
+                f"another magnification or stain. {self.predictor.trained}",
+                style="yellow",
+            )
         self._remove_claims()
         return int(failed > 0)
 

@@ -21,6 +21,7 @@ from nucsam.model.weights import load_base
 from nucsam.predict.devices import autocast_dtype, find_device
 from nucsam.predict.tiles import Area, Key, Tiles, Window, own_nuclei, windows, windows_in
 from nucsam.run import checkpoint
+from nucsam.run.learning import advice
 
 CORE = 1024  # px: longest side of a window's core
 MARGIN = 128  # px: farthest that a nucleus reaches from its centroid
@@ -45,6 +46,7 @@ class Predictor:
         batch: tiles of one size that go through the model together.
         autocast: dtype of the forward pass; None = the model's own.
         tta: average the maps over the eight flips and quarter turns.
+        trained: what training it had, for the message that it finds nothing.
         ratio: px of any image per px of those trained on, whatever its mpp; None = by mpp.
         core: longest side of a window's core, px; see `predict.tiles`.
         margin: px around a core.
@@ -60,6 +62,7 @@ class Predictor:
     batch: int = 4
     autocast: torch.dtype | None = None
     tta: bool = False
+    trained: str = ""
     ratio: float | None = None
     core: int = CORE
     margin: int = MARGIN
@@ -269,8 +272,17 @@ def load(
         batch=batch,
         autocast=autocast_dtype(metadata.get("precision"), where),
         tta=tta,
+        trained=_training(config, metadata),
         ratio=config.data.scale / scale if scale else None,
     )
+
+
+def _training(config: Config, metadata: dict[str, Any]) -> str:
+    """How long a model was trained, from the metadata of its file; "" where it does not say."""
+    match metadata.get("selected"):
+        case {"epoch": int(epoch), "step": int(step)}:
+            return advice(config, epoch, step)
+    return ""
 
 
 def open_model(path: Path) -> tuple[Nucsam, Config, dict[str, Any]]:

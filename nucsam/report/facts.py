@@ -1,16 +1,19 @@
 """What a report says of runs: scores of folds, findings, notices, cost."""
 
-from collections import Counter, defaultdict
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import NormalDist, fmean, median, stdev
 from typing import Any, NamedTuple
 
 from nucsam.files import without_nan
 from nucsam.run.directory import RunRecord
-from nucsam.score.tables import COLUMNS, HEADLINE, over_folds, percent
+from nucsam.run.learning import advice, learnt_nothing
+from nucsam.score.tables import COLUMNS, FEWEST, HEADLINE, over_folds, percent
 
 SHOWN = {name: COLUMNS[name] for name in HEADLINE}
+POINT = 0.01  # of AJI: scores without error bars must differ by more to be spoken of
 
 Row = dict[str, Any]  # one scored image of `RunRecord.rows`
 
@@ -45,13 +48,14 @@ def summary(runs: Sequence[RunRecord]) -> dict[str, Any]:
         `variant`; `folds`, how many are scored; `kept`, the epochs whose weights are kept. By
         metric: `mean` over a fold's images, then over folds, 0..1, None without scores; `std`, the
         sample standard deviation over folds, None of fewer than two; `interval` of a single run,
-        the 95 % bootstrap interval over images.
+        the 95 % bootstrap interval over images, {} of fewer than FEWEST.
     """
     scored = [run for run in runs if run.scores]
     interval = {}
-    if len(runs) == len(scored) == 1:
+    if len(runs) == len(scored) == 1 and len(scored[0].rows) >= FEWEST:
         whole = scored[0].scores["scores"][0]["summary"]
-        interval = {metric: (whole["low"][metric], whole["high"][metric]) for metric in SHOWN}
+        limits = {metric: (whole["low"][metric], whole["high"][metric]) for metric in SHOWN}
+        interval = {metric: pair for metric, pair in limits.items() if None not in pair}
     return {
         "variant": runs[0].variant,
         "folds": f"{len(scored)} of {runs[0].config.data.folds}",
@@ -84,13 +88,24 @@ def notices(folder: Path, runs: Sequence[RunRecord]) -> list[str]:
             "There are no test images. The scores are those of the inner split, which chose the "
             "epoch to keep, so they flatter the model."
         )
+    for run in scored:
+        if sentence := learnt_nothing(run.scores):
+            name = f"{_name(run)}: " if cross else ""
+            last = run.epochs[-1] if run.epochs else run.scores
+            texts.append(
+                f"{name}{sentence} {advice(run.config, last['epoch'], last.get('step', 0))}."
+            )
     if any(run.config.model.weights == "none" for run in runs):
         texts.append("The base weights are random: the scores say nothing about MobileSAM.")
     return texts
 
 
+def _name(run: RunRecord) -> str:
+    return f"{run.variant}, {run.name}".removeprefix(", ")
+
+
 def _unfinished(run: RunRecord, cross: bool) -> str:
-    name = f"{run.variant}, {run.name}".removeprefix(", ") if cross else "This run"
+    name = _name(run) if cross else "This run"
     done = run.epochs[-1]["epoch"] if run.epochs else 0
     return (
         f"{name} is unfinished: {done} of {run.config.train.epochs} epochs are done, and the test "
@@ -145,6 +160,9 @@ class Finding(NamedTuple):
 def findings(runs: Sequence[RunRecord], places: dict[str, str]) -> list[Finding]:
     """Sentences about results: of the images first, then of each run's training.
 
+    A sentence says that one thing is more than another only where `differs` or `_worst_organ` says
+    that chance seldom makes such a difference.
+
     Args:
         runs: the folds of one variant.
         places: image name -> id of its picture on the page.
@@ -156,11 +174,12 @@ def findings(runs: Sequence[RunRecord], places: dict[str, str]) -> list[Finding]
             sentences += describe(rows)
         worst = min(rows, key=lambda row: row["aji"])
         middle = median(row["aji"] for row in rows)
-        text = (
-            f"The worst image is {worst['name']} with AJI {percent(worst['aji'])}; "
-            f"the median over images is {percent(middle)}."
-        )
-        sentences.append(Finding(text, places.get(worst["name"], "images")))
+        if worst["aji"] < middle - POINT:
+            text = (
+                f"The worst image is {worst['name']} with AJI {percent(worst['aji'])}; "
+                f"the median over images is {percent(middle)}."
+            )
+            sentences.append(Finding(text, places.get(worst["name"], "images")))
     for run in runs:
         start = f"{run.name.capitalize()}: " if len(runs) > 1 else ""
         sentences += [Finding(start + text, "curves") for text in _training(run)]
@@ -171,62 +190,75 @@ def _share(count: int, total: int) -> str:
     return f"{100 * count / total:.0f} %" if total else "–"
 
 
+def differs(differences: Sequence[float]) -> bool:
+    """Whether the mean over images is more than two standard errors from 0; of few images, no."""
+    n = len(differences)
+    return n >= FEWEST and abs(fmean(differences)) > 2 * stdev(differences) / math.sqrt(n)
+
+
 def _worst_organ(rows: list[Row]) -> Iterator[Finding]:
+    """The organ of the lowest mean, where chance seldom makes any of the organs differ as much.
+
+    The deviation of an image is that within organs, pooled. The worst of k organs must lie beyond
+    the 1 - 0.025 / k quantile of the normal distribution (Bonferroni), in standard errors.
+    """
     values = {organ: [row["aji"] for row in group] for organ, group in by_organ(rows).items()}
-    if len(values) == 1:
+    freedom = len(rows) - len(values)
+    if len(values) == 1 or freedom < FEWEST:
         return
-    worst = min(values, key=lambda organ: fmean(values[organ]))
+    means = {organ: fmean(scores) for organ, scores in values.items()}
+    squares = ((score - means[organ]) ** 2 for organ in values for score in values[organ])
+    variance = sum(squares) / freedom
+    limit = NormalDist().inv_cdf(1 - 0.025 / len(values))
+    worst = min(means, key=means.get)
     scores = values.pop(worst)
-    images = f"{len(scores)} images" if len(scores) > 1 else "1 image: too few to tell"
-    rest = fmean(score for group in values.values() for score in group)
+    others = [score for group in values.values() for score in group]
+    error = math.sqrt(variance * (1 / len(scores) + 1 / len(others)))
+    if fmean(others) - means[worst] <= limit * error:
+        return
     yield Finding(
-        f"The worst organ is {worst} with a mean AJI of {percent(fmean(scores))} ({images}); "
-        f"the images of all other organs have {percent(rest)}.",
+        f"The worst organ is {worst} with a mean AJI of {percent(means[worst])} "
+        f"({len(scores)} images); the images of all other organs have {percent(fmean(others))}.",
         "organs",
     )
 
 
 def _matches(rows: list[Row]) -> Iterator[Finding]:
-    missed = sum(row["counts"]["fn"] for row in rows)
-    false = sum(row["counts"]["fp"] for row in rows)
+    missed, false = (_outcomes(rows, name) for name in ("missed", "false"))
     nuclei = sum(row["n_truth"] for row in rows)
     predicted = sum(row["n_pred"] for row in rows)
-    if min(missed, false) >= 0.8 * max(missed, false):
-        verdict = "about as many are missed as are false"
-    elif missed > false:
-        verdict = "more nuclei are missed than are false"
-    else:
-        verdict = "more nuclei are false than are missed"
+    verdict = ""
+    if differs([a - b for a, b in zip(missed, false)]):
+        more, less = ("missed", "false") if sum(missed) > sum(false) else ("false", "missed")
+        verdict = f": more nuclei are {more} than are {less}"
     yield Finding(
-        f"{missed:,} of {nuclei:,} true nuclei ({_share(missed, nuclei)}) and {false:,} of "
-        f"{predicted:,} predicted ones ({_share(false, predicted)}) have no match: {verdict}.",
+        f"{sum(missed):,} of {nuclei:,} true nuclei ({_share(sum(missed), nuclei)}) are missed, "
+        f"and {sum(false):,} of {predicted:,} predicted ones ({_share(sum(false), predicted)}) "
+        f"are false{verdict}.",
         "gallery",
     )
 
 
 def _touching(rows: list[Row]) -> Iterator[Finding]:
-    merges = sum(row["counts"]["merges"] for row in rows)
-    splits = sum(row["counts"]["splits"] for row in rows)
-    if not merges and not splits:
+    merged, split = (_outcomes(rows, name) for name in ("merged", "split"))
+    if not any(merged) and not any(split):
         return
-    if merges > 2 * splits:
-        verdict = "This is under-segmentation, where nuclei touch"
-    elif splits > 2 * merges:
-        verdict = "This is over-segmentation"
-    else:
-        verdict = "Both happen"
-    kind = "merges" if merges >= splits else "splits"
-    organs = Counter()
-    for row in rows:
-        organs[row["organ"]] += row["counts"][kind]
-    organ, count = organs.most_common(1)[0]
-    where = f"{count:,} in {organ}, " if len(organs) > 1 else ""
-    image = max(rows, key=lambda row: row["counts"][kind])
+    verdict = ""
+    kind, counts = ("split", split) if sum(split) > sum(merged) else ("merged", merged)
+    if differs([a - b for a, b in zip(merged, split)]):
+        segmentation = {"merged": "under-segmentation, where nuclei touch"}
+        verdict = f" This is {segmentation.get(kind, 'over-segmentation')}."
+    most = max(zip(counts, rows), key=lambda pair: pair[0])
     yield Finding(
-        f"Predictions that merge nuclei: {merges:,}; nuclei that are split: {splits:,}. "
-        f"{verdict}. Most {kind}: {where}{image['counts'][kind]:,} in {image['name']}.",
+        f"True nuclei that are merged with others: {sum(merged):,}; split: {sum(split):,}."
+        f"{verdict} Most are {kind} in {most[1]['name']}: {most[0]:,}.",
         "gallery",
     )
+
+
+def _outcomes(rows: list[Row], name: str) -> list[int]:
+    """How many nuclei of each image have an outcome."""
+    return [row["outcomes"][name] for row in rows]
 
 
 def _training(run: RunRecord) -> Iterator[str]:
@@ -237,14 +269,15 @@ def _training(run: RunRecord) -> Iterator[str]:
     first, last = epochs[0], epochs[-1]
     best = max(epochs, key=lambda epoch: epoch[metric])
     score = f"{SHOWN[metric]} {percent(best[metric])} on the {run.config.data.select} split"
-    if best is last:
+    others = max(epoch[metric] for epoch in epochs if epoch is not best)
+    if best is last and best[metric] > others + POINT:
         yield f"The last epoch, {last['epoch']}, is the best ({score}): longer training may help."
-    elif best["epoch"] <= 0.6 * last["epoch"]:
+    elif best["epoch"] <= 0.6 * last["epoch"] and best[metric] > last[metric] + POINT:
         yield (
             f"The best epoch is {best['epoch']} of {last['epoch']} ({score}): "
             "later epochs did not help."
         )
-    if first["epoch"] == 0 and last[metric] < first[metric]:
+    if first["epoch"] == 0 and last[metric] < first[metric] - POINT:
         yield (
             f"Training made the model worse: {SHOWN[metric]} {percent(first[metric])} at epoch 0, "
             f"{percent(last[metric])} at the end."

@@ -44,9 +44,11 @@ SCORES = {
             "images": [
                 HEADLINE
                 | {"name": TEXT, "organ": TEXT, "n_truth": COUNT, "n_pred": COUNT}
-                | {"counts": dict.fromkeys(("tp", "fp", "fn", "merges", "splits"), COUNT)}
+                | {"outcomes": dict.fromkeys(("missed", "false", "split", "merged"), COUNT)}
             ],
-            "summary": MEANS | {"low": HEADLINE, "high": HEADLINE, "organs": {str: MEANS}},
+            "summary": MEANS
+            | {"nuclei": COUNT, "predicted": COUNT, "pooled": HEADLINE}
+            | {"low": HEADLINE, "high": HEADLINE, "organs": {str: MEANS}},
         }
     ],
 }

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from nucsam.data.labels import components, not_instances
 from nucsam.errors import UserError
 from nucsam.score.assignment import assign
 from nucsam.score.overlaps import Overlaps, overlaps, starts_of_runs
@@ -253,8 +254,8 @@ def score_maps(
         pred: the same.
         vague: (H, W), nonzero where annotators were unsure. "nuinsseg" and "plain" ignore it.
         protocol: the rules, or their name in PROTOCOLS.
-        connected: label the 4-connected components of a map that is a 0/1, 0/255 or bool mask.
-            Otherwise a mask of several components is one object, with a UserWarning.
+        connected: each 4-connected component of one value is an object, in both maps. Otherwise a
+            UserWarning says where a map seems to be a mask or a map of classes.
 
     Raises:
         UserError: a map is not 2-D integer, has negative ids, or differs in shape.
@@ -279,7 +280,7 @@ def score_maps(
 
 
 def _label_map(labels: np.ndarray, name: str, connected: bool) -> np.ndarray:
-    """The map as an array of ids; a mask's components, or with a warning the mask as one object."""
+    """The map as an array of ids; with a warning where its values seem to be no ids."""
     labels = np.asarray(labels)
     if labels.ndim != 2:
         raise UserError(f"{name}: found shape {labels.shape}, expected a 2-D label map (H, W)")
@@ -288,17 +289,12 @@ def _label_map(labels: np.ndarray, name: str, connected: bool) -> np.ndarray:
     low, high = int(labels.min(initial=0)), int(labels.max(initial=0))
     if low < 0 or high > np.iinfo(np.int64).max:
         raise UserError(f"{name}: found ids from {low} to {high}, expected 0 to 2**63 - 1")
-    if high not in (1, 255) or np.count_nonzero(labels) > np.count_nonzero(labels == high):
-        return labels
-    from scipy import ndimage  # 0.3 s, and only masks need it
-
-    components, n = ndimage.label(labels > 0)
     if connected:
-        return components
-    if n > 1:
+        return components(labels)
+    if found := not_instances(labels):
         warnings.warn(
-            f"{name}: found a 0/{high} mask with {n} connected components, scored as ONE object; "
-            "connected=True labels its components first",
+            f"{name}: found {found}, each value scored as ONE object; connected=True makes each "
+            "component an object",
             stacklevel=3,
         )
     return labels

@@ -15,7 +15,8 @@ import numpy as np
 
 from nucsam.config import compiled
 from nucsam.data import folders
-from nucsam.data.images import IMAGES, LABELS, read_label, read_mask
+from nucsam.data.draw import overlay, write_png
+from nucsam.data.images import IMAGES, LABELS, read_image, read_label, read_mask
 from nucsam.data.samples import attempt, read_nuclei
 from nucsam.errors import UserError
 from nucsam.files import shortened
@@ -33,6 +34,7 @@ class Pair:
     truth: Path
     pred: Path
     vague: Path | None
+    image: Path | None = None  # where the truth is a data set
 
 
 class _File(NamedTuple):
@@ -40,6 +42,7 @@ class _File(NamedTuple):
     stem: str
     path: Path
     vague: Path | None = None
+    image: Path | None = None
 
     @property
     def long_name(self) -> str:
@@ -89,7 +92,7 @@ def _truth_files(folder: Path) -> dict[str, _File]:
     """Name -> file, of a data set as `nucsam train` takes it or of a folder of label maps."""
     if folders.is_data_set(folder):
         records = folders.find_records(folder)
-        return {r.name: _File(r.organ, r.name, r.label, r.vague) for r in records}
+        return {r.name: _File(r.organ, r.name, r.label, r.vague, r.image) for r in records}
     return _label_files(folder, LABELS)
 
 
@@ -134,14 +137,20 @@ def find_pairs(
         file = truths[name]
         place = folders.first_group(pattern, name) or file.organ
         mask = unsure[name].path if name in unsure else file.vague
-        pairs.append(Pair(name, place, file.path, matched[name].path, mask))
+        pairs.append(Pair(name, place, file.path, matched[name].path, mask, file.image))
     return pairs, missing, extra
 
 
 def score_pair(
-    pair: Pair, protocols: Sequence[Protocol], connected: bool = False, region_class: str = ""
+    pair: Pair,
+    protocols: Sequence[Protocol],
+    connected: bool = False,
+    region_class: str = "",
+    overlays: Path | None = None,
 ) -> list[dict]:
-    """A row of one image for each protocol. Nothing counts where nobody annotated.
+    """A row of one image for each protocol, and its picture in the folder `overlays`.
+
+    Nothing counts where nobody annotated.
 
     Raises:
         UserError: the files cannot be read or scored; names them.
@@ -159,8 +168,17 @@ def score_pair(
                 score = score_maps(truth, pred, vague=vague, protocol=protocol, connected=connected)
             except UserError as error:
                 raise UserError(f"{pair.pred} against {pair.truth}: {error}") from error
-        warned = [f"{pair.name}: {warning.message}" for warning in caught]
+        ours = [warning.message for warning in caught if warning.category is UserWarning]
+        warned = [f"{pair.name}: {message}" for message in ours]
         rows.append(image_row(pair.name, pair.organ, score, warned))
+    if overlays is not None:
+        image = read_image(pair.image)
+        if image.shape[:2] != pred.shape:
+            found, expected = folders.format_size(image.shape), folders.format_size(pred.shape)
+            raise UserError(
+                f"{pair.image}: found {found} px, expected {expected} as in {pair.pred}"
+            )
+        write_png(overlays / f"{pair.name}.png", overlay(image, truth, pred))
     return rows
 
 
@@ -194,6 +212,7 @@ def score_folders(
     organ: str = "",
     region_class: str = "",
     workers: int = 0,
+    overlays: Path | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Score a folder of predicted label maps against a folder of true ones.
@@ -204,6 +223,8 @@ def score_folders(
         connected: as of `score_maps`.
         region_class: as of `nucsam.data.rois.Outlines`.
         workers: processes; 0 = one for each core, at most 8, and only one for a few images.
+        overlays: folder for one PNG per image, with contours of both maps. The truth must be a data
+            set, which has images.
 
     Returns:
         {"scores": [a `scored` dict for each protocol], "missing": names, "extra": names,
@@ -218,7 +239,12 @@ def score_folders(
     if workers < 0:
         raise UserError(f"workers: found {workers}, expected 0 or more")
     workers = workers or min(os.cpu_count() or 1, 8, 1 + len(pairs) // 16)
-    settings = {"connected": connected, "region_class": region_class}
+    if overlays is not None:
+        if not pairs[0].image:
+            found = f"label maps without images in {truth}"
+            raise UserError(f"overlays: found {found}, expected truth to be a data set with images")
+        overlays.mkdir(parents=True, exist_ok=True)
+    settings = {"connected": connected, "region_class": region_class, "overlays": overlays}
     score = partial(score_pair, protocols=protocols, **settings)
     results = list(with_bar(_score_all(score, pairs, workers), len(pairs), "Scoring"))
     problems = [str(result) for result in results if isinstance(result, UserError)]

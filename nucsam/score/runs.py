@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from nucsam.config import SPLIT, Config
+from nucsam.config import SPLIT, Config, compiled
 from nucsam.data.draw import overlay, write_png
+from nucsam.data.folders import first_group
 from nucsam.data.samples import Samples
 from nucsam.data.splits import find_split, identity, inventory
 from nucsam.errors import UserError
@@ -36,8 +37,9 @@ def score_images(
     *,
     mpp: float | None = None,
     tta: bool = False,
+    **rules: Any,
 ) -> list[dict[str, Any]]:
-    """Scores of images by each variant of NuInsSeg's protocol.
+    """Scores of images by a protocol, NuInsSeg's by default, and its variant without vague areas.
 
     The processes share the images round-robin; each image is scored once.
 
@@ -50,6 +52,7 @@ def score_images(
         mpp: microns per px of the run; each image is scored at that magnification, as in
             `nucsam predict`. None = not known.
         tta: average over the eight flips and turns.
+        rules: protocol and changes of `protocols_for`.
 
     Returns:
         One dict of `nucsam.score.tables.scored` per protocol, the same on every process.
@@ -57,7 +60,7 @@ def score_images(
     places = range(accelerator.process_index, len(indices), accelerator.num_processes)
     share = [indices[place] for place in places]
     vague = any(samples.records[i].vague or samples.partial[i] for i in indices)
-    protocols = protocols_for(PROTOCOL, vague=vague)
+    protocols = protocols_for(**{"protocol": PROTOCOL, **rules}, vague=vague)
     was_training = net.training
     net.eval()
     rows = []
@@ -84,18 +87,28 @@ def headline(results: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def score_run(
-    path: Path, *, untrained: bool = False, root: str = "", overlays: Path | None = None
+    path: Path,
+    *,
+    untrained: bool = False,
+    root: str = "",
+    overlays: Path | None = None,
+    organ: str = "",
+    **rules: Any,
 ) -> dict[str, Any]:
     """Score a run's test images with the weights of its best epoch.
 
-    With `data.fold = "all"` the inner split is scored. Writes scores.json if the run has ended.
-    Every image must be the one it was when the run was split, wherever the folder lies now.
+    With `data.fold = "all"` the inner split is scored. Vague areas are those of the data set.
+    Every image must be the one it was when the run was split, wherever the folder lies now. Writes
+    scores.json if the run has ended and is scored by NuInsSeg's protocol and its own organs.
 
     Args:
         path: run directory.
         untrained: score the model as it was before the first step.
         root: folder of the images, if it has moved.
         overlays: folder for one PNG per image, with contours of ground truth and prediction.
+        organ: regular expression searched in an image's name; its first group, or else the whole
+            match, is the organ.
+        rules: protocol and changes of `protocols_for`.
 
     Returns:
         The content of scores.json.
@@ -103,6 +116,8 @@ def score_run(
     Raises:
         UserError: a file is missing or damaged, or the images are not those of the training.
     """
+    pattern = compiled("organ", organ)
+    protocols = protocols_for(**{"protocol": PROTOCOL, **rules})
     net, config, base, metadata = open_run(path)
     if untrained:
         net = build_model(config.model, base, seed=config.train.seed)
@@ -122,10 +137,13 @@ def score_run(
         )
     samples = Samples(records, memory_gib=data.memory)
     run.check_images(inventory(records, split, samples.digests), data.root)
+    if organ:
+        places = [first_group(pattern, record.name) or record.organ for record in records]
+        samples.records = [replace(r, organ=place) for r, place in zip(records, places)]
     accelerator = scoring_accelerator(metadata)
     net = accelerator.prepare_model(net, evaluation_mode=True)  # as training scores it
     indices, mpp = split.test or split.inner, metadata.get("mpp")
-    results = score_images(net, config, samples, indices, accelerator, mpp=mpp)
+    results = score_images(net, config, samples, indices, accelerator, mpp=mpp, **rules)
     scores = describe_scores(
         results,
         metadata,
@@ -135,7 +153,8 @@ def score_run(
     )
     if overlays is not None:
         _write_overlays(net, config, samples, indices, overlays, mpp)
-    if not untrained and run.is_trained(config) and (not root or run.read_images()):
+    as_it_stands = not (untrained or organ) and protocols == protocols_for(PROTOCOL)
+    if as_it_stands and run.is_trained(config) and (not root or run.read_images()):
         run.write_scores(scores)
     return scores
 
@@ -164,6 +183,7 @@ def describe_scores(
         "unfinished": unfinished,
         "epoch": 0 if untrained else metadata["selected"]["epoch"],
         "epoch_chosen_by": f"{config['train']['best']} on the {config['data']['select']} split",
+        "epoch_chosen_on_these": not untrained and config["data"]["select"] == of,
         "base": metadata["base"],
         "split": {key: config["data"][key] for key in SPLIT},
         "seed": config["train"]["seed"],
@@ -178,8 +198,7 @@ def scores_sentence(scores: dict[str, Any]) -> str:
     images = f"{scores['images_of']} images"
     if scores["untrained"]:
         return f"untrained model, {images}: {', '.join(numbers)}"
-    on_test = scores["epoch_chosen_by"].endswith("test split")
-    warning = ", THE IMAGES SCORED HERE" if on_test else ""
+    warning = ", THE IMAGES SCORED HERE" if scores["epoch_chosen_on_these"] else ""
     unfinished = f"UNFINISHED, {scores['unfinished']}: " if scores["unfinished"] else ""
     return (
         f"{unfinished}epoch {scores['epoch']} (chosen by {scores['epoch_chosen_by']}{warning}), "

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from nucsam.files import csv_text, to_json, without_nan, write_text
-from nucsam.score.metrics import METRICS, Protocol, Score, pool
+from nucsam.score.metrics import METRICS, OUTCOMES, Protocol, Score, pool
 
 HEADLINE = ("dice", "aji", "pq")  # what a run is judged by
 
@@ -33,6 +34,7 @@ COLUMNS = {  # F1 is DQ
 }
 
 DRAWS = 2000  # bootstrap samples
+FEWEST = 6  # images: of fewer, resampling gives little but their least and largest score
 
 AGGREGATES = {  # each answers another question; they differ by points
     "mean": "image mean",
@@ -45,8 +47,15 @@ AGGREGATES = {  # each answers another question; they differ by points
 
 
 def image_row(name: str, organ: str, score: Score, warned: Sequence[str] = ()) -> dict[str, Any]:
-    """One image as a plain dict."""
-    return {"name": name, "organ": organ, "warnings": list(warned), **score.as_dict()}
+    """One image as a plain dict.
+
+    `outcomes` counts true nuclei by their outcome of `Score.outcomes`, and the false predictions.
+    """
+    truth, pred = score.outcomes()
+    names = Counter([*truth.values(), *(name for name in pred.values() if name == "false")])
+    outcomes = {name: names[name] for name in OUTCOMES}
+    row = {"name": name, "organ": organ, "warnings": list(warned), **score.as_dict()}
+    return row | {"outcomes": outcomes}
 
 
 def _matrix(rows: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +119,8 @@ def summarise(rows: Sequence[dict], protocol: Protocol) -> dict[str, Any]:
     """All of AGGREGATES over images, numbers of images and nuclei, and the same by organ.
 
     `std` is the sample standard deviation over images. `low` and `high` are the 2.5 and 97.5
-    percentiles of the mean over DRAWS bootstrap samples of the images (Efron's interval).
+    percentiles of the mean over DRAWS bootstrap samples of the images (Efron's interval), NaN of
+    fewer than FEWEST images.
     Images in which the metrics are undefined count in `both_empty` and in the pooled numbers only.
 
     Args:
@@ -123,7 +133,7 @@ def summarise(rows: Sequence[dict], protocol: Protocol) -> dict[str, Any]:
     values, nuclei = _matrix(rows)
     n = len(values)
     low = high = std = weighted = _UNDEFINED
-    if n:
+    if n >= FEWEST:
         counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS)
         low, high = np.percentile(counts @ values / n, (2.5, 97.5), axis=0)
     if n > 1:

@@ -20,7 +20,14 @@ from nucsam.processes import is_first
 from nucsam.run.checkpoint import load_adapter, put_weights
 from nucsam.run.directory import RunDirectory
 from nucsam.score.runs import describe_scores, headline, score_images, scores_sentence
-from nucsam.train.progress import StepBar, console, epoch_speed, print_epoch, warn_if_worse
+from nucsam.train.progress import (
+    StepBar,
+    console,
+    epoch_speed,
+    print_epoch,
+    warn_if_nothing_learnt,
+    warn_if_worse,
+)
 from nucsam.train.signals import Sigterm
 from nucsam.train.training import Training
 
@@ -184,6 +191,7 @@ def score_best(training: Training) -> dict[str, Any]:
         training.run.write_scores(scores)
         warn_if_worse(training.progress.history, config.train.best)
         console.print(scores_sentence(scores))
+        warn_if_nothing_learnt(scores, config, training.progress.history)
     return scores
 
 

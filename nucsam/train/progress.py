@@ -6,7 +6,9 @@ import psutil
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nucsam.config import Config
 from nucsam.console import PlainConsole
+from nucsam.run.learning import USUAL_STEPS, advice, learnt_nothing, steps_sentence
 from nucsam.score.tables import HEADLINE
 
 console = PlainConsole()
@@ -43,13 +45,15 @@ def epoch_speed(device: torch.device, seconds: float, images: int) -> dict[str, 
 
 
 def print_start(facts: dict[str, Any], device: torch.device) -> None:
-    """One line about what trains on what, from the facts of environment.json."""
+    """What trains on what, and in how many steps, from the facts of environment.json."""
     images = ", ".join(f"{count} {name}" for name, count in facts["images"].items())
     console.print(
         f"trains {facts['parameters_trainable']:,} of {facts['parameters']:,} parameters on base "
         f"{facts['base']}; images: {images}; {facts['processes']} process(es) on {device.type}, "
         f"{facts['precision']}"
     )
+    steps = steps_sentence(facts["images"]["train"], facts["epochs"], facts["steps"])
+    console.print(steps, style="yellow" if facts["steps"] < USUAL_STEPS else "")
     if facts["base"].startswith("none"):
         print_warning("random base weights: the scores say nothing about MobileSAM")
 
@@ -74,3 +78,12 @@ def warn_if_worse(history: list[dict[str, Any]], metric: str) -> None:
             f"training made it worse: {metric} {100 * first[metric]:.1f} at epoch 0, "
             f"{100 * last[metric]:.1f} at the end; the kept weights are those of the best epoch"
         )
+
+
+def warn_if_nothing_learnt(
+    scores: dict[str, Any], config: Config, history: list[dict[str, Any]]
+) -> None:
+    """Warn where the scores of a run say that its model is of no use."""
+    if sentence := learnt_nothing(scores):
+        last = history[-1]
+        print_warning(f"{sentence} {advice(config, last['epoch'], last['step'])}")

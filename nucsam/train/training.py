@@ -198,6 +198,8 @@ class Training:
             "processes": self.accelerator.num_processes,
             "precision": self.accelerator.mixed_precision,
             "images": images,
+            "epochs": self.config.train.epochs,
+            "steps": self.steps,
         }
 
     @property
