@@ -256,7 +256,7 @@ def inspect_command(
     from nucsam.console import PlainConsole
     from nucsam.data.summary import draw_examples, inspect_folder, summary_table
 
-    summary = inspect_folder(
+    summary, examples = inspect_folder(
         data, layout=layout, group=group, connected=connected, region_class=region_class
     )
     console = PlainConsole(stderr=as_json)
@@ -267,9 +267,9 @@ def inspect_command(
             console.print(text, style=style)
     if as_json:
         print(json.dumps(summary, indent=2))
-    if summary["examples"]:
+    if examples:
         try:
-            draw_examples(summary, sheet or Path("contact_sheet.png"))
+            draw_examples(examples, sheet or Path("contact_sheet.png"))
             console.print(f"contact sheet: {sheet or 'contact_sheet.png'}")
         except UserError as error:
             if sheet:

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from nucsam.data.rois import Outlines, Polygon, Shape, closed, read_bytes, unreadable
-from nucsam.errors import UserError
+from nucsam.data.rois import Outlines, Polygon, Shape, closed, read_bytes
+from nucsam.errors import UserError, unreadable
 from nucsam.files import atomic
 
 CLASS = {"name": "Nucleus", "color": [0, 200, 80]}  # RGB

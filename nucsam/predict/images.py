@@ -26,7 +26,7 @@ from nucsam.claims import Claim, read_note
 from nucsam.console import PlainConsole
 from nucsam.data.folders import list_folder, stem_of
 from nucsam.data.geojson import read_shapes
-from nucsam.data.images import IMAGES, open_image, read_mpp, read_remarks
+from nucsam.data.images import IMAGES, open_image, read_metadata
 from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
 from nucsam.errors import UserError
@@ -373,13 +373,14 @@ class Batch:
 
     def _mpp(self, path: Path) -> float | None:
         """Microns per px of an image. Warns once where an image or the training lacks them."""
-        mpp = self.mpp or read_mpp(path)
+        mpp, remarks = read_metadata(path)
+        mpp = self.mpp or mpp
         trained = self.predictor.mpp
         lacking = (mpp is None) != (trained is None) and self.predictor.ratio is None
         if lacking and not self.warned:
             who = f"{path} has no" if mpp is None else "the model was trained without"
-            remarks = "".join(f" ({remark})" for remark in read_remarks(path))
-            self._say(f"{who} microns per px{remarks}: assuming the magnification of the training")
+            why = "".join(f" ({remark})" for remark in remarks)
+            self._say(f"{who} microns per px{why}: assuming the magnification of the training")
             self.warned = True
         return mpp
 

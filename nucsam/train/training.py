@@ -25,7 +25,7 @@ from nucsam.config import Config, Data, Train
 from nucsam.data.augment import window
 from nucsam.data.folders import taken
 from nucsam.data.samples import SAME_SCALE, Crops, EpochBatches, Samples
-from nucsam.data.splits import find_split, identity, inventory
+from nucsam.data.splits import find_split, inventory
 from nucsam.errors import UserError
 from nucsam.files import check_form
 from nucsam.model.network import calibrated
@@ -100,7 +100,7 @@ class Training:
             )
         self.samples = Samples(records, memory_gib=d.memory, progress=main)
         self.images = inventory(records, split, self.samples.digests)
-        if resume:
+        if resume and self.run.exists():
             self.run.check_images(self.images, d.root)
         self.mpp = run_mpp(d, self.samples.mpps)
         if not any(self.samples[i].label.any() for i in self.train):
@@ -153,7 +153,6 @@ class Training:
         self.optimizer = accelerator.prepare(torch.optim.AdamW(groups, betas=(0.9, 0.99)))
         self.facts = {
             "mpp": self.mpp,
-            "images": identity(self.samples.records),
             "processes": accelerator.num_processes,
             "precision": accelerator.mixed_precision,
         }
@@ -164,8 +163,7 @@ class Training:
         random_base = self.config.model.weights == "none"
         accelerator.wait_for_everyone()  # no process may take what is written now for an older run
         if accelerator.is_main_process:
-            self.run.prepare(self.config)
-            self.run.write_images(self.images)
+            self.run.prepare(self.config, self.images)
             if random_base:
                 checkpoint.save_random_base(self.run, self.base)
         accelerator.wait_for_everyone()
