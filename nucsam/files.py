@@ -54,17 +54,17 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
-def stale_partials(folder: Path) -> list[Path]:
-    """Temporary files of `atomic`, anywhere in a folder, whose process does not run here."""
+def stale_partials(folder: Path) -> dict[Path, Path]:
+    """Temporary files of `atomic` whose process does not run here, and what each stands for.
+
+    They may lie anywhere in the folder.
+    """
     names = [(path, _PARTIAL.fullmatch(path.name)) for path in folder.rglob(".*.partial")]
-    return [path for path, match in names if match and not psutil.pid_exists(int(match[2]))]
-
-
-def result_of(partial: Path) -> Path:
-    """The path that a temporary file of `atomic` stands for."""
-    match = _PARTIAL.fullmatch(partial.name)
-    assert match is not None
-    return partial.with_name(match[1])
+    return {
+        path: path.with_name(match[1])
+        for path, match in names
+        if match and not psutil.pid_exists(int(match[2]))
+    }
 
 
 _PARTIAL = re.compile(r"\.(.+)\.(\d{1,9})\.partial")

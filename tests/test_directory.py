@@ -145,7 +145,8 @@ def test_preparing_clears_partial_files_and_nothing_else(tmp_path):
 def test_a_run_starts_in_an_empty_folder_and_resumes_with_its_own_settings(tmp_path):
     run = RunDirectory(tmp_path)
     run.check(config(), resume=False)
-    (tmp_path / ".config.toml.3.partial").write_text("of a killed process")
+    for name in (".config.toml.3.partial", run.images_file.name):
+        (tmp_path / name).write_text("of a killed process")
     run.check(config(), resume=False)
     run.prepare(config(), {})
     run.check(config(), resume=True)

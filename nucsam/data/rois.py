@@ -24,6 +24,7 @@ from nucsam.files import check_no_device
 SUFFIXES = (".geojson", ".json", ".geojson.gz", ".zip", ".roi", ".xml")
 FARTHEST = 1e9  # px: no image reaches this far
 CROSSINGS = 2**20  # of edges with rows of pixels that are computed at a time
+MOST_BYTES = 2**31  # of a file, and of what a compressed one holds
 ROI_BYTES = 2**26  # most of one ROI in a zip file
 NUCLEUS = 64  # px: a detection in pieces is one nucleus up to this side
 NEAR = 2  # px: farthest that the pieces of one nucleus lie apart
@@ -182,16 +183,22 @@ class Outlines:
 
 
 def read_bytes(path: str | Path, expected: str) -> bytes:
-    """The content of a regular file.
+    """The content of a regular file of at most MOST_BYTES.
 
     Raises:
         UserError: there is no such file, or it cannot be read.
     """
     try:
         check_no_device(Path(path))
+        check_bytes(Path(path).stat().st_size)
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise unreadable(path, error, expected) from None
+
+
+def check_bytes(count: int) -> None:
+    if count > MOST_BYTES:
+        raise UserError(f"found over {MOST_BYTES} bytes, expected a smaller file")
 
 
 def read_imagej(path: str | Path) -> tuple[list[Shape], Counter]:

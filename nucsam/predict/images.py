@@ -30,7 +30,7 @@ from nucsam.data.images import IMAGES, open_image, read_metadata
 from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
 from nucsam.errors import UserError
-from nucsam.files import read_json, result_of, shortened, stale_partials, write_text
+from nucsam.files import read_json, shortened, stale_partials, write_text
 from nucsam.model.weights import state_sha256
 from nucsam.predict import writers
 from nucsam.predict.predictor import Predictor, load
@@ -258,8 +258,8 @@ class Batch:
         self.skipped = len(self.outcomes)
         self.stale = defaultdict(list)  # result -> what a killed process has left of it
         for folder in {file.parent for results in self.files.values() for file in results.values()}:
-            for partial in stale_partials(folder):
-                self.stale[result_of(partial)].append(partial)
+            for partial, result in stale_partials(folder).items():
+                self.stale[result].append(partial)
         self.warned = not is_first()  # of images without microns per px
         self.console = PlainConsole(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()

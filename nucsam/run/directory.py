@@ -136,7 +136,7 @@ class RunDirectory:
                     "another out for a new run"
                 )
         elif self.path.exists() and any(
-            path != self.lock_file and not path.name.endswith(".partial")
+            path not in (self.lock_file, self.images_file) and path.suffix != ".partial"
             for path in self.path.iterdir()
         ):
             raise UserError(
