@@ -140,7 +140,7 @@ def evaluate_command(
     --untrained and --data go with RUN alone. --vague, --connected, --region-class and --workers go
     with --truth and --pred alone: a run's data set and configuration say how it is scored.
     """
-    from nucsam.progress import PlainConsole
+    from nucsam.console import PlainConsole
     from nucsam.score import pairs, tables
 
     if run is None and (truth is None or pred is None):
@@ -253,8 +253,8 @@ def inspect_command(
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count images and nuclei per organ, name every bad file, and draw a contact sheet."""
+    from nucsam.console import PlainConsole
     from nucsam.data.summary import draw_examples, inspect_folder, summary_table
-    from nucsam.progress import PlainConsole
 
     summary = inspect_folder(
         data, layout=layout, group=group, connected=connected, region_class=region_class
@@ -291,8 +291,8 @@ def export_command(
     Formats: safetensors (merged LoRA and head, for nucsam), mobile-sam (stock MobileSAM's tensors),
     onnx, or adapter (LoRA and head alone).
     """
+    from nucsam.console import PlainConsole
     from nucsam.export.merged import export_run
-    from nucsam.progress import PlainConsole
 
     with PlainConsole(stderr=True).status(f"writing {out}"):
         sentence = export_run(run, out, format=format, base=base, force=force)

@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.progress import wrap_file
 
 from nucsam.claims import Claim
+from nucsam.console import PlainConsole
 from nucsam.errors import UserError
-from nucsam.progress import PlainConsole
 
 TIMEOUT_SECONDS = 10.0
 

@@ -1,22 +1,7 @@
-"""What a person sees: consoles, and a progress bar for results that come one by one."""
+"""A progress bar for results that come one by one."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
-
-from rich.console import Console
-from rich.text import Text
-
-from nucsam.files import printable
-
-
-class PlainConsole(Console):
-    """A console that shows texts as they are: names may hold markup and control characters."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, emoji=False, highlight=False, **options)
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(printable(text), **options)
 
 
 def with_bar(results: Iterable[Any], count: int, title: str) -> Iterator[Any]:
@@ -30,12 +15,13 @@ def with_bar(results: Iterable[Any], count: int, title: str) -> Iterator[Any]:
         title: the text beside the bar.
     """
     from rich import progress
+    from rich.console import Console
 
     class Rate(progress.ProgressColumn):
         def render(self, task: progress.Task):
             return progress.TaskProgressColumn.render_speed(task.speed)
 
-    console = PlainConsole(stderr=True)
+    console = Console(stderr=True, markup=False)
     columns = (progress.BarColumn(), progress.MofNCompleteColumn(), Rate())
     bar = progress.Progress(
         "{task.description}",

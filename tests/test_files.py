@@ -6,8 +6,8 @@ import os
 import pytest
 from rich.table import Table
 
+from nucsam.console import PlainConsole
 from nucsam.files import atomic, csv_text, printable, result_of, stale_partials
-from nucsam.progress import PlainConsole
 
 
 def test_a_name_is_shown_and_never_obeyed():

@@ -15,6 +15,7 @@ PACKAGE = Path(nucsam.__file__).parent
 ROWS = (  # a wing imports from rows above its own; only files of one wing may import each other
     "errors",
     "processes files config claims progress",
+    "console",
     "download",
     "data",
     "model",

@@ -26,6 +26,7 @@ from rich.markdown import Markdown
 from nucsam import config
 from nucsam.claims import Claim, is_claimed
 from nucsam.config import Config
+from nucsam.console import PlainConsole
 from nucsam.data.folders import raise_problems
 from nucsam.data.samples import read_digest, read_each
 from nucsam.data.splits import find_split, inventory
@@ -40,7 +41,6 @@ from nucsam.folds.table import (
     table_sections,
 )
 from nucsam.processes import handled, is_first
-from nucsam.progress import PlainConsole
 from nucsam.run.directory import RunDirectory
 from nucsam.score.tables import COLUMNS, HEADLINE, percent, write_json
 

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nucsam import __version__
 from nucsam.claims import Claim, read_note
+from nucsam.console import PlainConsole
 from nucsam.data.folders import list_folder, stem_of
 from nucsam.data.geojson import read_shapes
 from nucsam.data.images import IMAGES, open_image, read_mpp, read_remarks
@@ -35,7 +36,6 @@ from nucsam.predict import writers
 from nucsam.predict.predictor import Predictor, load
 from nucsam.predict.tiles import Tiles, Window
 from nucsam.processes import exit_on_sigterm, is_first, launch_time, process_count
-from nucsam.progress import PlainConsole
 
 POLL = 0.5  # s between looks at the images that other processes hold
 UNRECORDED = ("nucsam", "model")  # entries of predict.json that may differ from run to run

@@ -7,7 +7,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nucsam.config import Config
-from nucsam.progress import PlainConsole
+from nucsam.console import PlainConsole
 from nucsam.run.learning import USUAL_STEPS, advice, learnt_nothing, steps_sentence
 from nucsam.score.tables import HEADLINE
 
