@@ -315,7 +315,7 @@ class Samples:
         self.kept = True
         self._planes: list[Planes] = []
         problems, remarks = [], []
-        kept_bytes = 0
+        self.kept_bytes = 0
         results = read_each(_read_whole, self.records, "Decoding images", progress)
         for record, result in zip(self.records, results):
             if isinstance(result, UserError):
@@ -327,8 +327,8 @@ class Samples:
             self.digests.append(sha256)
             self.mpps.append(mpp)
             remarks.append((record.image, texts))
-            kept_bytes += sum(plane.nbytes for plane in planes if plane is not None)
-            self.kept &= kept_bytes <= memory_gib * 2**30
+            self.kept_bytes += sum(plane.nbytes for plane in planes if plane is not None)
+            self.kept &= self.kept_bytes <= memory_gib * 2**30
             if self.kept:
                 self._planes.append(planes)
             else:
