@@ -159,14 +159,16 @@ def test_a_run_starts_in_an_empty_folder_and_resumes_with_its_own_settings(tmp_p
 
 def test_runs_are_sorted_by_value_and_fold_and_named_by_what_differs(tmp_path):
     for rank in (16, 4):
-        for fold in (1, 0):
+        for fold in ("all", 1, 0):
             settings = config(f"model.rank={rank}", f"data.fold={fold}", f"data.workers={rank}")
             write_run(tmp_path / f"rank{rank}" / f"fold{fold}", settings)
     assert [(run.variant, run.name) for run in read_runs(tmp_path)] == [
         ("model.rank=4", "fold 0"),
         ("model.rank=4", "fold 1"),
+        ("model.rank=4", "fold all"),
         ("model.rank=16", "fold 0"),
         ("model.rank=16", "fold 1"),
+        ("model.rank=16", "fold all"),
     ]
     (alone,) = read_runs(tmp_path / "rank4" / "fold0")
     assert (alone.variant, alone.name) == ("", "fold 0")

@@ -3,6 +3,7 @@
 import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from nucsam.train import loop
 from nucsam.train.loop import fit, rate
 from nucsam.train.progress import epoch_speed
 from nucsam.train.signals import Sigterm
-from nucsam.train.training import run_mpp
+from nucsam.train.training import Training, run_mpp
 
 
 def history(run):
@@ -51,6 +52,8 @@ def test_run_directory_explains_itself(once):
     assert {path.name for path in run.iterdir()} == {*names.split()} | weights
     assert load_config(run / "config.toml") == config
     assert [line["epoch"] for line in history(run)] == [1, 2, 3]
+    rates = [0.02 * rate(step, 15, 5, config.train) for step in (4, 9, 14)]
+    assert [line["lr"] for line in history(run)] == rates  # of the last step of each epoch
     environment = json.loads((run / "environment.json").read_text())
     assert environment["images"] == {"train": 5, "inner": 3, "test": 4}
     assert environment["parameters_trainable"] == sum(
@@ -125,6 +128,33 @@ def test_resuming_within_an_epoch_skips_every_accumulated_batch(tiny, tmp_path, 
     states = [tmp_path / name / "state" / "last.safetensors" for name in ("whole", "run")]
     assert same(*states)
     assert history(tmp_path / "whole") == history(tmp_path / "run")
+
+
+def test_the_state_is_saved_every_save_minutes_and_after_an_epoch(tiny, tmp_path, monkeypatch):
+    clock = SimpleNamespace(seconds=0.0, monotonic=lambda: clock.seconds)
+    saved = []
+
+    def step(*arguments, step=loop.step):
+        clock.seconds += 30.2
+        step(*arguments)
+
+    def save(training, save=Training.save):
+        saved.append(training.progress.step)
+        save(training)
+
+    for module in ("loop", "training"):
+        monkeypatch.setattr(f"nucsam.train.{module}.time", clock)
+    monkeypatch.setattr(loop, "step", step)
+    monkeypatch.setattr(Training, "save", save)
+    fit(tiny("train.batch=1", "train.epochs=1", "train.save_minutes=1"), tmp_path / "run")
+    assert saved == [2, 4, 5]
+
+
+def test_the_average_follows_the_first_steps_faster(tiny, tmp_path, monkeypatch):
+    decays = []
+    monkeypatch.setattr(loop, "_update_average", lambda *arguments: decays.append(arguments[2]))
+    fit(tiny("train.batch=1", "train.epochs=1", "train.ema=0.3"), tmp_path / "run")
+    assert decays == [2 / 11, 3 / 12, 0.3, 0.3, 0.3]  # of 5 images
 
 
 def test_training_works_in_a_thread(tiny, tmp_path):
