@@ -1,6 +1,5 @@
 """The methods section of a report: what the runs of a cross-validation did, with citations."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,26 +7,6 @@ from typing import Any
 from nucsam.files import printable
 from nucsam.folds.jobs import Job
 from nucsam.score.tables import COLUMNS
-
-REFERENCES = {  # the works of CITATION.cff that templates/methods.md cites
-    "nuinsseg": "Mahbod et al. NuInsSeg: A fully annotated dataset for nuclei instance "
-    "segmentation in H&E-stained histological images. Scientific Data 11, 295 (2024). "
-    "doi:10.1038/s41597-024-03117-2",
-    "mobilesam": "Zhang et al. Faster Segment Anything: Towards Lightweight SAM for Mobile "
-    "Applications (2023). https://arxiv.org/abs/2306.14289",
-    "sam": "Kirillov et al. Segment Anything. ICCV (2023). doi:10.1109/ICCV51070.2023.00371",
-    "lora": "Hu et al. LoRA: Low-Rank Adaptation of Large Language Models. ICLR (2022). "
-    "https://arxiv.org/abs/2106.09685",
-    "microsam": "Archit et al. Segment Anything for Microscopy. Nature Methods 22(3), 579-591 "
-    "(2025). doi:10.1038/s41592-024-02580-4",
-    "aji": "Kumar et al. A Dataset and a Technique for Generalized Nuclear Segmentation for "
-    "Computational Pathology. IEEE Transactions on Medical Imaging 36(7), 1550-1560 (2017). "
-    "doi:10.1109/TMI.2017.2677499",
-    "pq": "Kirillov et al. Panoptic Segmentation. CVPR (2019). doi:10.1109/CVPR.2019.00963",
-    "accelerate": "Gugger et al. Accelerate: Training and inference at scale made simple, "
-    "efficient and adaptable (2022). https://github.com/huggingface/accelerate",
-}
-CITATION = re.compile(rf"\[@({'|'.join(REFERENCES)})\]")
 
 
 def methods_section(jobs: Sequence[Job], *, nuinsseg: bool) -> str:
@@ -48,17 +27,27 @@ def methods_section(jobs: Sequence[Job], *, nuinsseg: bool) -> str:
     done = {job: document for job, document in scores.items() if document}
     if not done:
         return ""
-    loader = PackageLoader("nucsam.folds")
-    template = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True).get_template(
-        "methods.md"
+    options = {"trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=PackageLoader("nucsam.folds"), **options)
+    cited: list[str] = []
+
+    def cite(key: str) -> str:
+        if key not in cited:
+            cited.append(key)
+        return f"[{cited.index(key) + 1}]"
+
+    text = environment.get_template("methods.md").render(
+        c=jobs[0].config,
+        label=jobs[0].variant,
+        nuinsseg=nuinsseg,
+        missing=[job.fold for job in jobs if job not in done],
+        cite=cite,
+        cited=cited,
+        **_of_training(list(done)),
+        **_of_scores(done),
     )
-    facts = _of_training(list(done)) | _of_scores(done)
-    missing = [job.fold for job in jobs if job not in done]
-    text = template.render(
-        c=jobs[0].config, label=jobs[0].variant, nuinsseg=nuinsseg, missing=missing, **facts
-    )
-    title, *paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
-    return _with_references(printable("\n\n".join([title, *paragraphs])))
+    paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
+    return printable("\n\n".join(filter(None, paragraphs)) + "\n")
 
 
 def _of_training(jobs: Sequence[Job]) -> dict[str, Any]:
@@ -81,12 +70,11 @@ def _of_training(jobs: Sequence[Job]) -> dict[str, Any]:
         "validation": _span(counts.get("inner") for counts in images),
         "test": _span(counts.get("test") for counts in images),
         "base": Path(c.model.weights).name,
-        "parameters": first.get("parameters"),
-        "trainable": first.get("parameters_trainable"),
         "steps": _span(environment.get("steps") for environment in environments),
         "batch": _span(c.train.batch * c.train.accumulate * count for count in processes),
         "side": round(c.data.crop * c.data.scale),
-        "made": first if made.count(made[0]) == len(made) else {},
+        "run": first,
+        "alike": made.count(made[0]) == len(made),
         "metric": COLUMNS[c.train.best],
     }
 
@@ -109,11 +97,3 @@ def _span(counts: Iterable[int | None]) -> str:
     """The values of the folds: "41" or "41 to 42"; "" where a run does not say."""
     values = sorted({count for count in counts if count is not None})
     return " to ".join(f"{value:,}" for value in dict.fromkeys(values[:1] + values[-1:]))
-
-
-def _with_references(text: str) -> str:
-    """Citations [@key] as numbers in the order in which they come, and the list of the works."""
-    keys = list(dict.fromkeys(CITATION.findall(text)))
-    text = CITATION.sub(lambda match: f"[{keys.index(match[1]) + 1}]", text)
-    works = (f"{number}. {REFERENCES[key]}" for number, key in enumerate(keys, 1))
-    return "\n".join([text, "", "References", "", *works, ""])

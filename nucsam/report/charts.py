@@ -184,7 +184,7 @@ def fold_scores(headlines: Mapping[str, Mapping[str, float]]) -> Chart:
     bar = {"fmt": "_", "color": COLOURS["ink"], "markersize": 22, "capsize": 4}
     axes.errorbar(places, mean, std, label="mean ± std", **bar)
     for k, (label, headline) in enumerate(headlines.items()):
-        values = [100 * headline[metric] for metric in SHOWN]
+        values = 100 * np.array([headline[metric] for metric in SHOWN], float)  # None is NaN
         look = {"color": SERIES[k % 4], "marker": MARKERS[k % len(MARKERS)]}
         axes.scatter(places + 0.12 * (k + 1), values, s=22, label=label, **look)
     axes.set_xticks(places + 0.06 * (len(headlines) + 1), SHOWN.values())
