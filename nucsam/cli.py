@@ -91,7 +91,7 @@ def folds_command(
     arguments: Settings = None,
     grid: Grid = None,
 ) -> None:
-    """Train and score every fold, one at a time per device; write the cross-validation table.
+    """Train and score every fold, one at a time per device; write tables, figures and methods.
 
     With --grid, every fold runs for each value.
 
@@ -101,18 +101,18 @@ def folds_command(
 
     path, overrides = configuration(arguments or [])
     status = cross_validate(path, overrides, out, grid or [])
-    _draw_report(out)
+    _draw_report(out, out / "figures")
     raise typer.Exit(status)
 
 
-def _draw_report(out: Path) -> None:
+def _draw_report(out: Path, figures: Path | None = None) -> None:
     """Draw the report once for all processes of a launch."""
     from nucsam.processes import is_first
 
     if is_first():
         from nucsam.report.page import finish
 
-        print(printable(finish(out)))
+        print(printable(finish(out, figures)))
 
 
 @app.command("evaluate")

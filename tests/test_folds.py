@@ -209,7 +209,9 @@ def test_two_processes_share_five_jobs(launch):
     numbers = "done, epoch 2 of 2, test Dice 80.0, AJI 60.0, PQ 50.0, 12.3 images/s"
     assert all(f"fold {fold}: {numbers}" in output for fold in range(5))
     assert re.search(r"fold \d: running on \S+ 3, epoch 0 of 2\n", "".join(running))
-    assert "80.00 ± 0.00" in output and "published" not in output
+    assert "80.00 ± 0.00" in output and "published:" not in output
+    assert "runs/methods.md: the methods, with citations" in output
+    assert "We ran a 5-fold cross-validation." in Path("runs/methods.md").read_text()
     assert json.loads(Path("runs/table.json").read_text())["variants"][0]["missing"] == []
 
 

@@ -408,9 +408,10 @@ def test_the_command_writes_figures(finished, tmp_path, capsys):
     out = shutil.copytree(finished, tmp_path / "cv")
     assert run_command(["report", str(out), "--figures", str(tmp_path / "figures")]) == 0
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    charts = ["loss", "rate", "validation", "organs-dice", "organs-aji", "organs-pq"]
+    charts = ["folds", "loss", "rate", "validation", "organs-dice", "organs-aji", "organs-pq"]
     pictures = {"worst-rank1.png", "median-rank4.png", "best-rank8.png"}
-    assert names == {f"{name}.{kind}" for name in charts for kind in ("svg", "png")} | pictures
+    kinds = ("pdf", "png", "svg")
+    assert names == {f"{name}.{kind}" for name in charts for kind in kinds} | pictures
     paths = capsys.readouterr().out.split()
     assert paths[0] == str(out / "report.html")
     assert {*paths[1:]} == {str(tmp_path / "figures" / name) for name in names}

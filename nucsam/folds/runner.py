@@ -9,6 +9,7 @@ process that waits stays small.
 """
 
 import ctypes
+import itertools
 import os
 import signal
 import socket
@@ -33,6 +34,7 @@ from nucsam.data.splits import find_split, inventory
 from nucsam.errors import UserError
 from nucsam.files import printable, write_text
 from nucsam.folds.jobs import Job, child_environment, device_of, plan, variants
+from nucsam.folds.methods import methods_section
 from nucsam.folds.table import (
     cross_validation,
     table_csv,
@@ -166,7 +168,7 @@ def cross_validate(
     Args:
         path: the configuration file.
         overrides: texts 'table.key=value'.
-        out: folder of the runs, and of table.json, table.md, table.csv and table.tex.
+        out: folder of the runs, and of table.json, .md, .csv and .tex, and of methods.md.
         grid: as of `variants`.
 
     Returns:
@@ -190,16 +192,24 @@ def cross_validate(
         return 0  # the first one reports; a launcher would end the others on any other status
     table = cross_validation(jobs, path.stem)
     sections, rows = table_sections(table), table_rows(table)
+    methods = [
+        methods_section(list(folds), nuinsseg=bool(table["published"]))
+        for _, folds in itertools.groupby(jobs, lambda job: job.variant)
+    ]
     write_json(out / "table.json", table)
     write_text(out / "table.md", "\n".join(sections))
     write_text(out / "table.csv", table_csv(rows))
     write_text(out / "table.tex", table_latex(rows))
+    write_text(out / "methods.md", "\n".join(methods))
+    if len(methods) == 1:
+        board.console.print(Markdown(methods[0]))
     for section in reversed(sections):
         board.console.print(Markdown(printable(section)))
     failed = [job for job in jobs if job not in board.done]
     for job in failed:
         board.say(f"not done: {job.name}, see {job.log}", "red")
-    board.say(f"table: {out / 'table.md'}, and table.csv, table.tex and table.json beside it")
+    board.say(f"For your text: {out / 'table.md'}, table.csv and table.tex (LaTeX): the scores")
+    board.say(f"{out / 'methods.md'}: the methods, with citations")
     return 1 if failed else 0
 
 

@@ -187,6 +187,7 @@ class Training:
             "packages": {name: version(name) for name in PACKAGES.split()},
             "platform": platform.platform(),
             "device": gpu or platform.processor() or "CPU",
+            "device_type": device.type,
             "threads": torch.get_num_threads(),
             "command": sys.argv,
             "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
