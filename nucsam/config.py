@@ -399,8 +399,8 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines)
 
 
-def setting_rows(config: Config, word: str = "") -> list[tuple[str, str, str, str]]:
-    """Settings with a word in name or meaning: name, default, value that differs, meaning.
+def setting_rows(config: Config, word: str = "") -> list[tuple[str, ...]]:
+    """Settings with a word in name or meaning: name, default, changed value, meaning.
 
     Raises:
         UserError: no setting does.

@@ -168,8 +168,8 @@ class Training:
             epochs = self.config.train.epochs
             if self.run.exists() and (before := self.run.read_config().train.epochs) < epochs:
                 print_warning(
-                    f"train.epochs: {before} -> {epochs}; the rate follows the longer schedule from "
-                    f"here on, so the result is not that of {epochs} epochs in one run"
+                    f"train.epochs: {before} -> {epochs}; the rate follows the longer schedule "
+                    f"from here on, so the result is not that of {epochs} epochs in one run"
                 )
             self.run.prepare(self.config)
             self.run.write_images(self.images)
