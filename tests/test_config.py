@@ -321,7 +321,7 @@ def test_settings_are_found_by_a_word_and_show_what_a_file_changes():
     assert rows["train.lr_head"][:2] == ["0.001", "0.003"] and rows["train.seed"][1] == ""
     assert "image px" in rows["data.crop"][2] and "dice, aji, pq" in rows["train.best"][2]
     assert [name for name, *_ in setting_rows(config, "GiB")] == ["data.memory"]
-    with pytest.raises(UserError, match="train[.]epochs"):
+    with pytest.raises(UserError, match=r"train[.]epochs"):
         setting_rows(config, "train.epoch ")
 
 

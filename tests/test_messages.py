@@ -141,6 +141,8 @@ $ train PLAIN train.log_with=aim  # a tracker that is not installed
 train.log_with: aim is not installed; expected one that is, or ''
 $ train --epochs 3  # settings as options
 no such option: --epochs (--help lists them); a setting is table.key=value, such as train.epochs=10
+$ train plain flat  # two folders
+found 2 folders (plain, flat), expected one
 $ train plane  # a folder that is not there
 override: found 'plane', expected an existing folder, or table.key=value, such as
 data.root=my_folder or train.epochs=10
@@ -333,7 +335,7 @@ $ predict run flat --out p --roi empty.geojson  # one file of regions for many i
 ...roi: found empty.geojson for 12 images, expected one image, or a folder with a ...
 $ predict run flat --out results --formats labels  # results of other settings
 results/predict.json: ...other...: tta: True -> False; expected another ...out, or ...force
-$ predict run flat/human_bladder_1.png --out results --formats labels --force  # fewer images than there are results
+$ predict run flat/human_bladder_1.png --out results --formats labels --force  # too few images
 results: found 1 result(s) that ...force would ..., such as results/human_bladder_2.tif; ...
 $ export run --out m --format pickle  # no such format
 ...format: found 'pickle', expected one of safetensors, mobile-sam, onnx, adapter
