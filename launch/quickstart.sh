@@ -24,7 +24,6 @@ forwarding_sigterm nucsam train "${settings[@]}" --out "$run" || {
 }
 nucsam evaluate "$run" --untrained
 cat <<END
-Pictures and curves        open $run/report.html
 Activate the environment   . .venv/bin/activate
 What your images take      nucsam train my_folder --dry-run
 END

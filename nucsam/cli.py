@@ -198,8 +198,9 @@ def evaluate_command(
         from nucsam.score.runs import score_run, scores_sentence  # imports torch
 
         results = score_run(run, untrained=untrained, root=data, **both)
-        console.print(scores_sentence(results), style="bold")
         trained = RunDirectory(run).trained_scores(results) if untrained else None
+        if not trained:
+            console.print(scores_sentence(results), style="bold")
     else:
         maps = {"vague": vague, "connected": connected, "region_class": region_class}
         results = pairs.score_folders(truth, pred, workers=workers or 0, **maps, **both)

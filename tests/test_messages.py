@@ -462,8 +462,7 @@ data.folds: only 4 image(s) are scored; nucsam folds scores every image once
 instances.area: 100% of the nuclei are under 2000 px and will be dropped
 train.epochs: 500 epochs make the usual 1,500 steps
 $ evaluate run --untrained  # before the first step, and after the last
-untrained model, test images: DICE ..., AJI ..., PQ ...
-before training ... after, epoch ...
+image mean, % (nuinsseg) ... before training ... after, epoch ...
 $ evaluate --truth plain/labels --pred binary/labels --workers 1  # masks for label maps
 human_bladder_1: prediction: found a binary mask: ... separate components share the value 255, each
 $ evaluate --truth few/labels --pred mixed --workers 1  # predictions of other images
