@@ -79,8 +79,8 @@ def train_command(
     """
     from nucsam.config import load_config
 
-    run = out / "config.toml" if resume and out else None
-    path, overrides = configuration(arguments or [], run if run and run.is_file() else None)
+    own = out / "config.toml" if resume and out else None
+    path, overrides = configuration(arguments or [], own)
     settings = load_config(path, overrides)
     if dry_run:
         from nucsam.train.rehearsal import rehearse
@@ -361,7 +361,7 @@ def configuration(arguments: list[str], default: Path | None = None) -> tuple[Pa
 
     Args:
         arguments: of the command line. A folder is data.root.
-        default: the configuration where no file is named; None = nucsam's best.
+        default: the configuration where no file is named; None or not there = nucsam's best.
     """
     files = [text for text in arguments if text.endswith(".toml") and "=" not in text]
     folders = [text for text in arguments if text not in files and Path(text).is_dir()]
@@ -375,7 +375,9 @@ def configuration(arguments: list[str], default: Path | None = None) -> tuple[Pa
     if options:
         example = "a setting is table.key=value, such as train.epochs=10"
         raise UserError(f"no such option: {options[0]} (--help lists them); {example}")
-    return (Path(files[0]) if files else default or default_configuration()), overrides
+    if not default or not default.is_file():
+        default = default_configuration()
+    return (Path(files[0]) if files else default), overrides
 
 
 def default_configuration() -> Path:

@@ -456,7 +456,7 @@ warning: train.precision: fp16 needs a GPU; computing in fp32 on this CPU
 $ train plain TINY --out OUT/folder  # a folder as argument
 plain: 12 images; ...
 $ train PLAIN data.crop=96 instances.area=2000 --dry-run  # before a training
-images in 12 groups; about ... min, with ... s a step; ... GiB of memory, ... GiB are free; nothing
+images in 12 groups; about ... min, with ... s a step; ... GiB of memory; nothing is kept
 data.inner: only 3 image(s) choose the epoch, partly by chance
 data.folds: only 4 image(s) are scored; nucsam folds scores every image once
 instances.area: 100% of the nuclei are under 2000 px and will be dropped
