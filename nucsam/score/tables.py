@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE
+from rich.box import SIMPLE, SIMPLE_HEAD
 from rich.table import Table
 
 from nucsam.files import to_csv, to_json, without_nan, write_text
@@ -191,6 +191,17 @@ def summary_table(result: dict) -> Table:
     table = _table(result, ["all images"], COLUMNS, numbers)
     for name, title in AGGREGATES.items():
         table.add_row(title, *(percent(summary[name][metric]) for metric in COLUMNS))
+    return table
+
+
+def change_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
+    """A rich Table of the contents of two scores.json, in percent: a model before and after."""
+    rules = after["scores"][0]["protocol"]["name"]
+    headings = f"image mean, % ({rules})", *(COLUMNS[metric] for metric in MAIN)
+    table = Table(*headings, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for scores, name in ((before, "before training"), (after, f"after, epoch {after['epoch']}")):
+        mean = scores["scores"][0]["summary"]["mean"]
+        table.add_row(name, *(percent(mean[metric]) for metric in MAIN))
     return table
 
 
