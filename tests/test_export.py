@@ -23,7 +23,7 @@ from nucsam.files import write_text
 from nucsam.model.instances import from_depth
 from nucsam.model.network import Nucsam, build_model
 from nucsam.model.weights import Base, build_sam, load_base, state_sha256
-from nucsam.predict.predictor import open_model
+from nucsam.predict.pytorch import open_model
 from nucsam.run.checkpoint import read_tensors, save_adapter, write_tensors
 
 MODEL = Model(width=32, weights="none", rank=2, alpha=6.0)
@@ -269,7 +269,8 @@ def test_onnx_gives_our_maps_at_any_batch_and_size(onnx, trained):
         (graph_maps,) = session.run(None, {"image": images.numpy()})
         size = 2 * height, 2 * width
         larger = torch.nn.functional.interpolate(images, size=size, mode="bilinear")
-        logits = trained(larger, (height, width)).numpy()
+        raw = trained(larger, (height, width))
+        logits = raw.numpy()
         foreground = 1 - np.exp(logits[:, 0]) / np.exp(logits[:, :3]).sum(1)
         expected = np.stack([foreground, expit(logits[:, 3])], 1)
         assert graph_maps.shape == (batch, 2, height, width)
@@ -277,7 +278,7 @@ def test_onnx_gives_our_maps_at_any_batch_and_size(onnx, trained):
         assert expected.std() > 0.01
         options = Instances(foreground=0.4, confidence=0.0, area=5)
         nuclei = from_depth(*graph_maps[0], options)
-        assert np.array_equal(nuclei, trained.instances(logits[0], options))
+        assert np.array_equal(nuclei, trained.instances(trained.probabilities(raw)[0].numpy(), options))
 
 
 def test_onnx_says_what_it_is(onnx):

@@ -30,7 +30,7 @@ from nucsam.data.images import read_image, read_label, read_mask
 from nucsam.data.samples import read_nuclei
 from nucsam.errors import UserError
 from nucsam.export.merged import export_run
-from nucsam.predict.predictor import load
+from nucsam.predict.models import load
 from nucsam.run import checkpoint
 from nucsam.score.metrics import score_maps
 

@@ -1,0 +1,120 @@
+"""Prediction with onnxruntime: a graph of `nucsam export`, without torch."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nucsam.config import Config, Instances
+from nucsam.download import file_checksum
+from nucsam.errors import UserError, check_packages
+from nucsam.files import read_json
+from nucsam.model.instances import from_depth, from_foreground
+from nucsam.predict.predictor import Predictor
+from nucsam.run.metadata import check_metadata
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+SPLITS = {"foreground": from_foreground, "foreground,depth": from_depth}  # names of the maps
+
+
+@dataclass(eq=False)
+class OnnxPredictor(Predictor):
+    """A predictor that runs an ONNX graph of `nucsam export`.
+
+    The graph takes px of the images trained on. For another magnification tiles are resized before
+    it and maps after it.
+
+    Args:
+        session: of the graph.
+        path: its file.
+        split: from maps to nuclei, one of `SPLITS`.
+    """
+
+    session: "InferenceSession"
+    path: Path
+    split: Callable[..., np.ndarray]
+
+    def maps(self, pixels: np.ndarray, sides: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+        images = pixels.transpose(0, 3, 1, 2).astype(np.float32)
+        images = resized(images, tuple(round(side / self.scale) for side in sides))
+        (maps,) = self.session.run(None, {"image": np.ascontiguousarray(images)})
+        return resized(maps, size)
+
+    def nuclei(self, maps: np.ndarray, config: Instances) -> np.ndarray:
+        return self.split(*maps, config)
+
+    def weights_sha256(self) -> str:
+        return file_checksum(self.path)
+
+
+def resized(maps: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Bilinear, pixel centres at halves, as PyTorch's `interpolate`.
+
+    Args:
+        maps: float32 (B, C, h, w).
+        size: rows and columns.
+
+    Returns:
+        float32 (B, C, *size); `maps` itself where it has that size.
+    """
+    for axis, length in zip((2, 3), size):
+        old = maps.shape[axis]
+        if old == length:
+            continue
+        place = np.clip((np.arange(length) + 0.5) * (old / length) - 0.5, 0, old - 1)
+        low = place.astype(int)
+        part = (place - low).astype(np.float32)[:, None] if axis == 2 else place - low
+        below, above = (maps.take(k, axis) for k in (low, np.minimum(low + 1, old - 1)))
+        maps = below + (above - below) * part.astype(np.float32)
+    return maps
+
+
+def open_graph(
+    path: Path, device: str
+) -> tuple[Callable[..., Predictor], Config, dict[str, Any], bool]:
+    """As `pytorch.open_weights`, of an ONNX file.
+
+    Raises:
+        UserError: no onnxruntime, no such file or device, or a graph that nucsam has not written.
+    """
+    check_packages("onnx", "onnxruntime")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, expected one of nucsam export")
+    session = _session(path, device)
+    entries = session.get_modelmeta().custom_metadata_map
+    maps, multiple = entries.get("maps"), entries.get("multiple", "")
+    if "nucsam" not in entries or maps not in SPLITS or not multiple.isdecimal():
+        raise UserError(f"{path}: found another graph, expected one of nucsam export")
+    metadata = read_json(entries["nucsam"], f"{path}: `nucsam` metadata")
+    config = check_metadata(path, metadata)
+    step = round(int(multiple) * config.data.scale)
+    make = partial(OnnxPredictor, session, path, SPLITS[maps], step=step)
+    return make, config, metadata, session.get_providers()[0] == "CPUExecutionProvider"
+
+
+def _session(path: Path, device: str) -> "InferenceSession":
+    import onnxruntime
+
+    name, _, number = device.partition(":")
+    gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not gpu):
+        expected = (
+            "auto, cpu, cuda or cuda:N" if gpu else "auto or cpu: onnxruntime has no CUDA here"
+        )
+        raise UserError(f"device: found {device!r}, expected {expected}")
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if gpu and name != "cpu":
+        number = number or os.environ.get("LOCAL_RANK", "0")
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": number}))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))  # 0 = all cores
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # onnxruntime raises classes of its own
+        raise UserError(f"{path}: not a readable ONNX graph ({error})") from error
