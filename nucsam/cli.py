@@ -28,7 +28,8 @@ LENIENT = {"ignore_unknown_options": True}
 
 # Shared by several commands.
 Settings = Annotated[
-    list[str] | None, Argument(metavar="[CONFIG.toml] [table.key=value ...]", show_default=False)
+    list[str] | None,
+    Argument(metavar="[FOLDER] [CONFIG.toml] [table.key=value ...]", show_default=False),
 ]
 Grid = Annotated[list[str] | None, Option(metavar="'table.key=[a, b]'", help="May be repeated.")]
 DataFolder = Annotated[str, Option(help="Folder of RUN's images, if it has moved.")]
@@ -65,20 +66,29 @@ def run_command(arguments: list[str]) -> int:
 @app.command("train", context_settings=LENIENT)
 def train_command(
     arguments: Settings = None,
-    out: Annotated[Path | None, Option(help="Run directory; default: runs/CONFIG-foldK.")] = None,
+    out: Annotated[Path | None, Option(help="Default: runs/NAME-foldK, of folder or file.")] = None,
     resume: Annotated[bool, Option("--resume", help="Resume the run in --out.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what it takes; keep nothing.")] = False,
 ) -> None:
-    """Train one fold, choose its best epoch and score its test images.
+    """Train one fold on the images of FOLDER, choose its best epoch and score its test images.
 
-    The default configuration is nucsam's best, configs/nuinsseg.toml.
+    The default configuration is nucsam's best, configs/nuinsseg.toml; with --resume, that of the
+    run. train.epochs=N adds epochs to a finished run. `nucsam settings` lists all settings.
 
     Several devices, fp16: accelerate launch --config_file launch/ddp.yaml -m nucsam.train ...
     """
     from nucsam.config import load_config
 
-    path, overrides = configuration(arguments or [])
+    run = out / "config.toml" if resume and out else None
+    path, overrides = configuration(arguments or [], run if run and run.is_file() else None)
     settings = load_config(path, overrides)
-    out = out or Path("runs") / f"{path.stem}-fold{settings.data.fold}"
+    if dry_run:
+        from nucsam.train.rehearsal import rehearse
+
+        rehearse(settings)
+        return
+    name = Path(settings.data.root).resolve().name if path == default_configuration() else path.stem
+    out = out or Path("runs") / f"{name}-fold{settings.data.fold}"
     from nucsam.train.loop import fit  # after the configuration, because it imports torch
 
     fit(settings, out, resume=resume)
@@ -103,6 +113,29 @@ def folds_command(
     status = cross_validate(path, overrides, out, grid or [])
     _draw_report(out)
     raise typer.Exit(status)
+
+
+@app.command("settings")
+def settings_command(
+    arguments: Annotated[
+        list[str] | None, Argument(metavar="[CONFIG.toml] [WORD]", show_default=False)
+    ] = None,
+) -> None:
+    """List the settings that hold WORD: defaults, what CONFIG.toml changes, meanings, units."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from nucsam.config import load_config, setting_rows
+    from nucsam.console import PlainConsole
+
+    words = [text for text in arguments or [] if not text.endswith(".toml")]
+    path, _ = configuration([text for text in arguments or [] if text not in words])
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("setting", "default", path.stem, "meaning"):
+        table.add_column(heading, overflow="fold")
+    for row in setting_rows(load_config(path), " ".join(words)):
+        table.add_row(*row)
+    PlainConsole().print(table)
 
 
 def _draw_report(out: Path) -> None:
@@ -137,7 +170,8 @@ def evaluate_command(
 ) -> None:
     """Score a run's test images, or --pred against --truth: label maps with the same stems.
 
-    --untrained and --data go with RUN alone. --vague, --connected, --region-class and --workers go
+    --untrained of a finished run prints one table, before and after. It and --data go with RUN
+    alone. --vague, --connected, --region-class and --workers go
     with --truth and --pred alone: a run's data set and configuration say how it is scored.
     """
     from nucsam.console import PlainConsole
@@ -160,16 +194,21 @@ def evaluate_command(
     rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone}
     both = {"organ": organ, "overlays": overlays, **rules}
     if run is not None:
+        from nucsam.run.directory import RunDirectory
         from nucsam.score.runs import score_run, scores_sentence  # imports torch
 
         results = score_run(run, untrained=untrained, root=data, **both)
         console.print(scores_sentence(results), style="bold")
+        trained = RunDirectory(run).trained_scores(results) if untrained else None
     else:
         maps = {"vague": vague, "connected": connected, "region_class": region_class}
         results = pairs.score_folders(truth, pred, workers=workers or 0, **maps, **both)
+        trained = None
         for remark in pairs.remarks(results):
             console.print(remark, style="yellow")
-    for result in results["scores"]:
+    if trained:
+        console.print(tables.change_table(results, trained))
+    for result in [] if trained else results["scores"]:
         console.print(tables.organ_table(result), tables.summary_table(result))
     if as_json == "-":
         print(tables.to_json(results))
@@ -184,7 +223,7 @@ def predict_command(
     model: Annotated[Path, Argument(metavar="MODEL", help="Run directory or nucsam export.")],
     paths: Annotated[list[Path], Argument(metavar="PATHS...", help="Image files or folders.")],
     out: Annotated[Path, Option(help="Folder of the results, named by the images' stems.")],
-    formats: Annotated[str, Option(help="Comma-separated.")] = "labels",
+    formats: Annotated[str, Option(help="Comma-separated.")] = "labels,geojson,overlay",
     scale: Annotated[float | None, Option(help="Model px per image px; default: by mpp.")] = None,
     mpp: Annotated[float | None, Option(help="Microns per image px; default: the file's.")] = None,
     tile: Annotated[int | None, Option(help="Side in px as trained; default: a crop.")] = None,
@@ -304,6 +343,7 @@ def report_command(
     run: Annotated[Path, Argument(metavar="RUN", help="Folder of nucsam train or nucsam folds.")],
     data: DataFolder = "",
     figures: Annotated[Path | None, Option(help="Folder for charts and pictures.")] = None,
+    every_image: Annotated[bool, Option("--every-image", help="Picture all test images.")] = False,
 ) -> None:
     """Write RUN/report.html: a run or a cross-validation as one page that needs no network.
 
@@ -311,21 +351,30 @@ def report_command(
     """
     from nucsam.report.page import write_report
 
-    for path in write_report(run, root=data, figures=figures):
+    for path in write_report(run, root=data, figures=figures, every_image=every_image):
         print(printable(str(path)))
 
 
-def configuration(arguments: list[str]) -> tuple[Path, list[str]]:
-    """Separate the TOML file and the overrides among positional arguments."""
+def configuration(arguments: list[str], default: Path | None = None) -> tuple[Path, list[str]]:
+    """Separate the TOML file and the overrides among positional arguments.
+
+    Args:
+        arguments: of the command line. A folder is data.root.
+        default: the configuration where no file is named; None = nucsam's best.
+    """
     files = [text for text in arguments if text.endswith(".toml") and "=" not in text]
-    overrides = [text for text in arguments if text not in files]
+    overrides = [
+        f"data.root={text}" if Path(text).is_dir() else text
+        for text in arguments
+        if text not in files
+    ]
     options = [text for text in overrides if text.startswith("-")]
     if len(files) > 1:
         raise UserError(f"found {len(files)} configurations ({', '.join(files)}), expected one")
     if options:
         example = "a setting is table.key=value, such as train.epochs=10"
         raise UserError(f"no such option: {options[0]} (--help lists them); {example}")
-    return (Path(files[0]) if files else default_configuration()), overrides
+    return (Path(files[0]) if files else default or default_configuration()), overrides
 
 
 def default_configuration() -> Path:

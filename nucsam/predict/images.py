@@ -45,7 +45,7 @@ def predict_files(
     paths: Sequence[Path],
     out: Path,
     *,
-    formats: Sequence[str] = ("labels",),
+    formats: Sequence[str] = writers.USUAL,
     mpp: float | None = None,
     force: bool = False,
     roi: Path | None = None,
@@ -289,6 +289,8 @@ class Batch:
         text = f"{out}: {len(outcomes) - failed} image(s), {nuclei:,} nuclei, {tiles} tiles in "
         text += f"{self.task.elapsed:.1f} s" + (f"; {failed} failed" if failed else "")
         self._say(text)
+        if len(outcomes) > failed and "geojson" in next(iter(self.files.values())):
+            self._say(f"QuPath: open an image, then drag its .geojson from {out} onto it")
         if len(outcomes) > failed and not nuclei:
             self._say(
                 "no nucleus in any image: the model may have learnt nothing, or the images are of "

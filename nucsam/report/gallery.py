@@ -31,8 +31,14 @@ SHAPES = {  # SVG path at the centre of a nucleus, for a size of 1 px; a matched
 }
 
 
-def picks(rows: Iterable[dict[str, Any]]) -> list[tuple[str, int, dict[str, Any]]]:
+def picks(
+    rows: Iterable[dict[str, Any]], every: bool = False
+) -> list[tuple[str, int, dict[str, Any]]]:
     """The worst, median and best images by AJI: two of each, or one of each of fewer than nine.
+
+    Args:
+        rows: the images.
+        every: also all others, of the kind "".
 
     Returns:
         (kind, rank, row) by rank; rank 1 has the lowest AJI. Two images have no median, and a
@@ -44,10 +50,12 @@ def picks(rows: Iterable[dict[str, Any]]) -> list[tuple[str, int, dict[str, Any]
     size = 2 if len(ranked) >= 9 else 1
     middle = (len(ranked) - size) // 2
     kinds: dict[int, str] = {}
+    others = range(len(ranked)) if every else ()
     for kind, first in (("worst", 0), ("best", len(ranked) - size), ("median", middle)):
         for index in range(first, first + size):
             kinds.setdefault(index, kind)
-    return [(kinds[index], index + 1, ranked[index]) for index in sorted(kinds)]
+    shown = sorted({*kinds, *others})
+    return [(kinds.get(index, ""), index + 1, ranked[index]) for index in shown]
 
 
 def make_gallery(

@@ -122,14 +122,16 @@ class RunDirectory:
                             folder.rmdir()
 
     def check(self, config: Config, *, resume: bool) -> None:
-        """Check that a run of `config` can start here, or resume.
+        """Check that a run of `config` can start here, or resume, perhaps for more epochs.
 
         Raises:
             UserError: the directory holds files and `resume` is off, or it holds a run of another
                 configuration.
         """
         if resume and self.exists():
-            if changes := conflicts(load_config(self.config_file), config):
+            before = load_config(self.config_file)
+            more = ("train.epochs:",) if config.train.epochs > before.train.epochs else ()
+            if changes := conflicts(before, config, more):
                 raise UserError(
                     f"{self.config_file}: cannot resume with another configuration: "
                     f"{'; '.join(changes)} (found -> wanted). Give the run's own settings, or "
@@ -152,6 +154,8 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         for partial in stale_partials(self.path):
             partial.unlink(missing_ok=True)
+        if not self.is_trained(config):  # more epochs were asked for
+            self.scores_file.unlink(missing_ok=True)
         write_text(self.config_file, to_toml(config))
 
     def read_config(self) -> Config:
@@ -234,6 +238,13 @@ class RunDirectory:
                 f"{'; '.join(changes)}"
             )
         return scores
+
+    def trained_scores(self, untrained: dict[str, Any]) -> dict[str, Any] | None:
+        """The finished run's scores by the rules of `untrained`; None where there are none."""
+        scores = self.read_scores(self.read_config())
+        rules = [result["rules"] for result in untrained["scores"]]
+        same = scores and rules == [result["rules"] for result in scores["scores"]]
+        return scores if same else None
 
     def epochs_done(self) -> int:
         epochs = self.read_metrics()

@@ -196,6 +196,15 @@ def summary_table(result: dict) -> Table:
     return table
 
 
+def change_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
+    """A rich Table of the contents of two scores.json, in percent: a model before and after."""
+    table = _table(after["scores"][0], ["image mean"], MAIN)
+    for scores, name in ((before, "before training"), (after, f"after, epoch {after['epoch']}")):
+        mean = scores["scores"][0]["summary"]["mean"]
+        table.add_row(name, *(percent(mean[metric]) for metric in MAIN))
+    return table
+
+
 def organ_table(result: dict) -> Table:
     """A rich Table of a `scored` dict, in percent: the image means of each organ and of all."""
     summary = result["summary"]

@@ -37,7 +37,7 @@ from nucsam.run import checkpoint
 from nucsam.run.checkpoint import Progress
 from nucsam.run.directory import RunDirectory
 from nucsam.train.progress import console, print_start, print_warning
-from nucsam.train.signals import ignore_sigterm, kill_workers
+from nucsam.train.signals import ignore_signals, kill_workers
 
 CALIBRATION_IMAGES = 16  # crops that set a random base's BatchNorm statistics
 PACKAGES = "torch torchvision timm accelerate safetensors numpy scipy scikit-image"
@@ -75,6 +75,7 @@ class Training:
         self.progress = Progress()
         self.loss_sums: dict[str, Tensor] = {}
         self.saved_at = time.monotonic()
+        self.saved_step: int | None = None  # optimizer steps in the saved state
         if resume and self.run.state_file.is_file():
             self.restore()
         elif resume and self.accelerator.is_main_process:
@@ -136,7 +137,7 @@ class Training:
             num_workers=d.workers,
             persistent_workers=d.workers > 0,
             pin_memory=uses_gpu(),
-            worker_init_fn=ignore_sigterm,
+            worker_init_fn=ignore_signals,
         )
         if d.workers:
             atexit.register(kill_workers)
@@ -164,6 +165,12 @@ class Training:
         random_base = self.config.model.weights == "none"
         accelerator.wait_for_everyone()  # no process may take what is written now for an older run
         if accelerator.is_main_process:
+            epochs = self.config.train.epochs
+            if self.run.exists() and (before := self.run.read_config().train.epochs) < epochs:
+                print_warning(
+                    f"train.epochs: {before} -> {epochs}; the rate follows the longer schedule "
+                    f"from here on, so the result is not that of {epochs} epochs in one run"
+                )
             self.run.prepare(self.config)
             self.run.write_images(self.images)
             if random_base:
@@ -255,6 +262,7 @@ class Training:
         if not all(bool(p.isfinite().all()) for p in self.weights.values()):
             raise self._not_finite("a weight")
         self.saved_at = time.monotonic()
+        self.saved_step = self.progress.step
         if not self.accelerator.is_main_process:
             return
         self.progress.sums = {name: float(total) for name, total in self.loss_sums.items()}
@@ -278,6 +286,7 @@ class Training:
         path = self.run.state_file
         metadata = checkpoint.load_state(path, self.weights, self.average, self.optimizer)
         self.progress = checkpoint.read_progress(path, metadata)
+        self.saved_step = self.progress.step
         saved = check_form(metadata.get("about", {}), dict, f"{path}: about")
         for name, value in self.facts.items():
             if saved.get(name, value) != value:
