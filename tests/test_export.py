@@ -278,7 +278,9 @@ def test_onnx_gives_our_maps_at_any_batch_and_size(onnx, trained):
         assert expected.std() > 0.01
         options = Instances(foreground=0.4, confidence=0.0, area=5)
         nuclei = from_depth(*graph_maps[0], options)
-        assert np.array_equal(nuclei, trained.instances(trained.probabilities(raw)[0].numpy(), options))
+        assert np.array_equal(
+            nuclei, trained.instances(trained.probabilities(raw)[0].numpy(), options)
+        )
 
 
 def test_onnx_says_what_it_is(onnx):

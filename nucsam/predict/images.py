@@ -420,7 +420,8 @@ class Batch:
             return
         for path in list(self.claims.iterdir()):
             if claim := Claim.take(path):
-                path.unlink()
+                with suppress(PermissionError):  # Windows removes no open file
+                    path.unlink()
                 claim.release()
         with suppress(OSError):  # not empty: another launch works in the same folder
             self.claims.rmdir()
