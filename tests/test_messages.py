@@ -176,7 +176,7 @@ $ WORLD_SIZE=2 train PLAIN  # processes that are not joined
 WORLD_SIZE: the launcher started 2 processes, Accelerate joined 1, so each would run alone; on CPUs
 set ACCELERATE_USE_CPU=true or use launch/cpu2.yaml
 $ predict run flat --out p --device gpu  # no such device
-...device: found 'gpu', expected auto, cpu, cuda or cuda:N
+...device: found 'gpu', expected auto, cpu, cuda, cuda:N or mps
 $ predict run flat --out p --device cuda:99  # no such GPU
 ...device: found 'cuda:99', but PyTorch sees ... GPU(s), so no cuda:99; expected cpu
 $ WORLD_SIZE=2 predict run flat --out p --device cuda:0  # one GPU for two processes
