@@ -217,8 +217,8 @@ def evaluate_command(
     """Score a run's test images, or --pred against --truth: label maps with the same stems.
 
     --untrained of a finished run prints one table, before and after. It and --data go with RUN
-    alone. --vague, --connected, --region-class and --workers go
-    with --truth and --pred alone: a run's data set and configuration say how it is scored.
+    alone. --vague, --connected, --region-class and --workers go with --truth and --pred alone: a
+    run's data set and configuration say how it is scored.
     """
     from nucsam.console import PlainConsole
     from nucsam.score import pairs, tables
@@ -411,14 +411,14 @@ def configuration(arguments: list[str], default: Path | None = None) -> tuple[Pa
         default: the configuration where no file is named; None = nucsam's best.
     """
     files = [text for text in arguments if text.endswith(".toml") and "=" not in text]
+    folders = [text for text in arguments if text not in files and Path(text).is_dir()]
     overrides = [
-        f"data.root={text}" if Path(text).is_dir() else text
-        for text in arguments
-        if text not in files
+        f"data.root={text}" if text in folders else text for text in arguments if text not in files
     ]
     options = [text for text in overrides if text.startswith("-")]
-    if len(files) > 1:
-        raise UserError(f"found {len(files)} configurations ({', '.join(files)}), expected one")
+    for kind, names in (("configurations", files), ("folders", folders)):
+        if len(names) > 1:
+            raise UserError(f"found {len(names)} {kind} ({', '.join(names)}), expected one")
     if options:
         example = "a setting is table.key=value, such as train.epochs=10"
         raise UserError(f"no such option: {options[0]} (--help lists them); {example}")

@@ -372,7 +372,7 @@ def override(
         table, dot, key = name.strip().partition(".")
         if not (equals and dot and key):
             raise UserError(
-                f"override: found {text!r}, expected a folder that exists, or table.key=value, such "
+                f"override: found {text!r}, expected an existing folder, or table.key=value, such "
                 "as data.root=my_folder or train.epochs=10"
             )
         parsed, name = parse_value(value), f"{table}.{key}"

@@ -125,7 +125,8 @@ def test_the_readme_runs_from_top_to_bottom(newcomer, capfd):
             status = subprocess.run(launched, timeout=300).returncode
         assert status == 0, f"{words}\n{capfd.readouterr().err}"
         assert "--out" not in words or Path(words[words.index("--out") + 1]).exists(), words
-    assert len(list(Path("predicted").glob("*.tif"))) == 3
+    for pattern in ("*.tif", "*.geojson", "overlays/*.png"):
+        assert len(list(Path("predicted").glob(pattern))) == 3
     assert len(list(Path("qupath").glob("*.geojson"))) == 3
     assert len(json.loads(Path("runs/ranks/table.json").read_text())["variants"]) == 3
 
@@ -195,6 +196,27 @@ def test_evaluate_scores_folders_of_label_maps(folder, tmp_path, capsys):
     assert run_command(["evaluate", "--truth", truth]) == 2
     assert run_command(["evaluate", "run", "--truth", truth, "--pred", truth]) == 2
     assert capsys.readouterr().err.count("nucsam: evaluate: ") == 2
+
+
+def test_settings_name_this_files_differences(capsys):
+    assert run_command(["settings", str(ROOT / "configs/quickstart.toml"), "lr_"]) == 0
+    words = capsys.readouterr().out.split()
+    assert {"quickstart", "train.lr_adapter", "train.lr_head", "0.001", "0.003"} <= {*words}
+    assert "train.epochs" not in words
+
+
+def test_a_bare_resume_takes_the_runs_own_configuration(newcomer, capsys):
+    """A run of the quickstart's settings, killed between training and scoring."""
+    settings = [*SHORT, "my_folder", "train.epochs=1"]
+    assert run_command(["train", "configs/quickstart.toml", *settings, "--out", "run"]) == 0
+    before = Path("run/config.toml").read_text()
+    scores = Path("run/scores.json").read_text()
+    Path("run/scores.json").unlink()
+    assert run_command(["train", "--resume", "--out", "run"]) == 0
+    assert Path("run/config.toml").read_text() == before and "lr_head = 0.003" in before
+    assert Path("run/scores.json").read_text() == scores
+    assert run_command(["train", "--dry-run", *settings, "--out", "new"]) == 0
+    assert not Path("new").exists() and "nothing is kept" in capsys.readouterr().out
 
 
 def test_inspect_counts_and_draws(folder, tmp_path, capsys):

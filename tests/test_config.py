@@ -19,6 +19,7 @@ from nucsam.config import (
     differences,
     load_config,
     override,
+    setting_rows,
     to_toml,
 )
 from nucsam.errors import UserError
@@ -267,7 +268,7 @@ def test_a_value_out_of_range_is_refused(name):
 
 
 def test_every_number_has_a_rule_and_a_case():
-    ruled = {name for name, _, field in FIELDS if "rule" in field.metadata}
+    ruled = {name for name, _, field in FIELDS if field.metadata["rule"]}
     assert {name for name, kind, _ in FIELDS if kind in (int, float)} <= ruled == set(CASES)
 
 
@@ -311,6 +312,17 @@ def test_every_choice_is_taken():
             if option == "moving":
                 tables["model"]["train"] = "full"
             assert Config.from_dict(tables).flat()[name] == option
+
+
+def test_settings_are_found_by_a_word_and_show_what_a_file_changes():
+    config = load_config(CONFIGS / "quickstart.toml")
+    rows = {name: rest for name, *rest in setting_rows(config)}
+    assert list(rows) == [name for name, *_ in FIELDS] and all(text for *_, text in rows.values())
+    assert rows["train.lr_head"][:2] == ["0.001", "0.003"] and rows["train.seed"][1] == ""
+    assert "image px" in rows["data.crop"][2] and "dice, aji, pq" in rows["train.best"][2]
+    assert [name for name, *_ in setting_rows(config, "GiB")] == ["data.memory"]
+    with pytest.raises(UserError, match=r"train[.]epochs"):
+        setting_rows(config, "train.epoch ")
 
 
 def test_differences_name_old_and_new_values():

@@ -141,8 +141,15 @@ $ train PLAIN train.log_with=aim  # a tracker that is not installed
 train.log_with: aim is not installed; expected one that is, or ''
 $ train --epochs 3  # settings as options
 no such option: --epochs (--help lists them); a setting is table.key=value, such as train.epochs=10
-$ train plain  # the folder as argument
-override: found 'plain', expected table.key=value, such as data.root=my_folder or train.epochs=10
+$ train plain flat  # two folders
+found 2 folders (plain, flat), expected one
+$ train plane  # a folder that is not there
+override: found 'plane', expected an existing folder, or table.key=value, such as
+data.root=my_folder or train.epochs=10
+$ settings speed  # a word of no setting
+speed: no setting has it; known: data.root, ...
+$ WORLD_SIZE=2 train PLAIN --dry-run  # a rehearsal of several processes
+WORLD_SIZE: found 2, expected one process to rehearse
 $ train mine.toml  # no such configuration
 mine.toml: no such configuration file
 $ train yaml.toml  # YAML
@@ -326,9 +333,9 @@ $ predict run flat --out p --tile 3  # a tile too small
 ...tile: found 3, expected at least 64 px
 $ predict run flat --out p --roi empty.geojson  # one file of regions for many images
 ...roi: found empty.geojson for 12 images, expected one image, or a folder with a ...
-$ predict run flat --out results  # results of other settings
+$ predict run flat --out results --formats labels  # results of other settings
 results/predict.json: ...other...: tta: True -> False; expected another ...out, or ...force
-$ predict run flat/human_bladder_1.png --out results --force  # fewer images than there are results
+$ predict run flat/human_bladder_1.png --out results --formats labels --force  # too few images
 results: found 1 result(s) that ...force would ..., such as results/human_bladder_2.tif; ...
 $ export run --out m --format pickle  # no such format
 ...format: found 'pickle', expected one of safetensors, mobile-sam, onnx, adapter
@@ -439,14 +446,24 @@ REMARKS = """
 $ train PLAIN data.crop=128 train.epochs=1 train.precision=fp16 --out OUT/new --resume  # doubtful
 data.crop: found 128 px, but no image with a shorter side over 96 px; a smaller crop is faster
 resume: OUT/new holds no saved state; a new run starts
-trains ... of ... parameters on base none (random, seed 0); images: 5 train, 3 inner, 4 test; 1
+images: 5 train, 3 inner, 4 test; base none (random, seed 0)
+trains ... of ... parameters on the CPU in fp32
 5 images x 1 epochs = 3 optimizer steps; 1,500 or more are usual
 random base weights: the scores say nothing about MobileSAM
 epoch 1: loss ..., ... images/s; DICE ..., AJI ..., PQ ...
 epoch 1 (chosen by aji on the inner split), test images, one seed, base none (random, seed 0): DICE
 warning: train.precision: fp16 needs a GPU; computing in fp32 on this CPU
-$ evaluate run --untrained  # before the first step
+$ train plain TINY --out OUT/folder  # a folder as argument
+plain: 12 images; ...
+$ train PLAIN data.crop=96 instances.area=2000 --dry-run  # before a training
+images in 12 groups; about ... min, with ... s a step; ... GiB of memory, ... GiB are free; nothing
+data.inner: only 3 image(s) choose the epoch, partly by chance
+data.folds: only 4 image(s) are scored; nucsam folds scores every image once
+instances.area: 100% of the nuclei are under 2000 px and will be dropped
+train.epochs: 500 epochs make the usual 1,500 steps
+$ evaluate run --untrained  # before the first step, and after the last
 untrained model, test images: DICE ..., AJI ..., PQ ...
+before training ... after, epoch ...
 $ evaluate --truth plain/labels --pred binary/labels --workers 1  # masks for label maps
 human_bladder_1: prediction: found a binary mask: ... separate components share the value 255, each
 $ evaluate --truth few/labels --pred mixed --workers 1  # predictions of other images
@@ -465,7 +482,8 @@ warning: holed/annotations/x.geojson: found 1 empty geometry, not used; expected
 contact sheet: OUT/sheet.png
 $ predict run few/images --out OUT  # two images
 OUT: 2 image(s), ... nuclei, ... tiles in ... s
-$ predict run few/images --out again  # the same again
+QuPath: open an image, then drag its .geojson from OUT onto it
+$ predict run few/images --out again --formats labels  # the same again
 2 image(s) with results skipped; ...force replaces them
 $ export run --out OUT/m.safetensors  # a model
 OUT/m.safetensors: ... tensors, ... values, ... MiB
@@ -672,7 +690,9 @@ def make_runs() -> None:
     run, state = Path("run"), "state/last.safetensors"
     export_run(run, Path("merged.safetensors"))
     export_run(run, Path("lora.safetensors"), format="adapter")
-    assert run_command(["predict", "run", "few/images", "--out", "again"]) == 0
+    assert (
+        run_command(["predict", "run", "few/images", "--out", "again", "--formats", "labels"]) == 0
+    )
     shutil.copytree("again", "results")
     record = json.loads(Path("results/predict.json").read_text())
     Path("results/predict.json").write_text(json.dumps(record | {"tta": True}))

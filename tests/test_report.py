@@ -217,6 +217,23 @@ def test_the_page_is_whole_and_loads_nothing(finished):
     assert not re.search("#[0-9a-f]{6}", " ".join(page.values("style")))  # both themes
 
 
+def test_every_image_is_in_the_gallery_on_demand(one):
+    page = written(one, every_image=True)
+    names = {image["name"] for image in read_scores(one)["scores"][0]["images"]}
+    assert page.count("article") == len(names) == 4 and "--every-image" not in page.text
+    assert "--every-image" in written(one).text
+
+
+def test_a_page_names_no_folder_of_this_machine(one, folder, tmp_path):
+    """The data lie in a folder with a space, and the page has a notice with their path."""
+    change_config(one, "data", root="/home/Anna M/slides/set")
+    change_config(one, "model", weights=str(tmp_path / "base.pt"))
+    page = written(one)
+    assert "found no data set" in page.text and "set: found no data set" in page.text
+    for text in ("/home", "Anna", str(tmp_path), str(folder.parent), sys.argv[0]):
+        assert text not in page.source
+
+
 def test_a_cross_validation_and_its_variants(finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "cv")
     page = Page(out / "report.html")
@@ -515,6 +532,16 @@ def test_the_page_fits_the_screen_in_both_themes(finished, visit, width):
         assert page.evaluate("getComputedStyle(document.querySelector('.chart text')).fill") == text
         grounds.add(ground)
     assert len(grounds) == 2
+
+
+@pytest.mark.parametrize("width", [360, 430])
+def test_a_phone_shows_the_scores_without_scrolling(finished, visit, width):
+    page = visit(finished / "report.html", width)
+    for section in ("#organs", "#images", "#compare"):
+        for label in ("Dice", "AJI", "PQ"):
+            heading = page.locator(f"{section} thead th", has_text=re.compile(f"^{label}$")).first
+            box = heading.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= width, (section, label)
 
 
 def test_every_control_is_reached_by_keyboard(finished, visit):
