@@ -227,14 +227,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, result in results.items()
         if name.startswith("nucsam")
     ]
-    arrays = (samples.image, samples.label, samples.vague)
     document = {
         "benchmark": "data",
         **bench.options(args),
         **run.about(["peft"] if train_step.peft else []),
         "ceiling": bench.host(args).ceiling(),
         "decode_s": decoded,
-        "decode_mib": sum(array.nbytes for array in arrays) / 2**20,
+        "decode_mib": samples.kept_bytes / 2**20,
         "item_bytes": item,
         "results": results,
         "met": min(waits) <= GOAL if waits else None,

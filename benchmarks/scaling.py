@@ -121,8 +121,7 @@ def data_set(args: argparse.Namespace, folder: Path) -> Curves:
         start = time.perf_counter()
         samples = Samples(records, progress=False)
         add(curves, "decoding, s", count, time.perf_counter() - start)
-        size = sum(array.nbytes for array in (samples.image, samples.label, samples.vague))
-        add(curves, "decoded, MiB", count, size / 2**20)
+        add(curves, "decoded, MiB", count, samples.kept_bytes / 2**20)
         crops = Crops(samples, window=window(config.data.crop, config.augment), seed=0)
         batches = EpochBatches(range(count), batch=args.batch)
         loader, seconds = DataLoader(crops, batch_sampler=batches), []

@@ -35,9 +35,11 @@ def whole_scores(**changes):
 
 
 def snapshot(folder):
-    """Mode, size and time of writing of everything in a folder; of a folder only its mode."""
+    """Mode, size and time of writing of all but locks in a folder; of a folder only its mode."""
     states = {}
     for path in folder.rglob("*"):
+        if path.name == ".lock":  # says who holds a run
+            continue
         status = path.lstat()
         content = (status.st_size, status.st_mtime_ns) if not path.is_dir() else ()
         states[path] = (status.st_mode, *content)

@@ -142,7 +142,7 @@ def test_a_child_trains_scores_and_measures(tiny, tmp_path):
         accuracy.child([*options, str(toml), "--out", str(tmp_path / name)])
         measured = json.loads((tmp_path / name / "benchmark.json").read_text())
         assert measured["peak_gib"] > 0.1 and measured["inference_seconds"] > 0
-        source = runs[name].read_scores()["base"]["source"]
+        source = runs[name].read_scores(settings)["base"]["source"]
         assert (source == str(merged)) == (name in ("run", "tta"))
     first, second = (runs[name].read_metrics()[0]["loss"] for name in ("unet", "next"))
     assert second < first

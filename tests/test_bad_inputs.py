@@ -132,10 +132,16 @@ def damaged_files() -> Iterator[tuple]:
 def odd_arrays() -> Iterator[tuple]:
     images = [np.zeros((5, H, W), np.uint8), np.zeros((2, 5, H, W), np.uint8), ROWS * 1j]
     images += [RGB.astype(np.float32), RGB * np.uint32(70_000), -ROWS]
-    labels = [RGB, np.stack([WIDE] * 5), WIDE * 1j, WIDE.astype(np.float32), -WIDE, WIDE * 2**40]
+    labels = [
+        RGB,
+        np.stack([WIDE] * 5),
+        WIDE * 1j,
+        WIDE.astype(np.float32) / 2,
+        -WIDE,
+        WIDE * 2**40,
+    ]
     labels.append((WIDE * 2**23).astype(np.uint32))
     flat = [WIDE.ravel(), np.array(3), np.zeros((0, W), int), np.zeros((H, W), [("a", int)])]
-    flat.append(WIDE[..., None])
     nine_channels = encoded(np.dstack([GREY] * 9), ".tif", planarconfig="contig")
     yield "nine channels", "a.tif", nine_channels, read_image
     for array in images:

@@ -28,10 +28,14 @@ SHORT = [f"{table}.{key}={value}" for table, keys in TINY.items() for key, value
 COMMANDS = typer.main.get_command(cli.app).commands
 ELSEWHERE = ("bash", "cd", "git", "hf", "kaggle", "pip")  # commands of other programs
 COPY = """
-import shutil, sys
-settings, out = sys.argv[1], sys.argv[sys.argv.index("--out") + 1]
+import json, pathlib, shutil, sys
+settings, out = sys.argv[1], pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 shutil.copytree("runs/fold0", out)
-shutil.copy(settings, out + "/config.toml")
+shutil.copy(settings, out / "config.toml")
+(out / "images.json").unlink()  # parts of another fold
+scores = json.loads((out / "scores.json").read_text())
+scores["split"]["fold"] = int(out.name.removeprefix("fold"))
+(out / "scores.json").write_text(json.dumps(scores))
 """
 
 

@@ -70,7 +70,7 @@ def test_finished_means_all_epochs_and_scores(tmp_path, epochs, scores, finished
         (("base",), {"source": None}),
         (("scores",), []),
         (("scores", 0, "images", 0, "n_truth"), -1),
-        (("scores", 0, "images", 0, "counts"), {"tp": 1}),
+        (("scores", 0, "images", 0, "outcomes"), {"missed": 1}),
         (("scores", 0, "summary", "organs"), {"liver": {"images": 1}}),
         (("split",), 3),
     ],

@@ -209,7 +209,7 @@ def test_masks_are_reported_and_can_be_labelled(tmp_path):
 
 def test_every_bad_file_is_named(folders):
     root, _ = folders
-    write(root / "pred" / "human liver_1.tif", np.zeros((64, 64), np.float32))
+    write(root / "pred" / "human liver_1.tif", np.full((64, 64), 0.5, np.float32))
     write(root / "pred" / "mouse fat_1.npy", np.zeros((10, 64), np.uint8))
     (root / "pred" / "mouse fat_2.tiff").write_bytes(b"II*\0")
     with pytest.raises(UserError, match="3 problem") as error:

@@ -301,7 +301,7 @@ class Samples:
         self.kept = True
         self._planes: list[Planes] = []
         problems = []
-        kept_bytes = 0
+        self.kept_bytes = 0
         for result in read_each(_read_whole, self.records, "Decoding images", progress):
             if isinstance(result, UserError):
                 problems.append(str(result))
@@ -312,8 +312,8 @@ class Samples:
             self.sizes.append(sample.label.shape)
             self.partial.append(sample.partial)
             planes = _planes(sample)
-            kept_bytes += sum(plane.nbytes for plane in planes if plane is not None)
-            self.kept &= kept_bytes <= memory_gib * 2**30
+            self.kept_bytes += sum(plane.nbytes for plane in planes if plane is not None)
+            self.kept &= self.kept_bytes <= memory_gib * 2**30
             if self.kept:
                 self._planes.append(planes)
             else:
