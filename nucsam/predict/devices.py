@@ -33,9 +33,8 @@ def find_device(name: str) -> torch.device:
     mps = torch.backends.mps.is_available()
     if name == "mps" and not mps:
         raise UserError("device: found 'mps', but PyTorch sees no GPU of Apple; expected cpu")
-    if name == "cpu" or (name == "auto" and not uses_gpu()):
-        uses_mps = name == "auto" and mps and not parse_flag_from_env("ACCELERATE_USE_CPU")
-        name = "mps" if uses_mps else "cpu"
+    if name == "auto" and not uses_gpu():
+        name = "mps" if mps and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
     if name in ("cpu", "mps"):
         return torch.device(name)
     number = int(match[1] or os.environ.get("LOCAL_RANK", 0))

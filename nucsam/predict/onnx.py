@@ -28,23 +28,27 @@ class OnnxPredictor(Predictor):
     """A predictor that runs an ONNX graph of `nucsam export`.
 
     The graph takes px of the images trained on. For another magnification tiles are resized before
-    it and maps after it.
+    it and maps after it. Sides that are no multiple of the graph's are mirrored up to one.
 
     Args:
         session: of the graph.
         path: its file.
+        multiple: sides of the graph's images are multiples of it, px.
         split: from maps to nuclei, one of `SPLITS`.
     """
 
     session: "InferenceSession"
     path: Path
+    multiple: int
     split: Callable[..., np.ndarray]
 
     def maps(self, pixels: np.ndarray, sides: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
         images = pixels.transpose(0, 3, 1, 2).astype(np.float32)
-        images = resized(images, tuple(round(side / self.scale) for side in sides))
-        (maps,) = self.session.run(None, {"image": np.ascontiguousarray(images)})
-        return resized(maps, size)
+        h, w = (round(side / self.scale) for side in sides)
+        missing = ((0, 0), (0, 0), (0, -h % self.multiple), (0, -w % self.multiple))
+        images = np.pad(resized(images, (h, w)), missing, mode="symmetric")
+        (maps,) = self.session.run(None, {"image": images})
+        return resized(maps[:, :, :h, :w], size)
 
     def nuclei(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         return self.split(*maps, config)
@@ -53,7 +57,7 @@ class OnnxPredictor(Predictor):
         return file_checksum(self.path)
 
 
-def resized(maps: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+def resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Bilinear, pixel centres at halves, as PyTorch's `interpolate`.
 
     Args:
@@ -69,9 +73,9 @@ def resized(maps: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
             continue
         place = np.clip((np.arange(length) + 0.5) * (old / length) - 0.5, 0, old - 1)
         low = place.astype(int)
-        part = (place - low).astype(np.float32)[:, None] if axis == 2 else place - low
+        share = (place - low).astype(np.float32).reshape(-1, *[1] * (3 - axis))
         below, above = (maps.take(k, axis) for k in (low, np.minimum(low + 1, old - 1)))
-        maps = below + (above - below) * part.astype(np.float32)
+        maps = below + (above - below) * share
     return maps
 
 
@@ -89,12 +93,16 @@ def open_graph(
     session = _session(path, device)
     entries = session.get_modelmeta().custom_metadata_map
     maps, multiple = entries.get("maps"), entries.get("multiple", "")
-    if "nucsam" not in entries or maps not in SPLITS or not multiple.isdecimal():
+    if (
+        "nucsam" not in entries
+        or maps not in SPLITS
+        or not multiple.isdecimal()
+        or not int(multiple)
+    ):
         raise UserError(f"{path}: found another graph, expected one of nucsam export")
     metadata = read_json(entries["nucsam"], f"{path}: `nucsam` metadata")
     config = check_metadata(path, metadata)
-    step = round(int(multiple) * config.data.scale)
-    make = partial(OnnxPredictor, session, path, SPLITS[maps], step=step)
+    make = partial(OnnxPredictor, session, path, int(multiple), SPLITS[maps])
     return make, config, metadata, session.get_providers()[0] == "CPUExecutionProvider"
 
 

@@ -44,7 +44,6 @@ class Predictor:
         ratio: px of any image per px of those trained on, whatever its mpp; None = by mpp.
         core: longest side of a window's core, px; see `predict.tiles`.
         margin: px around a core.
-        step: sides of tiles are multiples of it, model px.
     """
 
     _: KW_ONLY
@@ -59,7 +58,6 @@ class Predictor:
     ratio: float | None = None
     core: int = CORE
     margin: int = MARGIN
-    step: int = 32
 
     out_of_memory: ClassVar[type[Exception]] = MemoryError  # what `maps` raises then
 
@@ -153,14 +151,7 @@ class Predictor:
         places = windows(image.shape[:2], core, margin)
         if area is not None:
             places = windows_in(places, area, margin)
-        tiles = Tiles(
-            image,
-            scale=self.scale / ratio,
-            tile=tile,
-            overlap=overlap,
-            windows=places,
-            step=self.step,
-        )
+        tiles = Tiles(image, scale=self.scale / ratio, tile=tile, overlap=overlap, windows=places)
         tiles.area = area
         return tiles
 

@@ -85,18 +85,16 @@ def windows_in(places: Sequence[Window], area: Area, margin: int) -> list[Window
     return inside
 
 
-def side(size: int, scale: float, step: int = 32) -> tuple[int, int]:
+def side(size: int, scale: float) -> tuple[int, int]:
     """The side of a tile over at least `size` image px: in image px, and in model px.
 
-    It is a multiple of `step` model px. The encoder takes multiples of 32 model px, from 64.
+    The encoder takes multiples of 32 model px, from 64.
     """
-    model_px = step * max(-(-64 // step), math.ceil(round(size * scale / step, 6)))
+    model_px = 32 * max(2, math.ceil(round(size * scale / 32, 6)))
     return round(model_px / scale), model_px
 
 
-def grid(
-    size: int, tile: int, overlap: int, scale: float, step: int = 32
-) -> tuple[list[int], int, int]:
+def grid(size: int, tile: int, overlap: int, scale: float) -> tuple[list[int], int, int]:
     """Tiles that cover an axis of `size` px evenly.
 
     They are as few as possible, or one more where smaller tiles then have fewer px in all.
@@ -106,19 +104,18 @@ def grid(
         tile: longest side of a tile, px; `side` rounds it up.
         overlap: least that neighbours share, px.
         scale: model px per image px.
-        step: sides of tiles are multiples of it, model px.
 
     Returns:
         The start of each tile, image px, and `side` of a tile.
     """
-    largest, model_px = side(min(size, tile), scale, step)
+    largest, model_px = side(min(size, tile), scale)
     if size <= largest:
         return [0], largest, model_px
     fewest = -(-(size - overlap) // (largest - overlap))
     sides = {}
     for count in (fewest, fewest + 1):
         needed = -(-(size + (count - 1) * overlap) // count)
-        sides[count] = min((largest, model_px), side(needed, scale, step))
+        sides[count] = min((largest, model_px), side(needed, scale))
     count = min(sides, key=lambda count: count * sides[count][0])
     px, model_px = sides[count]
     return [round(k * (size - px) / (count - 1)) for k in range(count)], px, model_px
@@ -149,26 +146,18 @@ class Tiles:
         tile: longest side of a tile, image px.
         overlap: what neighbours share, image px.
         windows: windows of this image, in the order in which they are asked for.
-        step: sides of tiles are multiples of it, model px.
     """
 
     area: Area | None = None  # where nuclei are kept; None = everywhere
 
     def __init__(
-        self,
-        image: Any,
-        *,
-        scale: float,
-        tile: int,
-        overlap: int,
-        windows: Sequence[Window],
-        step: int = 32,
+        self, image: Any, *, scale: float, tile: int, overlap: int, windows: Sequence[Window]
     ) -> None:
         self.image = image
         self.scale = scale
         self.windows = windows
         self.size = tuple(image.shape[:2])
-        grids = [grid(length, tile, overlap, scale, step) for length in self.size]
+        grids = [grid(length, tile, overlap, scale) for length in self.size]
         self.starts, self.sides, self.model_sides = zip(*grids)  # image px, image px, model px
         self.ramps = [ramp(length, overlap) for length in self.sides]
         self.failed: Exception | None = None  # why the image could not be read to its end
