@@ -81,11 +81,9 @@ def nucsam_command(
 
 @app.command("quickstart")
 def quickstart_command(
-    folder: Annotated[
-        Path, Argument(metavar="[DIR]", help="Folder of the set and the run.")
-    ] = Path("runs/quickstart"),
+    folder: Annotated[Path, Argument(metavar="[DIR]")] = Path("runs/quickstart"),
 ) -> None:
-    """Train and score a model on synthetic images, to try things: minutes on a CPU, no download.
+    """Train and score a model on synthetic images in DIR: minutes on a CPU, nothing to download.
 
     After an interruption, the same command continues.
     """

@@ -1,6 +1,7 @@
 """Prediction with onnxruntime: a graph of `nucsam export`, without torch."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -93,12 +94,8 @@ def open_graph(
     session = _session(path, device)
     entries = session.get_modelmeta().custom_metadata_map
     maps, multiple = entries.get("maps"), entries.get("multiple", "")
-    if (
-        "nucsam" not in entries
-        or maps not in SPLITS
-        or not multiple.isdecimal()
-        or not int(multiple)
-    ):
+    named = "nucsam" in entries and maps in SPLITS
+    if not named or not re.fullmatch(r"[1-9]\d{0,4}", multiple):
         raise UserError(f"{path}: found another graph, expected one of nucsam export")
     metadata = read_json(entries["nucsam"], f"{path}: `nucsam` metadata")
     config = check_metadata(path, metadata)
@@ -112,9 +109,7 @@ def _session(path: Path, device: str) -> "InferenceSession":
     name, _, number = device.partition(":")
     gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not gpu):
-        expected = (
-            "auto, cpu, cuda or cuda:N" if gpu else "auto or cpu: onnxruntime has no CUDA here"
-        )
+        expected = "auto, cpu, cuda or cuda:N" if gpu else "auto or cpu (no CUDA in onnxruntime)"
         raise UserError(f"device: found {device!r}, expected {expected}")
     providers: list[Any] = ["CPUExecutionProvider"]
     if gpu and name != "cpu":
