@@ -99,11 +99,9 @@ def quickstart_command(
         shutil.rmtree(partial, ignore_errors=True)
         write_dataset(partial, images=60, size=256, seed=0)
         partial.rename(data)
-    resume = (run / "config.toml").is_file()
     settings = [str(shipped_configuration("quickstart")), f"data.root={data}"]
-    train_command([] if resume else settings, out=run, resume=resume)
+    train_command(settings, out=run, resume=True)
     evaluate_command(run, untrained=True)
-    print(f"Pictures and curves        open {run / 'report.html'}")
     print("What your images take      nucsam train my_folder --dry-run")
 
 
@@ -123,8 +121,8 @@ def train_command(
     """
     from nucsam.config import load_config
 
-    run = out / "config.toml" if resume and out else None
-    path, overrides = configuration(arguments or [], run if run and run.is_file() else None)
+    own = out / "config.toml" if resume and out else None
+    path, overrides = configuration(arguments or [], own)
     settings = load_config(path, overrides)
     if dry_run:
         from nucsam.train.rehearsal import rehearse
@@ -242,8 +240,9 @@ def evaluate_command(
         from nucsam.score.runs import score_run, scores_sentence  # imports torch
 
         results = score_run(run, untrained=untrained, root=data, **both)
-        console.print(scores_sentence(results), style="bold")
         trained = RunDirectory(run).trained_scores(results) if untrained else None
+        if not trained:
+            console.print(scores_sentence(results), style="bold")
     else:
         maps = {"vague": vague, "connected": connected, "region_class": region_class}
         results = pairs.score_folders(truth, pred, workers=workers or 0, **maps, **both)
@@ -406,7 +405,7 @@ def configuration(arguments: list[str], default: Path | None = None) -> tuple[Pa
 
     Args:
         arguments: of the command line. A folder is data.root.
-        default: the configuration where no file is named; None = nucsam's best.
+        default: the configuration where no file is named; None or not there = nucsam's best.
     """
     files = [text for text in arguments if text.endswith(".toml") and "=" not in text]
     folders = [text for text in arguments if text not in files and Path(text).is_dir()]
@@ -420,7 +419,9 @@ def configuration(arguments: list[str], default: Path | None = None) -> tuple[Pa
     if options:
         example = "a setting is table.key=value, such as train.epochs=10"
         raise UserError(f"no such option: {options[0]} (--help lists them); {example}")
-    return (Path(files[0]) if files else default or shipped_configuration()), overrides
+    if not default or not default.is_file():
+        default = shipped_configuration()
+    return (Path(files[0]) if files else default), overrides
 
 
 def shipped_configuration(name: str = "nuinsseg") -> Path:

@@ -137,11 +137,9 @@ class Data:
     ] = setting("auto", "how the folder is arranged; auto looks what it is")
     split: Literal["official", "organ"] = setting("official", "NuInsSeg's KFold, or stratified")
     folds: int = setting(5, "number of folds", at_least(2))
-    fold: int | Literal["all"] = setting(
-        0, 'number of the test fold; "all" tests nothing and trains a model to keep'
-    )
+    fold: int | Literal["all"] = setting(0, 'test fold; "all" tests nothing: a model to keep')
     group: str = setting(
-        "", "no split separates images whose stems have this match in common", regular_expression
+        "", "images whose stems share this match stay together", regular_expression
     )
     connected: bool = setting(False, "for masks: each connected component of a label is a nucleus")
     region_class: str = setting("", "class of outlines of annotated regions, beside Region*")
@@ -180,15 +178,11 @@ class Model:
     )
     head: Literal["instance", "sam"] = setting("instance", "sam: MobileSAM's mask decoder")
     train: Literal["lora", "full", "head"] = setting("lora", "what trains in the encoder")
-    norms: Literal["pinned", "moving"] = setting(
-        "pinned", "BatchNorm statistics; moving learns a base from random weights"
-    )
+    norms: Literal["pinned", "moving"] = setting("pinned", "of BatchNorm; moving learns a new base")
     rank: int = setting(4, "rank of LoRA's matrices", between(1, 4096))
     alpha: float = setting(4.0, "LoRA's scale is alpha / rank", POSITIVE)
     pattern: str = setting(
-        r"image_encoder\..*\.attn\.(qkv|proj)",
-        "linear layers whose names have this match get LoRA",
-        regular_expression,
+        r"image_encoder\..*\.attn\.(qkv|proj)", "linear layers that get LoRA", regular_expression
     )
     width: int = setting(128, "channels of the instance head at stride 16", WIDTH)
 

@@ -473,14 +473,13 @@ warning: train.precision: fp16 needs a GPU; computing in fp32 on this CPU
 $ train plain TINY --out OUT/folder  # a folder as argument
 plain: 12 images; ...
 $ train PLAIN data.crop=96 instances.area=2000 --dry-run  # before a training
-images in 12 groups; about ... min, with ... s a step; ... GiB of memory, ... GiB are free; nothing
+images in 12 groups; about ... min, with ... s a step; ... GiB of memory; nothing is kept
 data.inner: only 3 image(s) choose the epoch, partly by chance
 data.folds: only 4 image(s) are scored; nucsam folds scores every image once
 instances.area: 100% of the nuclei are under 2000 px and will be dropped
 train.epochs: 500 epochs make the usual 1,500 steps
 $ evaluate run --untrained  # before the first step, and after the last
-untrained model, test images: DICE ..., AJI ..., PQ ...
-before training ... after, epoch ...
+image mean, % (nuinsseg) ... before training ... after, epoch ...
 $ evaluate --truth plain/labels --pred binary/labels --workers 1  # masks for label maps
 human_bladder_1: prediction: found a binary mask: ... separate components share the value 255, each
 $ evaluate --truth few/labels --pred mixed --workers 1  # predictions of other images

@@ -50,11 +50,10 @@ def picks(
     size = 2 if len(ranked) >= 9 else 1
     middle = (len(ranked) - size) // 2
     kinds: dict[int, str] = {}
-    others = range(len(ranked)) if every else ()
     for kind, first in (("worst", 0), ("best", len(ranked) - size), ("median", middle)):
         for index in range(first, first + size):
             kinds.setdefault(index, kind)
-    shown = sorted({*kinds, *others})
+    shown = range(len(ranked)) if every else sorted(kinds)
     return [(kinds.get(index, ""), index + 1, ranked[index]) for index in shown]
 
 

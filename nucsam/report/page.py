@@ -128,8 +128,8 @@ def without_folders(text: str, places: Iterable[Path] = ()) -> str:
     return re.sub(r"(?<![\w.:/-])(~|[A-Za-z]:)?[/\\]([^\s'\"=;,/\\]+[/\\])+", "", text)
 
 
-def _render(places: Sequence[Path], **values: Any) -> str:
-    """The page, without the folders of `places` and of other absolute paths."""
+def _render(private: Sequence[Path], **values: Any) -> str:
+    """The page, without the folders of `private` and of other absolute paths."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -140,7 +140,7 @@ def _render(places: Sequence[Path], **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
-    environment.filters["local"] = lambda text: without_folders(str(text), places)
+    environment.filters["local"] = lambda text: without_folders(str(text), private)
     shapes = {name: scaled(shape, SWATCH) for name, shape in SHAPES.items()}
     template = environment.get_template("report.html")
     return template.render(shown=facts.SHOWN, outcomes=OUTCOMES, shapes=shapes, **values)

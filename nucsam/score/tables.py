@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE
+from rich.box import SIMPLE, SIMPLE_HEAD
 from rich.table import Table
 
 from nucsam.files import csv_text, to_json, without_nan, write_text
@@ -198,7 +198,9 @@ def summary_table(result: dict) -> Table:
 
 def change_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
     """A rich Table of the contents of two scores.json, in percent: a model before and after."""
-    table = _table(after["scores"][0], ["image mean"], MAIN)
+    rules = after["scores"][0]["protocol"]["name"]
+    headings = f"image mean, % ({rules})", *(COLUMNS[metric] for metric in MAIN)
+    table = Table(*headings, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for scores, name in ((before, "before training"), (after, f"after, epoch {after['epoch']}")):
         mean = scores["scores"][0]["summary"]["mean"]
         table.add_row(name, *(percent(mean[metric]) for metric in MAIN))

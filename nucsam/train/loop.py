@@ -203,7 +203,7 @@ def score_best(training: Training) -> dict[str, Any]:
     if accelerator.is_main_process:
         training.run.write_scores(scores)
         warn_if_worse(training.progress.history, config.train.best)
-        console.print(scores_sentence(scores))
+        console.print(scores_sentence(scores), soft_wrap=True)
         warn_if_nothing_learnt(scores, config, training.progress.history)
     return scores
 

@@ -18,11 +18,15 @@ console = PlainConsole()
 
 
 class StepBar(Progress):
-    """A progress bar over optimizer steps with the rate in images; shown by one process only."""
+    """A progress bar over optimizer steps with the rate in images.
+
+    One process draws it, and only on a terminal or in a notebook.
+    """
 
     def __init__(self, *, steps: int, done: int, step_images: int, shown: bool) -> None:
         counts = TextColumn("{task.completed}/{task.total} steps, {task.fields[rate]}")
         columns = (TextColumn("{task.description}"), BarColumn(), counts, TimeRemainingColumn())
+        shown = shown and (console.is_interactive or console.is_jupyter)
         super().__init__(*columns, console=console, disable=not shown)
         self.task = self.add_task("", total=steps, completed=done, rate="")
         self.step_images = step_images

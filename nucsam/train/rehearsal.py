@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
-import torch
 
 from nucsam.config import Config
 from nucsam.errors import UserError
@@ -37,7 +35,7 @@ def rehearse(config: Config) -> dict[str, Any]:
 
     Returns:
         `step_seconds` of an optimizer step; `minutes` of the whole training and scoring;
-        `memory_gib` in use, `free_gib` of the device; `problems`, sentences on what may go wrong.
+        `memory_gib` in use; `problems`, sentences on what may go wrong.
 
     Raises:
         UserError: as `nucsam.train.loop.fit`, or several processes are launched.
@@ -52,8 +50,8 @@ def rehearse(config: Config) -> dict[str, Any]:
     groups = len({record.group for record in training.samples.records})
     console.print(
         f"images in {groups} groups; about {facts['minutes']:.0f} min, with "
-        f"{facts['step_seconds']:.2g} s a step; {facts['memory_gib']:.1f} GiB of memory, "
-        f"{facts['free_gib']:.1f} GiB are free; nothing is kept of this dry run"
+        f"{facts['step_seconds']:.2g} s a step; {facts['memory_gib']:.1f} GiB of memory; "
+        "nothing is kept of this dry run"
     )
     for problem in facts["problems"]:
         print_warning(problem)
@@ -62,7 +60,7 @@ def rehearse(config: Config) -> dict[str, Any]:
 
 def _measure(training: Training) -> dict[str, float]:
     """Times of steps and of a scored image, and memory."""
-    t, device = training.config.train, training.accelerator.device
+    t = training.config.train
     batches = chain.from_iterable(repeat(training.loader))
     training.net.train()
     times = [time.monotonic()]
@@ -75,13 +73,10 @@ def _measure(training: Training) -> dict[str, float]:
     times.append(time.monotonic())
     seconds = float(np.median(np.diff(times)[:STEPS]))
     images = math.ceil(t.epochs / t.validate_every) * len(training.select) + len(training.score)
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     return {
         "step_seconds": seconds,
         "minutes": (training.steps * seconds + images * (times[-1] - times[-2])) / 60,
-        "memory_gib": epoch_speed(device, 1, 0)["memory_gib"],
-        "free_gib": free / 2**30,
+        "memory_gib": epoch_speed(training.accelerator.device, 1, 0)["memory_gib"],
     }
 
 
@@ -91,14 +86,11 @@ def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
     labels = [training.samples[i].label for i in training.train]
     areas = np.concatenate([np.bincount(label.ravel())[1:] for label in labels])
     tiny = float(np.mean(areas[areas > 0] < least))
-    empty = sum(not label.any() for label in labels)
     if len(training.select) < FEWEST:
         yield f"data.inner: only {len(training.select)} image(s) choose the epoch, partly by chance"
     if len(training.score) < FEWEST:
         images = f"only {len(training.score)} image(s) are scored"
         yield f"data.folds: {images}; nucsam folds scores every image once"
-    if empty:
-        yield f"data.root: {empty} of {len(labels)} images to train on have no nucleus"
     if tiny > TINY:
         yield f"instances.area: {tiny:.0%} of the nuclei are under {least} px and will be dropped"
     if training.steps < USUAL_STEPS:

@@ -181,7 +181,8 @@ class Training:
         if accelerator.is_main_process:
             facts = self._environment()
             self.run.write_environment(facts)
-            console.print(f"{self.config.data.root}: {taken(self.samples.records)}", markup=False)
+            data = f"{self.config.data.root}: {taken(self.samples.records)}"
+            console.print(data, markup=False, soft_wrap=True)
             print_start(facts, accelerator.device)
 
     def _environment(self) -> dict[str, Any]:
