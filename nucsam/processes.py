@@ -87,11 +87,7 @@ def child_options(descriptor: int) -> dict[str, Any]:
     """
     if sys.platform == "win32":
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-    return {
-        "pass_fds": (descriptor,),
-        "start_new_session": True,
-        "preexec_fn": _die_with_parent,
-    }
+    return {"pass_fds": (descriptor,), "start_new_session": True, "preexec_fn": _die_with_parent}
 
 
 def ask_to_stop(child: subprocess.Popen) -> None:

@@ -180,7 +180,7 @@ def _settings(model: Path, predictor: Predictor, mpp: float | None) -> dict[str,
     return {
         "nucsam": __version__,
         "model": str(model),
-        "weights_sha256": predictor.weights_sha256(),
+        "weights_sha256": predictor.sha256,
         "scale": predictor.scale / (predictor.ratio or 1.0),
         "mpp_trained": predictor.mpp,
         "mpp": mpp,

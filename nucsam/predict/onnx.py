@@ -6,20 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from skimage.transform import resize
 
-from nucsam.config import Config, Instances
+from nucsam.config import Instances
 from nucsam.download import file_checksum
 from nucsam.errors import UserError, check_packages
 from nucsam.files import read_json
 from nucsam.model.instances import from_depth, from_foreground
-from nucsam.predict.predictor import Predictor
+from nucsam.predict.predictor import Opened, Predictor
 from nucsam.run.metadata import check_metadata
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
 
 SPLITS = {"foreground": from_foreground, "foreground,depth": from_depth}  # names of the maps
 
@@ -32,14 +30,12 @@ class OnnxPredictor(Predictor):
     it and maps after it. Sides that are no multiple of the graph's are mirrored up to one.
 
     Args:
-        session: of the graph.
-        path: its file.
+        session: onnxruntime's InferenceSession of the graph.
         multiple: sides of the graph's images are multiples of it, px.
         split: from maps to nuclei, one of `SPLITS`.
     """
 
-    session: "InferenceSession"
-    path: Path
+    session: Any
     multiple: int
     split: Callable[..., np.ndarray]
 
@@ -54,9 +50,6 @@ class OnnxPredictor(Predictor):
     def nuclei(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         return self.split(*maps, config)
 
-    def weights_sha256(self) -> str:
-        return file_checksum(self.path)
-
 
 def resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Bilinear, pixel centres at halves, as PyTorch's `interpolate`.
@@ -68,21 +61,13 @@ def resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Returns:
         float32 (B, C, *size); `maps` itself where it has that size.
     """
-    for axis, length in zip((2, 3), size):
-        old = maps.shape[axis]
-        if old == length:
-            continue
-        place = np.clip((np.arange(length) + 0.5) * (old / length) - 0.5, 0, old - 1)
-        low = place.astype(int)
-        share = (place - low).astype(np.float32).reshape(-1, *[1] * (3 - axis))
-        below, above = (maps.take(k, axis) for k in (low, np.minimum(low + 1, old - 1)))
-        maps = below + (above - below) * share
-    return maps
+    if maps.shape[2:] == size:
+        return maps
+    shape = (*maps.shape[:2], *size)
+    return resize(maps, shape, order=1, mode="edge", anti_aliasing=False, preserve_range=True)
 
 
-def open_graph(
-    path: Path, device: str
-) -> tuple[Callable[..., Predictor], Config, dict[str, Any], bool]:
+def open_graph(path: Path, device: str) -> Opened:
     """As `pytorch.open_weights`, of an ONNX file.
 
     Raises:
@@ -99,11 +84,12 @@ def open_graph(
         raise UserError(f"{path}: found another graph, expected one of nucsam export")
     metadata = read_json(entries["nucsam"], f"{path}: `nucsam` metadata")
     config = check_metadata(path, metadata)
-    make = partial(OnnxPredictor, session, path, int(multiple), SPLITS[maps])
+    fields = {"multiple": int(multiple), "split": SPLITS[maps], "sha256": file_checksum(path)}
+    make = partial(OnnxPredictor, session, **fields)
     return make, config, metadata, session.get_providers()[0] == "CPUExecutionProvider"
 
 
-def _session(path: Path, device: str) -> "InferenceSession":
+def _session(path: Path, device: str) -> Any:
     import onnxruntime
 
     name, _, number = device.partition(":")

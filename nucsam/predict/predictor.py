@@ -5,7 +5,7 @@ Loads no torch. What runs a model on a batch of tiles is in `pytorch.py` and `on
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import groupby, repeat
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nucsam.config import Instances
+from nucsam.config import Config, Instances
 from nucsam.errors import UserError
 from nucsam.predict.tiles import Area, Key, Tiles, Window, own_nuclei, windows, windows_in
 
@@ -44,6 +44,7 @@ class Predictor:
         ratio: px of any image per px of those trained on, whatever its mpp; None = by mpp.
         core: longest side of a window's core, px; see `predict.tiles`.
         margin: px around a core.
+        sha256: of the model, which tells it from others.
     """
 
     _: KW_ONLY
@@ -58,6 +59,7 @@ class Predictor:
     ratio: float | None = None
     core: int = CORE
     margin: int = MARGIN
+    sha256: str = ""
 
     out_of_memory: ClassVar[type[Exception]] = MemoryError  # what `maps` raises then
 
@@ -79,10 +81,6 @@ class Predictor:
 
     def nuclei(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         """Probabilities float32 (C, H, W) of one image -> label map int32 (H, W)."""
-        raise NotImplementedError
-
-    def weights_sha256(self) -> str:
-        """A checksum that tells models apart."""
         raise NotImplementedError
 
     def predict(self, image: np.ndarray, *, mpp: float | None = None) -> np.ndarray:
@@ -233,3 +231,8 @@ def _stitched(waiting: deque[tuple[Tiles, int]]) -> Iterator[tuple[Tiles, Window
     while waiting and waiting[0][0].ready(waiting[0][1]):
         tiles, k = waiting.popleft()
         yield tiles, tiles.windows[k], tiles.maps(k)
+
+
+# What opens a model: the predictor without its options, its configuration and metadata, and whether
+# it runs on a CPU.
+Opened = tuple[Callable[..., Predictor], Config, dict[str, Any], bool]

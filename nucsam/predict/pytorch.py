@@ -1,6 +1,5 @@
 """Prediction with PyTorch: the models of runs and exports."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +15,7 @@ from nucsam.errors import UserError
 from nucsam.model.network import Nucsam, build_model
 from nucsam.model.weights import load_base, state_sha256
 from nucsam.predict.devices import autocast_dtype, find_device
-from nucsam.predict.predictor import Predictor
+from nucsam.predict.predictor import Opened, Predictor
 from nucsam.run import checkpoint
 from nucsam.run.metadata import check_metadata
 
@@ -52,17 +51,9 @@ class TorchPredictor(Predictor):
     def nuclei(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         return self.model.instances(maps, config)
 
-    def weights_sha256(self) -> str:
-        return state_sha256(self.model.state_dict())
 
-
-def open_weights(
-    path: Path, device: str
-) -> tuple[Callable[..., Predictor], Config, dict[str, Any], bool]:
+def open_weights(path: Path, device: str) -> Opened:
     """A predictor without its options, of a run directory or a safetensors file.
-
-    Returns:
-        The predictor's constructor, the configuration, the metadata, and whether it is on a CPU.
 
     Raises:
         UserError: as of `open_model`, or no such device.
@@ -70,7 +61,8 @@ def open_weights(
     where = find_device(device)
     model, config, metadata = open_model(path)
     cast = autocast_dtype(metadata.get("precision"), where)
-    make = partial(TorchPredictor, model.fold().to(where), autocast=cast)
+    sha256 = state_sha256(model.state_dict())
+    make = partial(TorchPredictor, model.fold().to(where), autocast=cast, sha256=sha256)
     return make, config, metadata, where.type == "cpu"
 
 
