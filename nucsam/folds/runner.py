@@ -8,7 +8,6 @@ the claim once both are gone, so a process that dies blocks nobody. Nothing here
 process that waits stays small.
 """
 
-import ctypes
 import itertools
 import os
 import signal
@@ -42,7 +41,7 @@ from nucsam.folds.table import (
     table_rows,
     table_sections,
 )
-from nucsam.processes import handled, is_first
+from nucsam.processes import ask_to_stop, child_options, handled, is_first
 from nucsam.run.directory import RunDirectory
 from nucsam.score.tables import COLUMNS, HEADLINE, percent, write_json
 
@@ -283,9 +282,7 @@ def _work(job: Job, claim: Claim, environment: dict[str, str], stop: _Stop, boar
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            pass_fds=(claim.descriptor,),
-            start_new_session=True,  # Ctrl-C reaches this process only, which lets the child save
-            preexec_fn=_die_with_parent,
+            **child_options(claim.descriptor),
         )
     status = _wait(child, stop, board)
     if job.scores() is None and not stop():
@@ -303,14 +300,8 @@ def _wait(child: subprocess.Popen, stop: _Stop, board: Board) -> int:
         except subprocess.TimeoutExpired:
             board.refresh()
         if stop() and not forwarded:
-            child.terminate()
+            ask_to_stop(child)
             forwarded = True
-
-
-def _die_with_parent() -> None:
-    """In the child: ask for SIGTERM, on which it saves, when its parent is gone (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:

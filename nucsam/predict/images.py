@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nucsam import __version__
@@ -31,9 +30,9 @@ from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
 from nucsam.errors import UserError
 from nucsam.files import read_json, shortened, stale_partials, write_text
-from nucsam.model.weights import state_sha256
 from nucsam.predict import writers
-from nucsam.predict.predictor import Predictor, load
+from nucsam.predict.models import load
+from nucsam.predict.predictor import Predictor
 from nucsam.predict.tiles import Tiles, Window
 from nucsam.processes import exit_on_sigterm, is_first, launch_time, process_count
 
@@ -55,14 +54,14 @@ def predict_files(
     """Predict images into files of `out`, and return the exit status of this process.
 
     Args:
-        model: a run directory, or a safetensors file of `nucsam export`.
+        model: a run directory, or a safetensors or ONNX file of `nucsam export`.
         paths: image files, and folders of them.
         out: folder of the results, which are named by the images' stems.
         formats: keys of `writers.FILES`.
         mpp: microns per px of every image, instead of what its file says.
         force: predict also the images that have all their files.
         roi: GeoJSON of the regions of one image to predict in, or a folder of STEM.geojson.
-        options: of `predictor.load`; `scale` and `mpp` exclude each other.
+        options: of `models.load`; `scale` and `mpp` exclude each other.
 
     Returns:
         1 on the first process where an image failed, else 0.
@@ -86,7 +85,7 @@ def predict_files(
         batch = Batch(predictor, files, mpp, force=force, claims=claims, rois=outlines)
         try:
             return batch.run()
-        except torch.OutOfMemoryError as error:
+        except predictor.out_of_memory as error:
             raise UserError(f"out of device memory: lower batch, then tile ({error})") from error
 
 
@@ -181,7 +180,7 @@ def _settings(model: Path, predictor: Predictor, mpp: float | None) -> dict[str,
     return {
         "nucsam": __version__,
         "model": str(model),
-        "weights_sha256": state_sha256(predictor.model.state_dict()),
+        "weights_sha256": predictor.sha256,
         "scale": predictor.scale / (predictor.ratio or 1.0),
         "mpp_trained": predictor.mpp,
         "mpp": mpp,
@@ -422,7 +421,8 @@ class Batch:
             return
         for path in list(self.claims.iterdir()):
             if claim := Claim.take(path):
-                path.unlink()
+                with suppress(PermissionError):  # Windows removes no open file
+                    path.unlink()
                 claim.release()
         with suppress(OSError):  # not empty: another launch works in the same folder
             self.claims.rmdir()

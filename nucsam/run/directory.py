@@ -116,8 +116,8 @@ class RunDirectory:
                 yield
             finally:
                 if not self.exists():
-                    self.lock_file.unlink()
-                    with suppress(OSError):
+                    with suppress(OSError):  # Windows removes no open file
+                        self.lock_file.unlink()
                         for folder in made:
                             folder.rmdir()
 

@@ -17,7 +17,7 @@ from nucsam.data.splits import Split, find_split, inventory
 from nucsam.errors import UserError
 from nucsam.model.network import build_model
 from nucsam.predict.devices import autocast_dtype, find_device, uses_gpu
-from nucsam.predict.predictor import Predictor
+from nucsam.predict.pytorch import TorchPredictor
 from nucsam.run.checkpoint import open_run
 from nucsam.run.directory import RunDirectory
 from nucsam.score.metrics import score_maps
@@ -219,9 +219,9 @@ def scoring_accelerator(metadata: dict[str, Any]) -> Accelerator:
 
 def scoring_predictor(
     net: nn.Module, config: Config, *, mpp: float | None = None, tta: bool = False
-) -> Predictor:
+) -> TorchPredictor:
     """The predictor that scores a run of `mpp` microns per px."""
-    return Predictor(
+    return TorchPredictor(
         net,
         scale=config.data.scale,
         instances=config.instances,
@@ -232,7 +232,7 @@ def scoring_predictor(
     )
 
 
-def open_predictor(path: Path) -> Predictor:
+def open_predictor(path: Path) -> TorchPredictor:
     """The predictor that scored the run in `path`, in the precision of its training.
 
     Raises:
