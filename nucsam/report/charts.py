@@ -37,7 +37,7 @@ COLOURS = {  # CSS variable of the page -> colour in a file
 }
 SERIES = [COLOURS[name] for name in ("s1", "s2", "s3", "s4")]
 MARKERS = "os^DvPX"
-DASHES = ("-", "--", "-.", (0, (1, 1.5)))
+DASHES = ("-", "--", "-.", (0, (1, 1.5)), (0, (6, 2)))  # five, as there are usually folds
 
 STYLE = {
     "text.parse_math": False,  # a name may hold a $
@@ -157,7 +157,7 @@ def curves(
     axes.set_xlabel("epoch")
     for k, (label, (epochs, values)) in enumerate(series.items()):
         marker = MARKERS[k % len(MARKERS)] if len(epochs) < 40 else ""
-        look = {"color": SERIES[k % 4], "linestyle": DASHES[k % 4], "marker": marker}
+        look = {"color": SERIES[k % 4], "linestyle": DASHES[k % 5], "marker": marker}
         axes.plot(epochs, values, label=label, markersize=4, **look)
     if mark:
         axes.axvline(mark, color=COLOURS["ink"], linewidth=0.8, linestyle=":")
@@ -181,7 +181,7 @@ def fold_scores(headlines: Mapping[str, Mapping[str, float]]) -> Chart:
     mean, std = ([100 * values[metric] for metric in SHOWN] for values in statistics.values())
     figure, axes = _axes(4.3, 3.1, "Test scores by fold", "percent")
     places = np.arange(len(SHOWN))
-    bar = {"fmt": "_", "color": COLOURS["ink"], "markersize": 22, "capsize": 4}
+    bar = {"fmt": "_", "color": COLOURS["ink"], "markersize": 12, "capsize": 4}
     axes.errorbar(places, mean, std, label="mean ± std", **bar)
     for k, (label, headline) in enumerate(headlines.items()):
         values = 100 * np.array([headline[metric] for metric in SHOWN], float)  # None is NaN
