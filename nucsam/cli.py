@@ -5,6 +5,8 @@ Commands import what they need when they run, so that `--help` is quick.
 
 import errno
 import json
+import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -13,12 +15,11 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from nucsam import __version__
 from nucsam.errors import UserError
 from nucsam.files import printable
 
 app = typer.Typer(
-    help="Nuclei instance segmentation in H&E images: MobileSAM fine-tuned with LoRA.",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -63,6 +64,47 @@ def run_command(arguments: list[str]) -> int:
     return 0
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"nucsam {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def nucsam_command(
+    version: Annotated[
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Nuclei instance segmentation in H&E images: MobileSAM fine-tuned with LoRA."""
+
+
+@app.command("quickstart")
+def quickstart_command(
+    folder: Annotated[Path, Argument(metavar="[DIR]")] = Path("runs/quickstart"),
+) -> None:
+    """Train and score a model on synthetic images in DIR: minutes on a CPU, nothing to download.
+
+    After an interruption, the same command continues.
+    """
+    from nucsam.processes import idle_cores
+
+    # A thread waits for all others at each step, so there are no more of them than idle cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(idle_cores()))
+    from nucsam.data.synthetic import write_dataset
+
+    data, run = folder / "data", folder / "fold0"
+    if not data.is_dir():
+        partial = folder / "data.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        write_dataset(partial, images=60, size=256, seed=0)
+        partial.rename(data)
+    settings = [str(shipped_configuration("quickstart")), f"data.root={data}"]
+    train_command(settings, out=run, resume=True)
+    evaluate_command(run, untrained=True)
+    print("What your images take      nucsam train my_folder --dry-run")
+
+
 @app.command("train", context_settings=LENIENT)
 def train_command(
     arguments: Settings = None,
@@ -87,7 +129,7 @@ def train_command(
 
         rehearse(settings)
         return
-    name = Path(settings.data.root).resolve().name if path == default_configuration() else path.stem
+    name = Path(settings.data.root).resolve().name if path == shipped_configuration() else path.stem
     out = out or Path("runs") / f"{name}-fold{settings.data.fold}"
     from nucsam.train.loop import fit  # after the configuration, because it imports torch
 
@@ -101,7 +143,7 @@ def folds_command(
     arguments: Settings = None,
     grid: Grid = None,
 ) -> None:
-    """Train and score every fold, one at a time per device; write the cross-validation table.
+    """Train and score every fold, one at a time per device; write tables, figures and methods.
 
     With --grid, every fold runs for each value.
 
@@ -111,7 +153,7 @@ def folds_command(
 
     path, overrides = configuration(arguments or [])
     status = cross_validate(path, overrides, out, grid or [])
-    _draw_report(out)
+    _draw_report(out, out / "figures")
     raise typer.Exit(status)
 
 
@@ -138,14 +180,14 @@ def settings_command(
     PlainConsole().print(table)
 
 
-def _draw_report(out: Path) -> None:
+def _draw_report(out: Path, figures: Path | None = None) -> None:
     """Draw the report once for all processes of a launch."""
     from nucsam.processes import is_first
 
     if is_first():
         from nucsam.report.page import finish
 
-        print(printable(finish(out)))
+        print(printable(finish(out, figures)))
 
 
 @app.command("evaluate")
@@ -221,7 +263,9 @@ def evaluate_command(
 
 @app.command("predict")
 def predict_command(
-    model: Annotated[Path, Argument(metavar="MODEL", help="Run directory or nucsam export.")],
+    model: Annotated[
+        Path, Argument(metavar="MODEL", help="Run directory or nucsam export, .onnx too.")
+    ],
     paths: Annotated[list[Path], Argument(metavar="PATHS...", help="Image files or folders.")],
     out: Annotated[Path, Option(help="Folder of the results, named by the images' stems.")],
     formats: Annotated[str, Option(help="Comma-separated.")] = "labels,geojson,overlay",
@@ -230,7 +274,7 @@ def predict_command(
     tile: Annotated[int | None, Option(help="Side in px as trained; default: a crop.")] = None,
     overlap: Annotated[int | None, Option(help="Px that tiles share; default: tile / 32.")] = None,
     batch: Annotated[int | None, Option(help="Tiles at a time; GPU default: as trained.")] = None,
-    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     tta: Annotated[bool, Option("--tta", help="Average 8 flips and turns: 8 times slower")] = False,
     roi: Annotated[Path | None, Option(help="GeoJSON, or a folder of STEM.geojson.")] = None,
     force: Force = False,
@@ -296,7 +340,7 @@ def inspect_command(
     from nucsam.console import PlainConsole
     from nucsam.data.summary import draw_examples, inspect_folder, summary_table
 
-    summary = inspect_folder(
+    summary, examples = inspect_folder(
         data, layout=layout, group=group, connected=connected, region_class=region_class
     )
     console = PlainConsole(stderr=as_json)
@@ -307,9 +351,9 @@ def inspect_command(
             console.print(text, style=style)
     if as_json:
         print(json.dumps(summary, indent=2))
-    if summary["examples"]:
+    if examples:
         try:
-            draw_examples(summary, sheet or Path("contact_sheet.png"))
+            draw_examples(examples, sheet or Path("contact_sheet.png"))
             console.print(f"contact sheet: {sheet or 'contact_sheet.png'}")
         except UserError as error:
             if sheet:
@@ -322,14 +366,14 @@ def inspect_command(
 def export_command(
     run: Annotated[Path, Argument(metavar="RUN", help="Run directory, or an exported adapter.")],
     out: Annotated[Path, Option(help="File to write.")],
-    format: Annotated[str, Option(help="One of the formats above.")] = "safetensors",
+    format: Annotated[str, Option(help="One of the formats above; default: by suffix.")] = "",
     base: Annotated[str, Option(help="Base of an exported adapter: a path or auto.")] = "",
     force: Force = False,
 ) -> None:
     """Write a finished run's model as one file.
 
-    Formats: safetensors (merged LoRA and head, for nucsam), mobile-sam (stock MobileSAM's tensors),
-    onnx, or adapter (LoRA and head alone).
+    Formats: safetensors (merged LoRA and head, for nucsam), onnx, mobile-sam (stock MobileSAM's
+    tensors, .pt), or adapter (LoRA and head alone).
     """
     from nucsam.console import PlainConsole
     from nucsam.export.merged import export_run
@@ -376,12 +420,12 @@ def configuration(arguments: list[str], default: Path | None = None) -> tuple[Pa
         example = "a setting is table.key=value, such as train.epochs=10"
         raise UserError(f"no such option: {options[0]} (--help lists them); {example}")
     if not default or not default.is_file():
-        default = default_configuration()
+        default = shipped_configuration()
     return (Path(files[0]) if files else default), overrides
 
 
-def default_configuration() -> Path:
-    """configs/nuinsseg.toml of this installation, or of this source tree."""
+def shipped_configuration(name: str = "nuinsseg") -> Path:
+    """configs/NAME.toml of this installation, or of this source tree."""
     package = Path(__file__).parent
-    paths = [folder / "configs" / "nuinsseg.toml" for folder in (package, package.parent)]
+    paths = [folder / "configs" / f"{name}.toml" for folder in (package, package.parent)]
     return next(path for path in paths if path.is_file())

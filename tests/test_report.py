@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,9 +21,10 @@ pytest.importorskip("jinja2", reason="the extra `report` is not installed")
 
 from nucsam.cli import run_command
 from nucsam.config import load_config, to_toml
+from nucsam.data import find_records
 from nucsam.report import facts, gallery
 from nucsam.report.page import finish, write_report
-from nucsam.score.metrics import score_maps
+from nucsam.score.metrics import protocol_named, score_maps
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -105,6 +108,26 @@ def test_picks(n, expected):
     picked = gallery.picks([{"name": f"{k:02}", "aji": k // 2} for k in order])
     assert {rank: kind for kind, rank, _ in picked} == expected
     assert [row["name"] for *_, row in picked] == [f"{rank - 1:02}" for rank in expected]
+
+
+def test_a_picture_is_predicted_at_the_magnification_of_its_image(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    image, label = np.full((64, 64, 3), 200, np.uint8), np.eye(64, dtype=np.uint8)
+    cm = {"resolution": (1e4 / 0.4, 1e4 / 0.4), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(tmp_path / "images" / "a.tif", image, photometric="rgb", **cm)
+    tifffile.imwrite(tmp_path / "labels" / "a.tif", label)
+    asked = []
+
+    def predict(image, *, mpp):
+        asked.append(mpp)
+        return np.zeros(image.shape[:2], np.int32)
+
+    scores = {"scores": [{"protocol": asdict(protocol_named("plain"))}]}
+    row = {"name": "a", "aji": 0.0, "run": SimpleNamespace(scores=scores)}
+    (record,) = find_records(tmp_path)
+    gallery.picture(row, SimpleNamespace(predict=predict), record)
+    assert asked == [pytest.approx(0.4)]
 
 
 # ---- the page ----
@@ -403,9 +426,10 @@ def test_the_command_writes_figures(finished, tmp_path, capsys):
     out = shutil.copytree(finished, tmp_path / "cv")
     assert run_command(["report", str(out), "--figures", str(tmp_path / "figures")]) == 0
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    charts = ["loss", "rate", "validation", "organs-dice", "organs-aji", "organs-pq"]
+    charts = ["folds", "loss", "rate", "validation", "organs-dice", "organs-aji", "organs-pq"]
     pictures = {"worst-rank1.png", "median-rank4.png", "best-rank8.png"}
-    assert names == {f"{name}.{kind}" for name in charts for kind in ("svg", "png")} | pictures
+    kinds = ("pdf", "png", "svg")
+    assert names == {f"{name}.{kind}" for name in charts for kind in kinds} | pictures
     paths = capsys.readouterr().out.split()
     assert paths[0] == str(out / "report.html")
     assert {*paths[1:]} == {str(tmp_path / "figures" / name) for name in names}

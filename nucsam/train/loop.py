@@ -49,6 +49,9 @@ def fit(
 ) -> dict[str, Any]:
     """Train one fold, keep its best epoch, and score its test images.
 
+        scores = nucsam.fit("configs/quickstart.toml", "runs/first")
+        print(scores["headline"])
+
     Args:
         config: a configuration, or the path of a TOML file.
         out: run directory; new or empty, unless `resume` is on.

@@ -62,7 +62,8 @@ def ignore_signals(_: int) -> None:
 
 def kill_workers() -> None:
     """At exit: kill loader workers, which ignore the SIGTERM that multiprocessing waits for."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
