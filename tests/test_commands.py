@@ -223,7 +223,7 @@ def test_a_bare_resume_takes_the_runs_own_configuration(newcomer, capsys):
     assert Path("run/config.toml").read_text() == before and "lr_head = 0.003" in before
     assert Path("run/scores.json").read_text() == scores
     assert run_command(["train", "--dry-run", *settings, "--out", "new"]) == 0
-    assert not Path("new").exists() and "nothing is kept" in capsys.readouterr().out
+    assert not Path("new").exists() and "dry run: 3 steps" in capsys.readouterr().out
 
 
 def test_inspect_counts_and_draws(folder, tmp_path, capsys):

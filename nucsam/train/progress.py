@@ -88,7 +88,7 @@ def print_stopped(run: RunDirectory, step: int | None, steps: int) -> None:
     line = "give the same command with --resume"  # a launcher's choices are not in the run
     if not {"RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
         line = shlex.join(["nucsam", "train", "--resume", "--out", str(run.path)])
-    console.print(f"stopped: {saved}; to continue:", style="yellow")
+    console.print(f"stopped: {saved}; to continue:", style="yellow", soft_wrap=True)
     console.print(line, soft_wrap=True)
 
 
