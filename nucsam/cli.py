@@ -143,7 +143,7 @@ def folds_command(
     arguments: Settings = None,
     grid: Grid = None,
 ) -> None:
-    """Train and score every fold, one at a time per device; write the cross-validation table.
+    """Train and score every fold, one at a time per device; write tables, figures and methods.
 
     With --grid, every fold runs for each value.
 
@@ -153,7 +153,7 @@ def folds_command(
 
     path, overrides = configuration(arguments or [])
     status = cross_validate(path, overrides, out, grid or [])
-    _draw_report(out)
+    _draw_report(out, out / "figures")
     raise typer.Exit(status)
 
 
@@ -180,14 +180,14 @@ def settings_command(
     PlainConsole().print(table)
 
 
-def _draw_report(out: Path) -> None:
+def _draw_report(out: Path, figures: Path | None = None) -> None:
     """Draw the report once for all processes of a launch."""
     from nucsam.processes import is_first
 
     if is_first():
         from nucsam.report.page import finish
 
-        print(printable(finish(out)))
+        print(printable(finish(out, figures)))
 
 
 @app.command("evaluate")
@@ -340,7 +340,7 @@ def inspect_command(
     from nucsam.console import PlainConsole
     from nucsam.data.summary import draw_examples, inspect_folder, summary_table
 
-    summary = inspect_folder(
+    summary, examples = inspect_folder(
         data, layout=layout, group=group, connected=connected, region_class=region_class
     )
     console = PlainConsole(stderr=as_json)
@@ -351,9 +351,9 @@ def inspect_command(
             console.print(text, style=style)
     if as_json:
         print(json.dumps(summary, indent=2))
-    if summary["examples"]:
+    if examples:
         try:
-            draw_examples(summary, sheet or Path("contact_sheet.png"))
+            draw_examples(examples, sheet or Path("contact_sheet.png"))
             console.print(f"contact sheet: {sheet or 'contact_sheet.png'}")
         except UserError as error:
             if sheet:

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -48,6 +48,7 @@ def between(least: float, most: float) -> Rule:
 
 
 LONGEST = 200  # characters of a regular expression
+MOST_CHOICES = 6  # repeats and choices in it, whose lengths multiply
 
 
 def regular_expression(pattern: str) -> str:
@@ -59,36 +60,42 @@ def regular_expression(pattern: str) -> str:
         return f"a regular expression of at most {LONGEST} characters"
     try:
         re.compile(pattern)
-        parsed = re._parser.parse(pattern)
     except (re.error, OverflowError, RecursionError) as error:  # OverflowError: a huge repetition
         return f"a regular expression: {error}"
-    if problem := _slow(parsed):
+    if problem := _slow(pattern):
         return f"a regular expression without {problem}, which could take for ever"
     return ""
 
 
-def _slow(parsed: Any, repeated: bool = False) -> str:
-    """What makes a parsed regular expression slow; "" where nothing does.
-
-    Args:
-        parsed: of Python's parser, or a part of it.
-        repeated: whether it stands inside a repeat; at most once is no repeat around it.
-    """
-    if not isinstance(parsed, re._parser.SubPattern):
-        parts = parsed if isinstance(parsed, tuple | list) else ()
-        return next(filter(None, (_slow(part, repeated) for part in parts)), "")
-    for operation, argument in parsed:
-        name = str(operation)
+def _slow(pattern: str) -> str:
+    """What makes a regular expression slow; "" where nothing does."""
+    choices = 0
+    for name, repeated in _operations(re._parser.parse(pattern)):
         if name.startswith("GROUPREF"):
             return "a back-reference"
-        if repeated and name == "BRANCH":
-            return "a choice inside a repeat"
-        repeat = name.endswith("_REPEAT")
-        if repeated and repeat:
-            return "a repeat inside a repeat"
-        if problem := _slow(argument, repeated or (repeat and argument[1] > 1)):
-            return problem
-    return ""
+        if name in ("BRANCH", "REPEAT"):
+            choices += 1
+            if repeated:
+                kind = "choice" if name == "BRANCH" else "repeat"
+                return f"a {kind} inside a repeat"
+    return f"over {MOST_CHOICES} repeats and choices" if choices > MOST_CHOICES else ""
+
+
+def _operations(parsed: Any, repeated: bool = False) -> Iterator[tuple[str, bool]]:
+    """Yield each operation of a parsed pattern, and whether it stands inside a repeat.
+
+    At most once is a repeat, but none around what it holds.
+    """
+    if not isinstance(parsed, re._parser.SubPattern):
+        for part in parsed if isinstance(parsed, tuple | list) else ():
+            yield from _operations(part, repeated)
+        return
+    for operation, argument in parsed:
+        name = str(operation)
+        if is_repeat := name.endswith("_REPEAT"):
+            name = "REPEAT" if argument[0] < argument[1] else "COPIES"
+        yield name, repeated
+        yield from _operations(argument, repeated or (is_repeat and argument[1] > 1))
 
 
 def compiled(name: str, pattern: str) -> re.Pattern[str]:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = [f"{table}.{key}={value}" for table, keys in TINY.items() for key, value in keys.items()]
 COMMANDS = typer.main.get_command(cli.app).commands
-ELSEWHERE = ("bash", "cd", "git", "hf", "kaggle", "pip")  # commands of other programs
+ELSEWHERE = (".", "bash", "cd", "git", "hf", "kaggle", "pip")  # commands of other programs
 COPY = """
 import json, pathlib, shutil, sys
 settings, out = sys.argv[1], pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
@@ -77,7 +77,10 @@ def runs_here(words: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("words", LINES, ids=" ".join)
-def test_a_line_of_the_readme_can_be_parsed(words):
+def test_a_line_of_the_readme_can_be_parsed(words, tmp_path, monkeypatch):
+    (tmp_path / "my_folder").mkdir()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
     paths = [word for word in words if word.startswith(("launch/", "configs/"))]
     assert all((ROOT / path).exists() for path in paths)
     command, *arguments = nucsam_words(words) or [""]

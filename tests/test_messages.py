@@ -303,7 +303,7 @@ organ: found '(', expected a regular expression: missing ), ...
 $ evaluate SAME --workers -1  # fewer than no processes
 workers: found -1, expected 0 or more
 $ evaluate SAME --json flat  # scores into a folder
-flat: found a folder or a device, expected the name of a file
+flat: found a folder or device, expected a file
 $ predict model flat --out p  # no such model
 model: found no such file, expected a run directory or a safetensors file of nucsam export
 $ predict none.onnx flat --out p  # no such graph
@@ -359,7 +359,7 @@ $ export run --out m.onnx --format adapter  # the suffix of another format
 $ export run --out m --base auto  # a base too many
 ...base: ...run...names its base...expected an adapter file
 $ export run --out flat  # export into a folder
-flat: found a folder or a device, expected the name of a file
+flat: found a folder or device, expected a file
 $ export run --out other.pt  # export over a file
 other.pt: exists; ...force replaces it
 $ export run --out page.pt/m  # export under a file
@@ -413,7 +413,7 @@ float.tif: found float64 of shape (9, 9), expected integers (H, W) or (H, W, 1 t
 > read_label negative.npy  # negative ids
 negative.npy: found ids in -1..-1, expected 0..2147483647
 > read_outlines none.geojson  # no such outlines
-none.geojson: cannot be read ([Errno 2] No such file or directory: ...), expected GeoJSON
+none.geojson: cannot be read (FileNotFoundError: ...), expected GeoJSON
 > read_outlines 3  # JSON, but no GeoJSON
 3.geojson: expected a FeatureCollection, a list of Features or a Feature
 > read_outlines circle  # a shape that GeoJSON lacks
@@ -431,11 +431,11 @@ outside.geojson: found no pixel of 9x9 px in any of 1 nuclei, expected coordinat
 > read_outlines beyond  # a region of another image
 beyond.geojson: found no pixel of 9x9 px in any of 1 regions, expected coordinates in px
 > read_rois page.xml  # XML of another program
-page.xml: cannot be read (found the element html), expected Aperio's XML: Annotations, ...
+page.xml: found the element html, expected Aperio's XML: Annotations, ...
 > read_rois page.roi  # not a ROI
 page.roi: cannot be read (...), expected an ImageJ ROI or a zip file of them
 > read_rois folder.roi  # a folder
-folder.roi: cannot be read (found a folder or device), expected an ImageJ ROI or a zip file of them
+folder.roi: found a folder or device, expected a file
 > find_records  # an empty name
 root: found an empty path, expected a folder of images and label maps
 > find_records null  # a null byte in a name

@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from nucsam.errors import UserError
 from nucsam.score import overlaps
 from nucsam.score.assignment import assign
-from nucsam.score.metrics import METRICS, PROTOCOLS, Protocol, pool, score_maps
+from nucsam.score.metrics import METRICS, PROTOCOLS, Protocol, Score, pool, score_maps
 
 PLAIN = PROTOCOLS["plain"]
 RING = PROTOCOLS["nuceval"]
@@ -384,7 +384,7 @@ def test_pool_is_all_images_side_by_side():
         assert getattr(total, m) == pytest.approx(getattr(whole, m), abs=1e-12)
     empty = plain(np.zeros((3, 3), int), np.zeros((3, 3), int))
     assert pooled([*scores, empty]) == total
-    assert math.isnan(pooled([]).pq)
+    assert math.isnan(pooled([]).pq) and pooled([]) == Score(PLAIN)
 
 
 def test_as_dict_is_plain():

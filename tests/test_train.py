@@ -3,6 +3,7 @@
 import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from nucsam.train import loop
 from nucsam.train.loop import fit, rate
 from nucsam.train.progress import epoch_speed
 from nucsam.train.signals import StopSignals
-from nucsam.train.training import run_mpp
+from nucsam.train.training import Training, run_mpp
 
 
 def history(run):
@@ -52,6 +53,8 @@ def test_run_directory_explains_itself(once):
     assert {path.name for path in run.iterdir()} == {*names.split()} | weights
     assert load_config(run / "config.toml") == config
     assert [line["epoch"] for line in history(run)] == [1, 2, 3]
+    rates = [0.02 * rate(step, 15, 5, config.train) for step in (4, 9, 14)]
+    assert [line["lr"] for line in history(run)] == rates  # of the last step of each epoch
     environment = json.loads((run / "environment.json").read_text())
     assert environment["images"] == {"train": 5, "inner": 3, "test": 4}
     assert environment["parameters_trainable"] == sum(
@@ -128,6 +131,33 @@ def test_resuming_within_an_epoch_skips_every_accumulated_batch(tiny, tmp_path, 
     assert history(tmp_path / "whole") == history(tmp_path / "run")
 
 
+def test_the_state_is_saved_every_save_minutes_and_after_an_epoch(tiny, tmp_path, monkeypatch):
+    clock = SimpleNamespace(seconds=0.0, monotonic=lambda: clock.seconds)
+    saved = []
+
+    def step(*arguments, step=loop.step):
+        clock.seconds += 30.2
+        step(*arguments)
+
+    def save(training, save=Training.save):
+        saved.append(training.progress.step)
+        save(training)
+
+    for module in ("loop", "training"):
+        monkeypatch.setattr(f"nucsam.train.{module}.time", clock)
+    monkeypatch.setattr(loop, "step", step)
+    monkeypatch.setattr(Training, "save", save)
+    fit(tiny("train.batch=1", "train.epochs=1", "train.save_minutes=1"), tmp_path / "run")
+    assert saved == [2, 4, 5]
+
+
+def test_the_average_follows_the_first_steps_faster(tiny, tmp_path, monkeypatch):
+    decays = []
+    monkeypatch.setattr(loop, "_update_average", lambda *arguments: decays.append(arguments[2]))
+    fit(tiny("train.batch=1", "train.epochs=1", "train.ema=0.3"), tmp_path / "run")
+    assert decays == [2 / 11, 3 / 12, 0.3, 0.3, 0.3]  # of 5 images
+
+
 def test_a_finished_run_takes_more_epochs(tiny, tmp_path, capsys):
     short, longer, run = tiny("train.epochs=1"), tiny("train.epochs=3"), tmp_path / "run"
     fit(short, run)
@@ -138,7 +168,7 @@ def test_a_finished_run_takes_more_epochs(tiny, tmp_path, capsys):
     assert "1 -> 3" in capsys.readouterr().out
     assert history(run)[:1] == first and [line["epoch"] for line in history(run)] == [1, 2, 3]
     assert RunDirectory(run).read_scores(load_config(run / "config.toml"))["epoch"] in (1, 2, 3)
-    RunDirectory(run).prepare(tiny("train.epochs=4"))
+    RunDirectory(run).prepare(tiny("train.epochs=4"), {})
     assert not (run / "scores.json").exists()  # they are not those of four epochs
 
 

@@ -25,11 +25,11 @@ from nucsam.claims import Claim, read_note
 from nucsam.console import PlainConsole
 from nucsam.data.folders import list_folder, stem_of
 from nucsam.data.geojson import read_shapes
-from nucsam.data.images import IMAGES, open_image, read_mpp, read_remarks
+from nucsam.data.images import IMAGES, open_image, read_metadata
 from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
 from nucsam.errors import UserError
-from nucsam.files import read_json, result_of, shortened, stale_partials, write_text
+from nucsam.files import read_json, shortened, stale_partials, write_text
 from nucsam.predict import writers
 from nucsam.predict.models import load
 from nucsam.predict.predictor import Predictor
@@ -257,8 +257,8 @@ class Batch:
         self.skipped = len(self.outcomes)
         self.stale = defaultdict(list)  # result -> what a killed process has left of it
         for folder in {file.parent for results in self.files.values() for file in results.values()}:
-            for partial in stale_partials(folder):
-                self.stale[result_of(partial)].append(partial)
+            for partial, result in stale_partials(folder).items():
+                self.stale[result].append(partial)
         self.warned = not is_first()  # of images without microns per px
         self.console = PlainConsole(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
@@ -374,13 +374,14 @@ class Batch:
 
     def _mpp(self, path: Path) -> float | None:
         """Microns per px of an image. Warns once where an image or the training lacks them."""
-        mpp = self.mpp or read_mpp(path)
+        mpp, remarks = read_metadata(path)
+        mpp = self.mpp or mpp
         trained = self.predictor.mpp
         lacking = (mpp is None) != (trained is None) and self.predictor.ratio is None
         if lacking and not self.warned:
             who = f"{path} has no" if mpp is None else "the model was trained without"
-            remarks = "".join(f" ({remark})" for remark in read_remarks(path))
-            self._say(f"{who} microns per px{remarks}: assuming the magnification of the training")
+            why = "".join(f" ({remark})" for remark in remarks)
+            self._say(f"{who} microns per px{why}: assuming the magnification of the training")
             self.warned = True
         return mpp
 

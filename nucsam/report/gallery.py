@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nucsam.data.folders import Record
+from nucsam.data.images import read_mpp
 from nucsam.data.samples import read_sample
 from nucsam.data.splits import find_split
 from nucsam.errors import UserError
@@ -111,7 +112,7 @@ def picture(row: dict[str, Any], predictor: Predictor, record: Record) -> dict[s
     from PIL import Image
 
     sample = read_sample(record)
-    pred = sample.counted(predictor.predict(sample.image))
+    pred = sample.counted(predictor.predict(sample.image, mpp=read_mpp(record.image)))
     truth = sample.counted(sample.label)
     protocol = Protocol(**row["run"].scores["scores"][0]["protocol"])
     score = score_maps(truth, pred, vague=sample.vague, protocol=protocol)

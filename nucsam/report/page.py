@@ -74,10 +74,15 @@ def write_report(
     return [page, *_write_figures(figures, charts, pictures)]
 
 
-def finish(folder: Path) -> str:
-    """Write the page after a training, which it never fails, and return a line that says so."""
+def finish(folder: Path, figures: Path | None = None) -> str:
+    """Write the page after a training, which it never fails, and return a line that says so.
+
+    Args:
+        folder, figures: as of `write_report`.
+    """
     try:
-        return f"report: {write_report(folder)[0]}"
+        page = write_report(folder, figures=figures)[0]
+        return f"report: {page}" + (f"; figures as PDF, PNG and SVG: {figures}" if figures else "")
     except Exception as error:  # even a bug: the training is done and its files are written
         return f"no report ({type(error).__name__}: {error}); to try again: nucsam report {folder}"
 

@@ -138,7 +138,7 @@ class RunDirectory:
                     "another out for a new run"
                 )
         elif self.path.exists() and any(
-            path != self.lock_file and not path.name.endswith(".partial")
+            path not in (self.lock_file, self.images_file) and path.suffix != ".partial"
             for path in self.path.iterdir()
         ):
             raise UserError(
@@ -146,17 +146,17 @@ class RunDirectory:
                 "resume to continue the run there"
             )
 
-    def prepare(self, config: Config) -> None:
-        """Make the directory, clear it of partial files, and write the configuration.
+    def prepare(self, config: Config, images: Mapping[str, Mapping[str, str]]) -> None:
+        """Clear the directory of partial files, and write the inventory and the configuration.
 
         The files of a process that still runs stay.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         for partial in stale_partials(self.path):
             partial.unlink(missing_ok=True)
         if not self.is_trained(config):  # more epochs were asked for
             self.scores_file.unlink(missing_ok=True)
-        write_text(self.config_file, to_toml(config))
+        write_text(self.images_file, json.dumps(images, indent=1) + "\n")
+        write_text(self.config_file, to_toml(config))  # the last one: it makes this a run
 
     def read_config(self) -> Config:
         """The run's configuration.
@@ -171,25 +171,18 @@ class RunDirectory:
             )
         return load_config(self.config_file)
 
-    def write_images(self, images: Mapping[str, Mapping[str, str]]) -> None:
-        write_text(self.images_file, json.dumps(images, indent=1) + "\n")
-
-    def read_images(self) -> dict[str, dict[str, str]]:
-        """The inventory of the run's images; empty in a run of an older nucsam."""
-        return _read_document(self.images_file, IMAGES) or {}
-
     def check_images(self, images: Mapping[str, Mapping[str, str]], root: str | Path) -> None:
         """Check that images are those the run was split on, in the same parts.
 
         Args:
-            images: of `splits.inventory`; entries without SHA-256 are compared by the rest.
+            images: of `splits.inventory`.
             root: their folder, for the message.
 
         Raises:
             UserError: names the images that differ.
         """
-        kept = self.read_images()
-        if changes := inventory_changes(kept, images) if kept else []:
+        kept = _read_document(self.images_file, IMAGES) or {}
+        if changes := inventory_changes(kept, images):
             raise UserError(
                 f"{root}: found other images than {self.path} was split on, so that test images "
                 f"may have been trained on; {'; '.join(changes)}"

@@ -1,7 +1,5 @@
 """Scores of images, summed up over images, organs and folds, as tables and files."""
 
-import csv
-import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +11,7 @@ import numpy as np
 from rich.box import SIMPLE, SIMPLE_HEAD
 from rich.table import Table
 
-from nucsam.files import csv_text, to_json, without_nan, write_text
+from nucsam.files import to_csv, to_json, without_nan, write_text
 from nucsam.score.metrics import METRICS, OUTCOMES, Protocol, Score, pool
 
 HEADLINE = ("dice", "aji", "pq")  # what a run is judged by
@@ -230,15 +228,11 @@ def write_csv(path: str | Path, results: dict) -> None:
     lines = []
     for result in results["scores"]:
         for row in result["images"]:
-            line = {"name": csv_text(row["name"]), "organ": csv_text(row["organ"])}
+            line = {"name": row["name"], "organ": row["organ"]}
             line["protocol"] = result["protocol"]["name"]
             line |= {metric: row[metric] for metric in METRICS}
             line |= {f"ap{50 + 5 * k}": value for k, value in enumerate(row["ap"])}
             line |= {"n_truth": row["n_truth"], "n_pred": row["n_pred"]}
             line |= {name: value for name, value in row["counts"].items() if name != "ap_tp"}
             lines.append(without_nan(line))
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, list(lines[0]))
-    writer.writeheader()
-    writer.writerows(lines)
-    write_text(Path(path), file.getvalue())
+    write_text(Path(path), to_csv([lines[0], *(line.values() for line in lines)]))

@@ -14,7 +14,7 @@ import numpy as np
 from nucsam.config import Config
 from nucsam.errors import UserError
 from nucsam.model.network import build_model
-from nucsam.processes import process_count
+from nucsam.processes import exit_on_sigterm, process_count
 from nucsam.run.learning import USUAL_STEPS
 from nucsam.score.runs import score_images
 from nucsam.score.tables import FEWEST
@@ -43,7 +43,7 @@ def rehearse(config: Config) -> dict[str, Any]:
     if process_count() > 1:
         raise UserError(f"WORLD_SIZE: found {process_count()}, expected one process to rehearse")
     config = replace(config, train=replace(config.train, log_with=""))
-    with tempfile.TemporaryDirectory() as folder, memory_advice(config):
+    with exit_on_sigterm(), tempfile.TemporaryDirectory() as folder, memory_advice(config):
         training = Training(config, Path(folder), resume=False, build=build_model)
         facts = _measure(training)
     facts["problems"] = list(_problems(training, facts))
@@ -63,6 +63,7 @@ def _measure(training: Training) -> dict[str, float]:
     t = training.config.train
     batches = chain.from_iterable(repeat(training.loader))
     training.net.train()
+    console.print(f"dry run: {STEPS} steps and one scored image ...")
     times = [time.monotonic()]
     for _ in range(STEPS):
         step(training, batches)

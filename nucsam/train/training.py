@@ -25,7 +25,7 @@ from nucsam.config import Config, Data, Train
 from nucsam.data.augment import window
 from nucsam.data.folders import taken
 from nucsam.data.samples import SAME_SCALE, Crops, EpochBatches, Samples
-from nucsam.data.splits import find_split, identity, inventory
+from nucsam.data.splits import find_split, inventory
 from nucsam.errors import UserError
 from nucsam.files import check_form
 from nucsam.model.network import calibrated
@@ -101,7 +101,7 @@ class Training:
             )
         self.samples = Samples(records, memory_gib=d.memory, progress=main)
         self.images = inventory(records, split, self.samples.digests)
-        if resume:
+        if resume and self.run.exists():
             self.run.check_images(self.images, d.root)
         self.mpp = run_mpp(d, self.samples.mpps)
         if not any(self.samples[i].label.any() for i in self.train):
@@ -154,7 +154,6 @@ class Training:
         self.optimizer = accelerator.prepare(torch.optim.AdamW(groups, betas=(0.9, 0.99)))
         self.facts = {
             "mpp": self.mpp,
-            "images": identity(self.samples.records),
             "processes": accelerator.num_processes,
             "precision": accelerator.mixed_precision,
         }
@@ -171,8 +170,7 @@ class Training:
                     f"train.epochs: {before} -> {epochs}; the rate follows the longer schedule "
                     f"from here on, so the result is not that of {epochs} epochs in one run"
                 )
-            self.run.prepare(self.config)
-            self.run.write_images(self.images)
+            self.run.prepare(self.config, self.images)
             if random_base:
                 checkpoint.save_random_base(self.run, self.base)
         accelerator.wait_for_everyone()
@@ -197,6 +195,7 @@ class Training:
             "packages": {name: version(name) for name in PACKAGES.split()},
             "platform": platform.platform(),
             "device": gpu or platform.processor() or "CPU",
+            "device_type": device.type,
             "threads": torch.get_num_threads(),
             "command": sys.argv,
             "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
