@@ -34,12 +34,12 @@ def finish(job, protocols, organs):
         document["summary"] = document["summary"] | {"images": 4, "nuclei": 700}
     job.run.mkdir(parents=True)
     job.directory.write_metrics([{"epoch": job.config.train.epochs}])
+    kind = {"part": "test", "sha256": ""}
+    images = {f"{k}": {"organ": f"{k % organs}", "group": f"{k // 2}", **kind} for k in range(12)}
+    job.directory.prepare(job.config, images)
     job.directory.write_scores(whole_scores(scores=scored, epoch=job.fold + 1))
     counts = {"train": 6 - job.fold // 2, "inner": 2 + job.fold // 2, "test": 4}
     job.directory.write_environment(RUN | {"images": counts})
-    kind = {"part": "test", "sha256": ""}
-    images = {f"{k}": {"organ": f"{k % organs}", "group": f"{k // 2}", **kind} for k in range(12)}
-    job.directory.write_images(images)
 
 
 @pytest.fixture
