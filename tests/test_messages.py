@@ -48,8 +48,8 @@ nowhere: found no data set (no such folder), expected ORGAN/tissue images (nuins
 or a public set in it
 $ train  # no data where the default looks
 data/NuInsSeg: found no data set (no such folder), ...
-$ inspect .  # a folder too high
-.: found no data set, expected ...; did you mean binary? ...
+$ inspect high  # a folder too high
+high: found no data set, expected ...; did you mean high/set? ...
 $ inspect page.pt  # an archive
 page.pt: found no data set (a file; unpack it), ...
 $ inspect flat  # images without folders
@@ -122,7 +122,7 @@ train.epochs: found 0, expected at least 1
 $ train train.epochs=3000000000  # too many epochs
 train.epochs: found 3000000000, expected at most 2147483647
 $ train model.width=100  # a width that does not divide
-model.width: found 100, expected a positive multiple of 32
+model.width: found 100, expected a positive multiple of 32, at most 4096
 $ train model.pattern=(  # half a pattern
 model.pattern: found '(', expected a regular expression: missing ), ...
 $ train data.crop=50 data.scale=1  # a crop that fits no stride
@@ -209,7 +209,7 @@ foreign.safetensors: found no `nucsam` metadata, expected a file that nucsam wro
 $ export run/state/last.safetensors --out m  # a state for an adapter
 run/state/last.safetensors: found a file of kind 'state', expected 'adapter'
 $ export unnamed.safetensors --out m  # an adapter without a base
-unnamed.safetensors: found metadata without base and config, expected an adapter's
+unnamed.safetensors: metadata: found no base, expected one
 $ export lora.safetensors --out m --base none  # an adapter of another base
 lora.safetensors: trained on the base ... (none (random, seed 0)), found the base ... (none ...)
 $ evaluate wide  # the head of another width
@@ -231,7 +231,7 @@ $ train PLAIN train.seed=1 --out run --resume  # resuming with another setting
 run/config.toml: cannot resume with another configuration: train.seed: 0 -> 1 ... settings, or
 another out for a new run
 $ train PLAIN data.root=fewer --out run --resume  # resuming with other images
-run/state/last.safetensors: cannot resume with another ... images, number of processes and precision
+fewer: found other images than run was split on, so that ... removed: mouse_liver_1...
 $ evaluate plain  # a folder without a run
 plain: found no config.toml, expected a run directory of nucsam train
 $ evaluate old  # a run of another version
@@ -243,7 +243,7 @@ edited/adapter.safetensors: trained with other ... edited/config.toml says: mode
 $ evaluate moved  # data that has moved
 nowhere: found no data set ...; if the images have moved, name their folder
 $ evaluate run --data fewer  # other data
-fewer: found other images than run was split on, so ... expected the same names, organs and groups
+fewer: found other images than run was split on, so that ... removed: mouse_liver_1...
 $ folds data.fold=1 --out f  # a fold for all folds
 data.fold: found it on the command line; folds trains every fold without it
 $ folds PLAIN --out a=b  # an override as folder
@@ -553,6 +553,7 @@ def make_data_sets(folder: Path) -> None:
         for path in Path(name, "labels").iterdir():
             Image.fromarray(change(tifffile.imread(path))).save(path.with_suffix(".png"))
             path.unlink()
+    shutil.copytree("few", "high/set")
     shutil.copytree("few", "unused")
     shutil.copytree(folder, "summed")
     shutil.copytree("few", "camera")

@@ -239,7 +239,9 @@ def test_a_cross_validation_and_its_variants(finished, tmp_path):
 
 def test_scores_that_flatter_are_marked(one):
     change_config(one, "data", select="test")
-    (one / "scores.json").write_text(json.dumps({**read_scores(one), "images_of": "inner"}))
+    scores = read_scores(one) | {"images_of": "inner"}
+    scores["split"]["select"] = "test"
+    (one / "scores.json").write_text(json.dumps(scores))
     text = written(one).text
     assert "test images chose" in text and "no test images" in text
     assert text.count("flatter the model") == 2
