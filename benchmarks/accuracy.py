@@ -407,25 +407,6 @@ def link(roots: Iterable[Path], folder: Path) -> None:
         )
 
 
-def check_images(plan: Plan) -> None:
-    """Check that the runs under `plan.out` are of the images in `data.root`.
-
-    Raises:
-        UserError: a run is of other images.
-    """
-    directories = [job.directory for job in plan.training(again=False)]
-    started = [run for run in directories if run.adapter_file.is_file()]
-    if not started:
-        return
-    images = splits.identity(splits.find_split(plan.common.data)[0])
-    for run in started:
-        if checkpoint.read_tensors(run.adapter_file)[1]["images"] != images:
-            raise UserError(
-                f"{run.path}: a run of other images than {plan.common.data.root}, expected "
-                "another --out"
-            )
-
-
 # ---- the child: one run ----
 
 
@@ -517,6 +498,7 @@ def score_again(run: RunDirectory, out: RunDirectory, settings: Config) -> None:
     results = score_images(net, settings, samples, range(len(samples)), accelerator, tta=True)
     out.path.mkdir(parents=True, exist_ok=True)
     for source, target in (
+        (run.images_file, out.images_file),
         (run.config_file, out.config_file),
         (run.environment_file, out.environment_file),
         (run.metrics_file, out.metrics_file),
@@ -875,7 +857,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("matplotlib: not installed, needed for the figure; pip install matplotlib")
     if plan.pretrain:
         link(plan.pretrain, plan.out / "pretrain" / "data")
-    check_images(plan)
+    runner.check_images(plan.training(again=False))
     common = replace(plan.common, data=replace(plan.common.data, fold=0))
     for jobs in (plan.pretraining(), plan.training(again=False), plan.training(again=True)):
         if jobs:

@@ -69,7 +69,9 @@ from nucsam.model import network
 from nucsam.model.weights import Base
 from nucsam.predict import images as predict_images
 from nucsam.predict import writers
-from nucsam.predict.predictor import SHARE, Predictor
+from nucsam.predict.models import SHARE
+from nucsam.predict.predictor import Predictor
+from nucsam.predict.pytorch import TorchPredictor
 from nucsam.predict.tiles import grid
 
 SIDE, PERIOD = 512, 1024  # px of an image, and of the picture that a larger one repeats
@@ -198,7 +200,7 @@ class Rivals:
         self.net.register_forward_hook(shown)
         self.net.register_forward_pre_hook(self._count)
         self.tile = round(args.image_size / args.scale)
-        self.predictor = Predictor(
+        self.predictor = TorchPredictor(
             self.net,
             scale=args.scale,
             instances=config.instances,

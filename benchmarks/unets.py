@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.special import expit
 from torch import Tensor, nn
 
 from nucsam.config import Instances, Loss, Model
@@ -205,9 +204,13 @@ class Unet(nn.Module):
             terms["depth"] = DEPTH * mean
         return terms
 
+    def probabilities(self, maps: Tensor) -> Tensor:
+        """Maps (B, C, H, W) with a probability in place of the logit."""
+        return torch.cat([maps[:, :1].sigmoid(), maps[:, 1:]], dim=1)
+
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
-        """Maps (C, H, W) of one image -> label map int32 (H, W), 0 = background."""
-        foreground = expit(maps[0])
+        """Probabilities (C, H, W) of one image -> label map int32 (H, W), 0 = background."""
+        foreground = maps[0]
         if self.depth is None:
             return instances.from_foreground(foreground, config)
         return instances.from_foreground(foreground, config, maps[1], sigma=SIGMA, reach=REACH)

@@ -12,8 +12,13 @@ environment() {
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   if [ ! "$stamp" -nt setup.cfg ]; then
     echo "installing nucsam$extra into .venv (once; PyTorch is a large download)"
-    .venv/bin/python -m pip install --quiet --upgrade pip
-    .venv/bin/python -m pip install --quiet --editable ".$extra"
+    {
+      .venv/bin/python -m pip install --quiet --upgrade pip &&
+        .venv/bin/python -m pip install --quiet --editable ".$extra"
+    } >.venv/install.log 2>&1 || {
+      tail -n 20 .venv/install.log >&2
+      exit 1
+    }
     touch "$stamp"
   fi
   PATH="$PWD/.venv/bin:$PATH"

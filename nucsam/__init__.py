@@ -1,11 +1,18 @@
 """Nuclei instance segmentation in H&E images: MobileSAM fine-tuned with LoRA.
 
-- `nucsam.load(path)` opens a trained model: `nucsam.load("model.safetensors").predict(image)`.
-- `nucsam.Predictor` is what `load` returns: label maps of images of any size.
-- `nucsam.fit(config, out)` trains one fold into a run directory.
-- `nucsam.UserError` is raised for every mistake that the user can mend.
+Train one fold into a run directory, open its model, and predict an image of any size:
+
+    import nucsam
+
+    scores = nucsam.fit("configs/quickstart.toml", "runs/first")
+    model = nucsam.load("runs/first")  # or an .onnx file, which needs no PyTorch
+    label = model.predict(image)  # uint8 (H, W, 3) -> int32 (H, W), 0 = background
+
+`nucsam.Predictor` is what `load` returns. `nucsam.UserError` is raised for every mistake that the
+user can mend.
 """
 
+import importlib.util
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -13,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from nucsam.errors import UserError
 
 if TYPE_CHECKING:
-    from nucsam.predict.predictor import Predictor, load
+    from nucsam.predict.models import load
+    from nucsam.predict.predictor import Predictor
     from nucsam.train.loop import fit
 
 try:
@@ -23,9 +31,9 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = ["Predictor", "UserError", "__version__", "fit", "load"]
 
-_HOMES = {  # imported on first use, because they import torch
+_HOMES = {  # imported on first use, because they import numpy or torch
     "Predictor": "nucsam.predict.predictor",
-    "load": "nucsam.predict.predictor",
+    "load": "nucsam.predict.models",
     "fit": "nucsam.train.loop",
 }
 
@@ -37,4 +45,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    absent = set() if importlib.util.find_spec("torch") else {"fit"}
+    return sorted({*globals(), *__all__} - absent)

@@ -7,6 +7,7 @@ predict. They work between machines where the shared file system has locks (NFS;
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,18 @@ from nucsam.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows, where everything else of nucsam can be imported
+except ImportError:  # Windows
     fcntl = None
+    import msvcrt
+
+FAR = 2**30  # offset of the byte that Windows locks, behind the note: nobody else could read it
+RETRY = 0.1  # s between attempts on Windows, which gives up waiting after 10 s
 
 
 class Claim:
     """A lock on a job's file, with a note in it that others may read.
 
-    A child process that inherits `descriptor` holds the claim as well.
+    A child process that inherits `descriptor` holds the claim as well, except on Windows.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -50,11 +55,16 @@ class Claim:
     def note(self, record: dict[str, Any]) -> None:
         """Replace the note by `record`, JSON values."""
         os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, json.dumps(record).encode(), 0)
+        os.lseek(self.descriptor, 0, os.SEEK_SET)
+        os.write(self.descriptor, json.dumps(record).encode())
 
     def release(self) -> None:
         """Give the claim up, also where a child that outlives its job still has the file open."""
-        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+        if fcntl:
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+        else:
+            os.lseek(self.descriptor, FAR, os.SEEK_SET)
+            msvcrt.locking(self.descriptor, msvcrt.LK_UNLCK, 1)
         os.close(self.descriptor)
 
 
@@ -63,7 +73,7 @@ def is_claimed(path: Path) -> bool:
     descriptor = _lock(path, wait=False, shared=True)
     if descriptor is None:
         return True
-    os.close(descriptor)
+    Claim(descriptor).release()
     return False
 
 
@@ -78,13 +88,15 @@ def read_note(path: Path) -> dict[str, Any]:
 
 def _lock(path: Path, *, wait: bool, shared: bool = False) -> int | None:
     """The descriptor of the locked file, or None where another process holds the lock."""
-    if fcntl is None:
-        raise UserError(f"{path}: cannot be locked on this system; expected Linux or macOS")
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    binary = getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | binary, 0o666)
     try:
-        fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if fcntl:
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+        else:
+            _lock_byte(descriptor, wait=wait)
+    except (BlockingIOError, PermissionError):  # the second one on Windows
         os.close(descriptor)
         return None
     except OSError as error:
@@ -96,3 +108,20 @@ def _lock(path: Path, *, wait: bool, shared: bool = False) -> int | None:
         os.close(descriptor)
         return _lock(path, wait=wait, shared=shared)
     return descriptor
+
+
+def _lock_byte(descriptor: int, *, wait: bool) -> None:
+    """Lock one byte of a file on Windows, where all locks exclude each other.
+
+    Raises:
+        PermissionError: another process holds the lock, and `wait` is off.
+    """
+    os.lseek(descriptor, FAR, os.SEEK_SET)
+    while True:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            return
+        except PermissionError:
+            if not wait:
+                raise
+            time.sleep(RETRY)

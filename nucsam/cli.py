@@ -5,6 +5,8 @@ Commands import what they need when they run, so that `--help` is quick.
 
 import errno
 import json
+import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -13,12 +15,11 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from nucsam import __version__
 from nucsam.errors import UserError
 from nucsam.files import printable
 
 app = typer.Typer(
-    help="Nuclei instance segmentation in H&E images: MobileSAM fine-tuned with LoRA.",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -28,7 +29,8 @@ LENIENT = {"ignore_unknown_options": True}
 
 # Shared by several commands.
 Settings = Annotated[
-    list[str] | None, Argument(metavar="[CONFIG.toml] [table.key=value ...]", show_default=False)
+    list[str] | None,
+    Argument(metavar="[FOLDER] [CONFIG.toml] [table.key=value ...]", show_default=False),
 ]
 Grid = Annotated[list[str] | None, Option(metavar="'table.key=[a, b]'", help="May be repeated.")]
 DataFolder = Annotated[str, Option(help="Folder of RUN's images, if it has moved.")]
@@ -62,23 +64,73 @@ def run_command(arguments: list[str]) -> int:
     return 0
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"nucsam {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def nucsam_command(
+    version: Annotated[
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Nuclei instance segmentation in H&E images: MobileSAM fine-tuned with LoRA."""
+
+
+@app.command("quickstart")
+def quickstart_command(
+    folder: Annotated[Path, Argument(metavar="[DIR]")] = Path("runs/quickstart"),
+) -> None:
+    """Train and score a model on synthetic images in DIR: minutes on a CPU, nothing to download.
+
+    After an interruption, the same command continues.
+    """
+    from nucsam.processes import idle_cores
+
+    # A thread waits for all others at each step, so there are no more of them than idle cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(idle_cores()))
+    from nucsam.data.synthetic import write_dataset
+
+    data, run = folder / "data", folder / "fold0"
+    if not data.is_dir():
+        partial = folder / "data.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        write_dataset(partial, images=60, size=256, seed=0)
+        partial.rename(data)
+    settings = [str(shipped_configuration("quickstart")), f"data.root={data}"]
+    train_command(settings, out=run, resume=True)
+    evaluate_command(run, untrained=True)
+    print("What your images take      nucsam train my_folder --dry-run")
+
+
 @app.command("train", context_settings=LENIENT)
 def train_command(
     arguments: Settings = None,
-    out: Annotated[Path | None, Option(help="Run directory; default: runs/CONFIG-foldK.")] = None,
+    out: Annotated[Path | None, Option(help="Default: runs/NAME-foldK, of folder or file.")] = None,
     resume: Annotated[bool, Option("--resume", help="Resume the run in --out.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what it takes; keep nothing.")] = False,
 ) -> None:
-    """Train one fold, choose its best epoch and score its test images.
+    """Train one fold on the images of FOLDER, choose its best epoch and score its test images.
 
-    The default configuration is nucsam's best, configs/nuinsseg.toml.
+    The default configuration is nucsam's best, configs/nuinsseg.toml; with --resume, that of the
+    run. train.epochs=N adds epochs to a finished run. `nucsam settings` lists all settings.
 
     Several devices, fp16: accelerate launch --config_file launch/ddp.yaml -m nucsam.train ...
     """
     from nucsam.config import load_config
 
-    path, overrides = configuration(arguments or [])
+    own = out / "config.toml" if resume and out else None
+    path, overrides = configuration(arguments or [], own)
     settings = load_config(path, overrides)
-    out = out or Path("runs") / f"{path.stem}-fold{settings.data.fold}"
+    if dry_run:
+        from nucsam.train.rehearsal import rehearse
+
+        rehearse(settings)
+        return
+    name = Path(settings.data.root).resolve().name if path == shipped_configuration() else path.stem
+    out = out or Path("runs") / f"{name}-fold{settings.data.fold}"
     from nucsam.train.loop import fit  # after the configuration, because it imports torch
 
     fit(settings, out, resume=resume)
@@ -91,7 +143,7 @@ def folds_command(
     arguments: Settings = None,
     grid: Grid = None,
 ) -> None:
-    """Train and score every fold, one at a time per device; write the cross-validation table.
+    """Train and score every fold, one at a time per device; write tables, figures and methods.
 
     With --grid, every fold runs for each value.
 
@@ -101,18 +153,41 @@ def folds_command(
 
     path, overrides = configuration(arguments or [])
     status = cross_validate(path, overrides, out, grid or [])
-    _draw_report(out)
+    _draw_report(out, out / "figures")
     raise typer.Exit(status)
 
 
-def _draw_report(out: Path) -> None:
+@app.command("settings")
+def settings_command(
+    arguments: Annotated[
+        list[str] | None, Argument(metavar="[CONFIG.toml] [WORD]", show_default=False)
+    ] = None,
+) -> None:
+    """List the settings that hold WORD: defaults, what CONFIG.toml changes, meanings, units."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from nucsam.config import load_config, setting_rows
+    from nucsam.console import PlainConsole
+
+    words = [text for text in arguments or [] if not text.endswith(".toml")]
+    path, _ = configuration([text for text in arguments or [] if text not in words])
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("setting", "default", path.stem, "meaning"):
+        table.add_column(heading, overflow="fold")
+    for row in setting_rows(load_config(path), " ".join(words)):
+        table.add_row(*row)
+    PlainConsole().print(table)
+
+
+def _draw_report(out: Path, figures: Path | None = None) -> None:
     """Draw the report once for all processes of a launch."""
     from nucsam.processes import is_first
 
     if is_first():
         from nucsam.report.page import finish
 
-        print(printable(finish(out)))
+        print(printable(finish(out, figures)))
 
 
 @app.command("evaluate")
@@ -137,8 +212,9 @@ def evaluate_command(
 ) -> None:
     """Score a run's test images, or --pred against --truth: label maps with the same stems.
 
-    --untrained and --data go with RUN alone. --vague, --connected, --region-class and --workers go
-    with --truth and --pred alone: a run's data set and configuration say how it is scored.
+    --untrained of a finished run prints one table, before and after. It and --data go with RUN
+    alone. --vague, --connected, --region-class and --workers go with --truth and --pred alone: a
+    run's data set and configuration say how it is scored.
     """
     from nucsam.console import PlainConsole
     from nucsam.score import pairs, tables
@@ -160,16 +236,22 @@ def evaluate_command(
     rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone}
     both = {"organ": organ, "overlays": overlays, **rules}
     if run is not None:
+        from nucsam.run.directory import RunDirectory
         from nucsam.score.runs import score_run, scores_sentence  # imports torch
 
         results = score_run(run, untrained=untrained, root=data, **both)
-        console.print(scores_sentence(results), style="bold")
+        trained = RunDirectory(run).trained_scores(results) if untrained else None
+        if not trained:
+            console.print(scores_sentence(results), style="bold")
     else:
         maps = {"vague": vague, "connected": connected, "region_class": region_class}
         results = pairs.score_folders(truth, pred, workers=workers or 0, **maps, **both)
+        trained = None
         for remark in pairs.remarks(results):
             console.print(remark, style="yellow")
-    for result in results["scores"]:
+    if trained:
+        console.print(tables.change_table(results, trained))
+    for result in [] if trained else results["scores"]:
         console.print(tables.organ_table(result), tables.summary_table(result))
     if as_json == "-":
         print(tables.to_json(results))
@@ -181,16 +263,18 @@ def evaluate_command(
 
 @app.command("predict")
 def predict_command(
-    model: Annotated[Path, Argument(metavar="MODEL", help="Run directory or nucsam export.")],
+    model: Annotated[
+        Path, Argument(metavar="MODEL", help="Run directory or nucsam export, .onnx too.")
+    ],
     paths: Annotated[list[Path], Argument(metavar="PATHS...", help="Image files or folders.")],
     out: Annotated[Path, Option(help="Folder of the results, named by the images' stems.")],
-    formats: Annotated[str, Option(help="Comma-separated.")] = "labels",
+    formats: Annotated[str, Option(help="Comma-separated.")] = "labels,geojson,overlay",
     scale: Annotated[float | None, Option(help="Model px per image px; default: by mpp.")] = None,
     mpp: Annotated[float | None, Option(help="Microns per image px; default: the file's.")] = None,
     tile: Annotated[int | None, Option(help="Side in px as trained; default: a crop.")] = None,
     overlap: Annotated[int | None, Option(help="Px that tiles share; default: tile / 32.")] = None,
     batch: Annotated[int | None, Option(help="Tiles at a time; GPU default: as trained.")] = None,
-    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     tta: Annotated[bool, Option("--tta", help="Average 8 flips and turns: 8 times slower")] = False,
     roi: Annotated[Path | None, Option(help="GeoJSON, or a folder of STEM.geojson.")] = None,
     force: Force = False,
@@ -256,7 +340,7 @@ def inspect_command(
     from nucsam.console import PlainConsole
     from nucsam.data.summary import draw_examples, inspect_folder, summary_table
 
-    summary = inspect_folder(
+    summary, examples = inspect_folder(
         data, layout=layout, group=group, connected=connected, region_class=region_class
     )
     console = PlainConsole(stderr=as_json)
@@ -267,9 +351,9 @@ def inspect_command(
             console.print(text, style=style)
     if as_json:
         print(json.dumps(summary, indent=2))
-    if summary["examples"]:
+    if examples:
         try:
-            draw_examples(summary, sheet or Path("contact_sheet.png"))
+            draw_examples(examples, sheet or Path("contact_sheet.png"))
             console.print(f"contact sheet: {sheet or 'contact_sheet.png'}")
         except UserError as error:
             if sheet:
@@ -282,14 +366,14 @@ def inspect_command(
 def export_command(
     run: Annotated[Path, Argument(metavar="RUN", help="Run directory, or an exported adapter.")],
     out: Annotated[Path, Option(help="File to write.")],
-    format: Annotated[str, Option(help="One of the formats above.")] = "safetensors",
+    format: Annotated[str, Option(help="One of the formats above; default: by suffix.")] = "",
     base: Annotated[str, Option(help="Base of an exported adapter: a path or auto.")] = "",
     force: Force = False,
 ) -> None:
     """Write a finished run's model as one file.
 
-    Formats: safetensors (merged LoRA and head, for nucsam), mobile-sam (stock MobileSAM's tensors),
-    onnx, or adapter (LoRA and head alone).
+    Formats: safetensors (merged LoRA and head, for nucsam), onnx, mobile-sam (stock MobileSAM's
+    tensors, .pt), or adapter (LoRA and head alone).
     """
     from nucsam.console import PlainConsole
     from nucsam.export.merged import export_run
@@ -304,6 +388,7 @@ def report_command(
     run: Annotated[Path, Argument(metavar="RUN", help="Folder of nucsam train or nucsam folds.")],
     data: DataFolder = "",
     figures: Annotated[Path | None, Option(help="Folder for charts and pictures.")] = None,
+    every_image: Annotated[bool, Option("--every-image", help="Picture all test images.")] = False,
 ) -> None:
     """Write RUN/report.html: a run or a cross-validation as one page that needs no network.
 
@@ -311,25 +396,36 @@ def report_command(
     """
     from nucsam.report.page import write_report
 
-    for path in write_report(run, root=data, figures=figures):
+    for path in write_report(run, root=data, figures=figures, every_image=every_image):
         print(printable(str(path)))
 
 
-def configuration(arguments: list[str]) -> tuple[Path, list[str]]:
-    """Separate the TOML file and the overrides among positional arguments."""
+def configuration(arguments: list[str], default: Path | None = None) -> tuple[Path, list[str]]:
+    """Separate the TOML file and the overrides among positional arguments.
+
+    Args:
+        arguments: of the command line. A folder is data.root.
+        default: the configuration where no file is named; None or not there = nucsam's best.
+    """
     files = [text for text in arguments if text.endswith(".toml") and "=" not in text]
-    overrides = [text for text in arguments if text not in files]
+    folders = [text for text in arguments if text not in files and Path(text).is_dir()]
+    overrides = [
+        f"data.root={text}" if text in folders else text for text in arguments if text not in files
+    ]
     options = [text for text in overrides if text.startswith("-")]
-    if len(files) > 1:
-        raise UserError(f"found {len(files)} configurations ({', '.join(files)}), expected one")
+    for kind, names in (("configurations", files), ("folders", folders)):
+        if len(names) > 1:
+            raise UserError(f"found {len(names)} {kind} ({', '.join(names)}), expected one")
     if options:
         example = "a setting is table.key=value, such as train.epochs=10"
         raise UserError(f"no such option: {options[0]} (--help lists them); {example}")
-    return (Path(files[0]) if files else default_configuration()), overrides
+    if not default or not default.is_file():
+        default = shipped_configuration()
+    return (Path(files[0]) if files else default), overrides
 
 
-def default_configuration() -> Path:
-    """configs/nuinsseg.toml of this installation, or of this source tree."""
+def shipped_configuration(name: str = "nuinsseg") -> Path:
+    """configs/NAME.toml of this installation, or of this source tree."""
     package = Path(__file__).parent
-    paths = [folder / "configs" / "nuinsseg.toml" for folder in (package, package.parent)]
+    paths = [folder / "configs" / f"{name}.toml" for folder in (package, package.parent)]
     return next(path for path in paths if path.is_file())

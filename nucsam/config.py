@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -48,6 +48,7 @@ def between(least: float, most: float) -> Rule:
 
 
 LONGEST = 200  # characters of a regular expression
+MOST_CHOICES = 6  # repeats and choices in it, whose lengths multiply
 
 
 def regular_expression(pattern: str) -> str:
@@ -59,36 +60,42 @@ def regular_expression(pattern: str) -> str:
         return f"a regular expression of at most {LONGEST} characters"
     try:
         re.compile(pattern)
-        parsed = re._parser.parse(pattern)
     except (re.error, OverflowError, RecursionError) as error:  # OverflowError: a huge repetition
         return f"a regular expression: {error}"
-    if problem := _slow(parsed):
+    if problem := _slow(pattern):
         return f"a regular expression without {problem}, which could take for ever"
     return ""
 
 
-def _slow(parsed: Any, repeated: bool = False) -> str:
-    """What makes a parsed regular expression slow; "" where nothing does.
-
-    Args:
-        parsed: of Python's parser, or a part of it.
-        repeated: whether it stands inside a repeat; at most once is no repeat around it.
-    """
-    if not isinstance(parsed, re._parser.SubPattern):
-        parts = parsed if isinstance(parsed, tuple | list) else ()
-        return next(filter(None, (_slow(part, repeated) for part in parts)), "")
-    for operation, argument in parsed:
-        name = str(operation)
+def _slow(pattern: str) -> str:
+    """What makes a regular expression slow; "" where nothing does."""
+    choices = 0
+    for name, repeated in _operations(re._parser.parse(pattern)):
         if name.startswith("GROUPREF"):
             return "a back-reference"
-        if repeated and name == "BRANCH":
-            return "a choice inside a repeat"
-        repeat = name.endswith("_REPEAT")
-        if repeated and repeat:
-            return "a repeat inside a repeat"
-        if problem := _slow(argument, repeated or (repeat and argument[1] > 1)):
-            return problem
-    return ""
+        if name in ("BRANCH", "REPEAT"):
+            choices += 1
+            if repeated:
+                kind = "choice" if name == "BRANCH" else "repeat"
+                return f"a {kind} inside a repeat"
+    return f"over {MOST_CHOICES} repeats and choices" if choices > MOST_CHOICES else ""
+
+
+def _operations(parsed: Any, repeated: bool = False) -> Iterator[tuple[str, bool]]:
+    """Yield each operation of a parsed pattern, and whether it stands inside a repeat.
+
+    At most once is a repeat, but none around what it holds.
+    """
+    if not isinstance(parsed, re._parser.SubPattern):
+        for part in parsed if isinstance(parsed, tuple | list) else ():
+            yield from _operations(part, repeated)
+        return
+    for operation, argument in parsed:
+        name = str(operation)
+        if is_repeat := name.endswith("_REPEAT"):
+            name = "REPEAT" if argument[0] < argument[1] else "COPIES"
+        yield name, repeated
+        yield from _operations(argument, repeated or (is_repeat and argument[1] > 1))
 
 
 def compiled(name: str, pattern: str) -> re.Pattern[str]:
@@ -113,17 +120,16 @@ WIDTH = number(
 )
 
 
-def setting(default: Any, rule: Rule) -> Any:
-    """A field of a section: its default, and the rule that its value must keep."""
-    return field(default=default, metadata={"rule": rule})
+def setting(default: Any, text: str, rule: Rule | None = None) -> Any:
+    """A field of a section: its default, its meaning with its unit, and the rule of its value."""
+    return field(default=default, metadata={"text": text, "rule": rule})
 
 
 @dataclass(frozen=True)
 class Data:
     """[data]: the images and how they are split."""
 
-    root: str = "data/NuInsSeg"  # folder of images and label maps; ~ is the home folder
-    # How the folder is arranged; auto looks what it is.
+    root: str = setting("data/NuInsSeg", "folder of images and label maps; ~ is the home folder")
     layout: Literal[
         "auto",
         "nuinsseg",
@@ -135,115 +141,104 @@ class Data:
         "tnbc",
         "plain",
         "flat",
-    ] = "auto"
-    # official: NuInsSeg's KFold; organ: stratified by organ
-    split: Literal["official", "organ"] = "official"
-    folds: int = setting(5, at_least(2))
-    # Test fold; "all" trains a model to keep, on everything but the inner split.
-    fold: int | Literal["all"] = 0
-    # Searched in the file stem; no split separates images of one group (first capture or match).
-    group: str = setting("", regular_expression)
-    # Each connected component of a label map is a nucleus: for masks and maps of classes.
-    connected: bool = False
-    # Class of outlines that bound what was annotated, beside QuPath's `Region*`; "": none.
-    region_class: str = ""
-    # Split that chooses the best epoch; "test" only to compare with papers.
-    select: Literal["inner", "test"] = "inner"
-    inner: float = setting(0.15, UP_TO_HALF)  # share of the training images in the inner split
-    seed: int = setting(19, seed_below(2**32))  # of the folds
-    crop: int = setting(512, between(1, 2**15))  # side of a training crop, image px
-    scale: float = setting(2.0, between(1 / 64, 64))  # model px per image px
-    # Microns per px of the run, to which images whose files say otherwise are resampled; 0: the
-    # median of what the files say, if they do.
-    mpp: float = setting(0.0, at_least(0))
-    workers: int = setting(2, at_least(0))  # loader processes; 0: the training process itself
-    # GiB of decoded images kept in memory; a larger data set is read as needed.
-    memory: float = setting(16.0, at_least(0))
+    ] = setting("auto", "how the folder is arranged; auto looks what it is")
+    split: Literal["official", "organ"] = setting("official", "NuInsSeg's KFold, or stratified")
+    folds: int = setting(5, "number of folds", at_least(2))
+    fold: int | Literal["all"] = setting(0, 'test fold; "all" tests nothing: a model to keep')
+    group: str = setting(
+        "", "images whose stems share this match stay together", regular_expression
+    )
+    connected: bool = setting(False, "for masks: each connected component of a label is a nucleus")
+    region_class: str = setting("", "class of outlines of annotated regions, beside Region*")
+    select: Literal["inner", "test"] = setting("inner", "split that chooses the epoch")
+    inner: float = setting(0.15, "share of the training images in the inner split", UP_TO_HALF)
+    seed: int = setting(19, "of the folds", seed_below(2**32))
+    crop: int = setting(512, "side of a training crop, image px", between(1, 2**15))
+    scale: float = setting(2.0, "model px per image px", between(1 / 64, 64))
+    mpp: float = setting(0.0, "microns per px to resample images to; 0: their median", at_least(0))
+    workers: int = setting(2, "loader processes; 0: the training process itself", at_least(0))
+    memory: float = setting(16.0, "GiB of decoded images kept in memory", at_least(0))
 
 
 @dataclass(frozen=True)
 class Augment:
     """[augment]: random changes of a training crop."""
 
-    d4: bool = True  # the eight flips and quarter turns
-    scale_min: float = setting(0.7, POSITIVE)  # smallest magnification, drawn log-uniformly
-    scale_max: float = setting(1.3, POSITIVE)  # largest magnification
-    stain: float = setting(1.0, PROBABILITY)  # probability of HED stain augmentation
-    stain_scale: float = setting(0.3, at_least(0))  # s: each stain times 1 + U(-s, s)
-    stain_bias: float = setting(0.1, at_least(0))  # b: each stain plus U(-b, b), optical density
-    blur: float = setting(0.15, PROBABILITY)
-    blur_sigma: float = setting(1.0, at_least(0))  # largest Gaussian sigma, model px
-    noise: float = setting(0.15, PROBABILITY)
-    noise_sigma: float = setting(8.0, at_least(0))  # largest standard deviation, grey levels of 255
+    d4: bool = setting(True, "the eight flips and quarter turns")
+    scale_min: float = setting(0.7, "smallest magnification, drawn log-uniformly", POSITIVE)
+    scale_max: float = setting(1.3, "largest magnification", POSITIVE)
+    stain: float = setting(1.0, "probability of HED stain augmentation", PROBABILITY)
+    stain_scale: float = setting(0.3, "s: each stain times 1 + U(-s, s)", at_least(0))
+    stain_bias: float = setting(0.1, "b: each stain plus U(-b, b), optical density", at_least(0))
+    blur: float = setting(0.15, "probability of a Gaussian blur", PROBABILITY)
+    blur_sigma: float = setting(1.0, "largest Gaussian sigma, model px", at_least(0))
+    noise: float = setting(0.15, "probability of Gaussian noise", PROBABILITY)
+    noise_sigma: float = setting(8.0, "largest deviation, grey levels of 255", at_least(0))
 
 
 @dataclass(frozen=True)
 class Model:
     """[model]: the network, and which of its parts train."""
 
-    # "auto": the published mobile_sam.pt; "none": random; else a .pt or .safetensors file, which
-    # may be a nucsam export.
-    weights: str = "auto"
-    head: Literal["instance", "sam"] = "instance"
-    train: Literal["lora", "full", "head"] = "lora"  # what trains in the encoder; head: nothing
-    # BatchNorm statistics; "moving" learns a base from random weights.
-    norms: Literal["pinned", "moving"] = "pinned"
-    rank: int = setting(4, between(1, 4096))
-    alpha: float = setting(4.0, POSITIVE)  # LoRA scale = alpha / rank
-    # Searched in the names of linear layers: these get LoRA.
-    pattern: str = setting(r"image_encoder\..*\.attn\.(qkv|proj)", regular_expression)
-    width: int = setting(128, WIDTH)  # channels of the instance head at stride 16
+    weights: str = setting(
+        "auto", "auto: the published mobile_sam.pt; none: random; else a file, also nucsam's export"
+    )
+    head: Literal["instance", "sam"] = setting("instance", "sam: MobileSAM's mask decoder")
+    train: Literal["lora", "full", "head"] = setting("lora", "what trains in the encoder")
+    norms: Literal["pinned", "moving"] = setting("pinned", "of BatchNorm; moving learns a new base")
+    rank: int = setting(4, "rank of LoRA's matrices", between(1, 4096))
+    alpha: float = setting(4.0, "LoRA's scale is alpha / rank", POSITIVE)
+    pattern: str = setting(
+        r"image_encoder\..*\.attn\.(qkv|proj)", "linear layers that get LoRA", regular_expression
+    )
+    width: int = setting(128, "channels of the instance head at stride 16", WIDTH)
 
 
 @dataclass(frozen=True)
 class Loss:
     """[loss]: the weights of its terms."""
 
-    # Instance head: classes background, inside, boundary; sam head: foreground.
-    cross_entropy: float = setting(1.0, at_least(0))
-    # Weight of a boundary pixel in the cross-entropy; the others weigh 1.
-    boundary: float = setting(2.0, at_least(0))
-    tversky: float = setting(1.0, at_least(0))  # focal Tversky, foreground (instance head)
-    distance: float = setting(4.0, at_least(0))  # absolute error of the depth (instance head)
-    dice: float = setting(1.0, at_least(0))  # soft Dice, foreground (sam head)
+    cross_entropy: float = setting(1.0, "weight; classes inside, boundary, background", at_least(0))
+    boundary: float = setting(2.0, "weight of a boundary pixel; others weigh 1", at_least(0))
+    tversky: float = setting(1.0, "weight; focal Tversky, foreground (instance head)", at_least(0))
+    distance: float = setting(4.0, "weight; depth's absolute error (instance head)", at_least(0))
+    dice: float = setting(1.0, "weight; soft Dice, foreground (sam head)", at_least(0))
 
 
 @dataclass(frozen=True)
 class Instances:
     """[instances]: how dense maps become nuclei."""
 
-    foreground: float = setting(0.5, INSIDE)  # probability from which a pixel is nucleus
-    # h of the h-maxima: least height of a seed above its saddle, 0..1 (instance head).
-    seed_rise: float = setting(0.15, INSIDE)
-    confidence: float = setting(0.7, BELOW_ONE)  # least mean foreground probability of a nucleus
-    area: int = setting(30, at_least(0))  # least area of a nucleus, image px
+    foreground: float = setting(0.5, "probability from which a pixel is nucleus", INSIDE)
+    seed_rise: float = setting(0.15, "h of the h-maxima: a seed's height above its saddle", INSIDE)
+    confidence: float = setting(0.7, "least mean foreground probability of a nucleus", BELOW_ONE)
+    area: int = setting(30, "least area of a nucleus, image px", at_least(0))
 
 
 @dataclass(frozen=True)
 class Train:
     """[train]: the training loop."""
 
-    epochs: int = setting(100, at_least(1))
-    batch: int = setting(4, at_least(1))  # images per process and forward pass
-    # Forward passes per optimizer step; the instance head's BatchNorms see one at a time.
-    accumulate: int = setting(1, at_least(1))
-    lr_adapter: float = setting(5e-4, POSITIVE)  # encoder: LoRA, or everything in "full"
-    lr_head: float = setting(1e-3, POSITIVE)
-    weight_decay: float = setting(0.01, at_least(0))
-    clip: float = setting(1.0, POSITIVE)  # largest gradient norm
-    schedule: Literal["cosine", "step"] = "cosine"
-    warmup: float = setting(0.05, BELOW_ONE)  # share of all steps (cosine)
-    step_epochs: int = setting(10, at_least(1))  # StepLR: epochs between drops
-    gamma: float = setting(0.1, POSITIVE)  # StepLR: factor of a drop
-    ema: float = setting(0.99, BELOW_ONE)  # decay of the averaged weights that are kept; 0: off
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"  # auto: the launch file's
-    checkpoint: bool = False  # recompute encoder blocks in the backward pass: less memory, slower
-    validate_every: int = setting(5, at_least(1))  # epochs; the last one is always validated
-    best: Literal["dice", "aji", "pq"] = "aji"  # its mean over the selecting images chooses
-    # Minutes between saved states within an epoch; each validation saves too.
-    save_minutes: float = setting(5.0, at_least(0))
-    seed: int = setting(0, seed_below(2**64))  # of weights, crops and augmentation
-    log_with: str = ""  # an Accelerate tracker: tensorboard, wandb, ...
+    epochs: int = setting(100, "passes over the training images", at_least(1))
+    batch: int = setting(4, "images per process and forward pass", at_least(1))
+    # The instance head's BatchNorms see one forward pass at a time.
+    accumulate: int = setting(1, "forward passes per optimizer step", at_least(1))
+    lr_adapter: float = setting(5e-4, "peak rate of LoRA, or of the whole encoder", POSITIVE)
+    lr_head: float = setting(1e-3, "peak rate of the head", POSITIVE)
+    weight_decay: float = setting(0.01, "AdamW's; norms and biases do not decay", at_least(0))
+    clip: float = setting(1.0, "largest gradient norm", POSITIVE)
+    schedule: Literal["cosine", "step"] = setting("cosine", "of the learning rate")
+    warmup: float = setting(0.05, "share of all steps (cosine)", BELOW_ONE)
+    step_epochs: int = setting(10, "epochs between drops (step)", at_least(1))
+    gamma: float = setting(0.1, "factor of a drop (step)", POSITIVE)
+    ema: float = setting(0.99, "decay of the averaged weights that are kept; 0: off", BELOW_ONE)
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = setting("auto", "auto: the launch file's")
+    checkpoint: bool = setting(False, "recompute encoder blocks: less memory, slower")
+    validate_every: int = setting(5, "epochs; the last one is always validated", at_least(1))
+    best: Literal["dice", "aji", "pq"] = setting("aji", "mean that chooses the epoch")
+    save_minutes: float = setting(5.0, "minutes between saved states in an epoch", at_least(0))
+    seed: int = setting(0, "of weights, crops and augmentation", seed_below(2**64))
+    log_with: str = setting("", "an Accelerate tracker: tensorboard, wandb, ...")
 
 
 @dataclass(frozen=True)
@@ -265,7 +260,7 @@ class Config:
         for table in fields(self):
             section = getattr(self, table.name)
             for key in fields(section):
-                value, rule = getattr(section, key.name), key.metadata.get("rule")
+                value, rule = getattr(section, key.name), key.metadata["rule"]
                 expected = rule(value) if rule else ""
                 if expected:
                     name = f"{table.name}.{key.name}"
@@ -378,8 +373,8 @@ def override(
         table, dot, key = name.strip().partition(".")
         if not (equals and dot and key):
             raise UserError(
-                f"override: found {text!r}, expected table.key=value, such as "
-                "data.root=my_folder or train.epochs=10"
+                f"override: found {text!r}, expected an existing folder, or table.key=value, such "
+                "as data.root=my_folder or train.epochs=10"
             )
         parsed, name = parse_value(value), f"{table}.{key}"
         if isinstance(defaults.get(name), str) and not isinstance(parsed, str):
@@ -403,6 +398,27 @@ def to_toml(config: Config) -> str:
     for table, values in config.to_dict().items():
         lines += [f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in values.items()), ""]
     return "\n".join(lines)
+
+
+def setting_rows(config: Config, word: str = "") -> list[tuple[str, ...]]:
+    """Settings with a word in name or meaning: name, default, changed value, meaning.
+
+    Raises:
+        UserError: no setting does.
+    """
+    values, rows = config.flat(), []
+    for table in fields(Config):
+        hints = get_type_hints(table.default_factory)
+        for key in fields(table.default_factory):
+            name, text = f"{table.name}.{key.name}", key.metadata["text"]
+            value = _toml(values[name]) if values[name] != key.default else ""
+            if get_origin(hints[key.name]) is Literal:
+                text += f" ({', '.join(get_args(hints[key.name]))})"
+            if word.lower() in f"{name} {text}".lower():
+                rows.append((name, _toml(key.default), value, text))
+    if not rows:
+        raise UserError(f"{word}: no setting has it{_nearest(word, values)}")
+    return rows
 
 
 def differences(a: Config, b: Config) -> list[str]:

@@ -12,6 +12,20 @@ class UserError(ValueError):
     """
 
 
+def unreadable(path: object, error: Exception, expected: str) -> UserError:
+    """What to tell the user of an exception that reading a file has raised.
+
+    Args:
+        path: the file.
+        error: the exception; a UserError only gets the name of the file, if it lacks it.
+        expected: what the file should be.
+    """
+    if isinstance(error, UserError):
+        return error if str(path) in str(error) else UserError(f"{path}: {error}")
+    reason = f"{type(error).__name__}: {error}"
+    return UserError(f"{path}: cannot be read ({reason}), expected {expected}")
+
+
 def check_packages(extra: str, *names: str) -> None:
     """Check that the packages of an extra of nucsam are installed.
 

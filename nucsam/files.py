@@ -1,10 +1,12 @@
 """Atomic writes, JSON documents and their form, and names for messages and tables."""
 
+import csv
+import io
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +25,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the file cannot be written; `path` still holds what it held before.
     """
-    if path.exists() and not path.is_file():  # replacing a device would remove it
-        raise UserError(f"{path}: found a folder or a device, expected the name of a file")
+    check_no_device(path)  # replacing one would remove it
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +40,12 @@ def atomic(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def check_no_device(path: Path) -> None:
+    """Check that a path is a file or nothing: reading a pipe, for example, would block."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: found a folder or device, expected a file")
+
+
 def expanded(path: str | Path) -> Path:
     """The path with the home folder for a first `~`, unless a file of that very name is there."""
     try:
@@ -47,17 +54,17 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
-def stale_partials(folder: Path) -> list[Path]:
-    """Temporary files of `atomic`, anywhere in a folder, whose process does not run here."""
+def stale_partials(folder: Path) -> dict[Path, Path]:
+    """Temporary files of `atomic` whose process does not run here, and what each stands for.
+
+    They may lie anywhere in the folder.
+    """
     names = [(path, _PARTIAL.fullmatch(path.name)) for path in folder.rglob(".*.partial")]
-    return [path for path, match in names if match and not psutil.pid_exists(int(match[2]))]
-
-
-def result_of(partial: Path) -> Path:
-    """The path that a temporary file of `atomic` stands for."""
-    match = _PARTIAL.fullmatch(partial.name)
-    assert match is not None
-    return partial.with_name(match[1])
+    return {
+        path: path.with_name(match[1])
+        for path, match in names
+        if match and not psutil.pid_exists(int(match[2]))
+    }
 
 
 _PARTIAL = re.compile(r"\.(.+)\.(\d{1,9})\.partial")
@@ -184,6 +191,19 @@ def printable(name: str) -> str:
     return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
 
 
+def to_csv(rows: Iterable[Iterable[Any]]) -> str:
+    """Rows of cells as a CSV document: None is empty, and every text is `csv_text`."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    for row in rows:
+        writer.writerow([csv_text(cell) if isinstance(cell, str) else cell for cell in row])
+    return file.getvalue()
+
+
 def csv_text(text: str) -> str:
-    """A text as a cell that no spreadsheet takes for a formula: an apostrophe goes before one."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    """A text as a cell that no spreadsheet takes for a formula: an apostrophe goes before one.
+
+    It is `printable` too.
+    """
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text

@@ -1,7 +1,12 @@
-"""What a launcher (`accelerate launch`, `torchrun`, SLURM) says of this process."""
+"""What a launcher (`accelerate launch`, `torchrun`, SLURM) says of this process, and signals.
 
+Windows has no SIGTERM that a process could handle. Its Ctrl-Break takes that place.
+"""
+
+import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -56,6 +61,8 @@ def handled(handler: Callable[[int, FrameType | None], Any], *signals: int) -> I
 
     Python sets signal handlers in the main thread only; elsewhere this changes nothing.
     """
+    if signal.SIGTERM in signals and sys.platform == "win32":
+        signals += (signal.SIGBREAK,)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -70,3 +77,30 @@ def handled(handler: Callable[[int, FrameType | None], Any], *signals: int) -> I
 def exit_on_sigterm() -> AbstractContextManager[None]:
     """Context that turns SIGTERM into SystemExit, which removes partial files on its way out."""
     return handled(lambda number, _: sys.exit(128 + number), signal.SIGTERM)
+
+
+def child_options(descriptor: int) -> dict[str, Any]:
+    """Options of `Popen` for a child that Ctrl-C does not reach, so that it can save.
+
+    Args:
+        descriptor: of a file that the child keeps open. Windows hands none over.
+    """
+    if sys.platform == "win32":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    return {"pass_fds": (descriptor,), "start_new_session": True, "preexec_fn": _die_with_parent}
+
+
+def ask_to_stop(child: subprocess.Popen) -> None:
+    """Send a child of `child_options` the signal on which it saves."""
+    child.send_signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else signal.SIGTERM)
+
+
+def _die_with_parent() -> None:
+    """In the child: ask for SIGTERM, on which it saves, when its parent is gone (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def idle_cores() -> int:
+    """Cores that no other process uses now; at least 1."""
+    return max(1, round((os.cpu_count() or 1) - psutil.getloadavg()[0]))

@@ -1,13 +1,30 @@
-"""A progress bar for results that come one by one."""
+"""A progress bar for results that come one by one, also in notebooks."""
 
+import os
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from typing import Any
+
+
+def console_options() -> dict[str, bool]:
+    """Options of a rich Console whose bars are redrawn in place, or not drawn at all.
+
+    A command that a notebook starts (`!nucsam train`) seems to write to a terminal, but there each
+    redraw of a bar adds a line. In the notebook's own process rich draws bars with ipywidgets, and
+    without it warns at each redraw.
+    """
+    if "JPY_PARENT_PID" not in os.environ:  # set for a notebook's kernel and what it starts
+        return {}
+    options = {"force_terminal": False}
+    if find_spec("ipywidgets") is None:
+        options["force_jupyter"] = False
+    return options
 
 
 def with_bar(results: Iterable[Any], count: int, title: str) -> Iterator[Any]:
     """Pass results through, under a progress bar on stderr with their rate and the time left.
 
-    The bar appears only where stderr is a terminal or a notebook, and vanishes at the end.
+    The bar appears only where stderr is a terminal, or in a notebook, and vanishes at the end.
 
     Args:
         results: what to pass through, in order.
@@ -21,7 +38,7 @@ def with_bar(results: Iterable[Any], count: int, title: str) -> Iterator[Any]:
         def render(self, task: progress.Task):
             return progress.TaskProgressColumn.render_speed(task.speed)
 
-    console = Console(stderr=True, markup=False)
+    console = Console(stderr=True, markup=False, **console_options())
     columns = (progress.BarColumn(), progress.MofNCompleteColumn(), Rate())
     bar = progress.Progress(
         "{task.description}",

@@ -33,7 +33,7 @@ from nucsam.export.merged import export_run
 from nucsam.files import write_text
 from nucsam.model.network import build_model
 from nucsam.model.weights import load_base
-from nucsam.predict.predictor import open_model
+from nucsam.predict.pytorch import open_model
 from nucsam.run import checkpoint
 from nucsam.run.directory import read_runs
 from nucsam.train.loop import fit

@@ -89,7 +89,10 @@ def test_charts_of_one_run():
 def test_charts_of_folds():
     epochs = [{"epoch": k, "loss": 3.0 - k, "lr": 0.1, "aji": k / 4} for k in (1, 2)]
     runs = [record([image("a", 0.5)], epochs, fold(k), variant="x") for k in (0, 1)]
+    runs[1].scores["headline"] = {"dice": 0.6, "aji": 0.5, "pq": None}
     drawn = charts.run_charts(runs)
+    spreads = "Dice 70.0 ± 14.1, AJI 50.0 ± 0.0, PQ nan ± nan"
+    assert drawn["folds"].text == f"Test scores of 2 folds: {spreads}"
     assert drawn["loss"].text == "Training loss by epoch: fold 0 2 to 1; fold 1 2 to 1"
     assert drawn["validation"].text.startswith("Validation: AJI, inner split by epoch: fold 0 25.0")
 

@@ -1,5 +1,7 @@
 """Claims: one process holds a job, its children with it, and its death lets go."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -9,7 +11,6 @@ import pytest
 
 from nucsam import claims
 from nucsam.claims import Claim, is_claimed, read_note
-from nucsam.errors import UserError
 
 HOLDER = """
 import sys, time
@@ -76,7 +77,31 @@ def test_the_last_note_is_read_while_the_claim_is_held_and_after(path):
     assert read_note(path) == {"began": 2}
 
 
-def test_on_a_system_without_locks_the_file_is_named(path, monkeypatch):
+class Msvcrt:
+    """Windows' module of locks, made of `fcntl`: each lock excludes all others."""
+
+    LK_NBLCK, LK_UNLCK = "lock", "unlock"
+
+    def locking(self, descriptor: int, mode: str, count: int) -> None:
+        assert os.lseek(descriptor, 0, os.SEEK_CUR) == claims.FAR and count == 1
+        kind = fcntl.LOCK_UN if mode == "unlock" else fcntl.LOCK_EX | fcntl.LOCK_NB
+        try:
+            fcntl.flock(descriptor, kind)
+        except BlockingIOError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None
+
+
+def test_the_branch_for_windows_holds_releases_and_waits(path, monkeypatch):
     monkeypatch.setattr(claims, "fcntl", None)
-    with pytest.raises(UserError, match=r"job\.lock"):
-        Claim.take(path)
+    monkeypatch.setattr(claims, "msvcrt", Msvcrt(), raising=False)
+    assert not is_claimed(path)
+    with Claim.take(path) as claim:
+        claim.note({"holder": "a"})
+        assert is_claimed(path) and Claim.take(path) is None
+        assert read_note(path) == {"holder": "a"}
+        monkeypatch.setattr(claims.time, "sleep", lambda _: claim.release())
+        second = Claim.take(path, wait=True)
+        assert is_claimed(path)
+        monkeypatch.setattr(claim, "release", lambda: None)
+    second.release()
+    assert not is_claimed(path)

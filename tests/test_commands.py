@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = [f"{table}.{key}={value}" for table, keys in TINY.items() for key, value in keys.items()]
 COMMANDS = typer.main.get_command(cli.app).commands
-ELSEWHERE = ("bash", "cd", "git", "hf", "kaggle", "pip")  # commands of other programs
+ELSEWHERE = (".", "bash", "cd", "git", "hf", "kaggle", "pip")  # commands of other programs
 COPY = """
 import json, pathlib, shutil, sys
 settings, out = sys.argv[1], pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
@@ -77,7 +77,10 @@ def runs_here(words: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("words", LINES, ids=" ".join)
-def test_a_line_of_the_readme_can_be_parsed(words):
+def test_a_line_of_the_readme_can_be_parsed(words, tmp_path, monkeypatch):
+    (tmp_path / "my_folder").mkdir()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
     paths = [word for word in words if word.startswith(("launch/", "configs/"))]
     assert all((ROOT / path).exists() for path in paths)
     command, *arguments = nucsam_words(words) or [""]
@@ -129,7 +132,8 @@ def test_the_readme_runs_from_top_to_bottom(newcomer, capfd):
             status = subprocess.run(launched, timeout=300).returncode
         assert status == 0, f"{words}\n{capfd.readouterr().err}"
         assert "--out" not in words or Path(words[words.index("--out") + 1]).exists(), words
-    assert len(list(Path("predicted").glob("*.tif"))) == 3
+    for pattern in ("*.tif", "*.geojson", "overlays/*.png"):
+        assert len(list(Path("predicted").glob(pattern))) == 3
     assert len(list(Path("qupath").glob("*.geojson"))) == 3
     assert len(json.loads(Path("runs/ranks/table.json").read_text())["variants"]) == 3
 
@@ -199,6 +203,27 @@ def test_evaluate_scores_folders_of_label_maps(folder, tmp_path, capsys):
     assert run_command(["evaluate", "--truth", truth]) == 2
     assert run_command(["evaluate", "run", "--truth", truth, "--pred", truth]) == 2
     assert capsys.readouterr().err.count("nucsam: evaluate: ") == 2
+
+
+def test_settings_name_this_files_differences(capsys):
+    assert run_command(["settings", str(ROOT / "configs/quickstart.toml"), "lr_"]) == 0
+    words = capsys.readouterr().out.split()
+    assert {"quickstart", "train.lr_adapter", "train.lr_head", "0.001", "0.003"} <= {*words}
+    assert "train.epochs" not in words
+
+
+def test_a_bare_resume_takes_the_runs_own_configuration(newcomer, capsys):
+    """A run of the quickstart's settings, killed between training and scoring."""
+    settings = [*SHORT, "my_folder", "train.epochs=1"]
+    assert run_command(["train", "configs/quickstart.toml", *settings, "--out", "run"]) == 0
+    before = Path("run/config.toml").read_text()
+    scores = Path("run/scores.json").read_text()
+    Path("run/scores.json").unlink()
+    assert run_command(["train", "--resume", "--out", "run"]) == 0
+    assert Path("run/config.toml").read_text() == before and "lr_head = 0.003" in before
+    assert Path("run/scores.json").read_text() == scores
+    assert run_command(["train", "--dry-run", *settings, "--out", "new"]) == 0
+    assert not Path("new").exists() and "nothing is kept" in capsys.readouterr().out
 
 
 def test_inspect_counts_and_draws(folder, tmp_path, capsys):

@@ -19,6 +19,7 @@ from nucsam.config import (
     differences,
     load_config,
     override,
+    setting_rows,
     to_toml,
 )
 from nucsam.errors import UserError
@@ -267,7 +268,7 @@ def test_a_value_out_of_range_is_refused(name):
 
 
 def test_every_number_has_a_rule_and_a_case():
-    ruled = {name for name, _, field in FIELDS if "rule" in field.metadata}
+    ruled = {name for name, _, field in FIELDS if field.metadata["rule"]}
     assert {name for name, kind, _ in FIELDS if kind in (int, float)} <= ruled == set(CASES)
 
 
@@ -313,6 +314,17 @@ def test_every_choice_is_taken():
             assert Config.from_dict(tables).flat()[name] == option
 
 
+def test_settings_are_found_by_a_word_and_show_what_a_file_changes():
+    config = load_config(CONFIGS / "quickstart.toml")
+    rows = {name: rest for name, *rest in setting_rows(config)}
+    assert list(rows) == [name for name, *_ in FIELDS] and all(text for *_, text in rows.values())
+    assert rows["train.lr_head"][:2] == ["0.001", "0.003"] and rows["train.seed"][1] == ""
+    assert "image px" in rows["data.crop"][2] and "dice, aji, pq" in rows["train.best"][2]
+    assert [name for name, *_ in setting_rows(config, "GiB")] == ["data.memory"]
+    with pytest.raises(UserError, match=r"train[.]epochs"):
+        setting_rows(config, "train.epoch ")
+
+
 def test_differences_name_old_and_new_values():
     a = Config()
     b = replace(a, train=replace(a.train, epochs=7), model=Model(head="sam"), data=Data(fold="all"))
@@ -326,7 +338,18 @@ def test_differences_name_old_and_new_values():
 
 @pytest.mark.parametrize(
     "pattern",
-    ["(a+)+$", "(a|ab)*c", r"(\w+)\1", "(?P<x>a)?(?(x)b|c)", "(?:a?){30}b", "(?=(a+)*)", "a" * 201],
+    [
+        "(a+)+$",
+        "(a|ab)*c",
+        r"(\w+)\1",
+        "(?P<x>a)?(?(x)b|c)",
+        "(?:a?){30}b",
+        "(?=(a+)*)",
+        ".*" * 7,
+        ".?" * 7,
+        r"(\w|.)" * 7,
+        "a" * 201,
+    ],
 )
 def test_a_regular_expression_that_could_hang_is_refused(pattern):
     with pytest.raises(UserError, match=r"data\.group"):
@@ -335,6 +358,8 @@ def test_a_regular_expression_that_could_hang_is_refused(pattern):
         compiled("organ", pattern)
 
 
-@pytest.mark.parametrize("pattern", [r"^(.*?)_x\d+_y\d+", r"(patient\d+)?", "(ab)+", "a|b+"])
+@pytest.mark.parametrize(
+    "pattern", [r"^(.*?)_x\d+_y\d{4}-\d{2}-\d{2}", r"(patient\d+)?", "(ab)+", "a|b+"]
+)
 def test_a_usual_regular_expression_is_taken(pattern):
     assert compiled("organ", pattern).pattern == pattern

@@ -201,7 +201,7 @@ def test_annotations_are_labels_of_the_plain_layout(tmp_path):
     ]
     samples = Samples(records, progress=False)
     assert all(np.array_equal(samples[k].label, COMPACT) for k in range(3))
-    rows = inspect_folder(tmp_path)["rows"]
+    rows = inspect_folder(tmp_path)[0]["rows"]
     assert [(row["organ"], row["nuclei"], row["median_area_px"]) for row in rows] == [
         ("", 6, 100),
         ("liver", 3, 100),
@@ -215,7 +215,7 @@ def test_a_bad_annotation_is_named(tmp_path):
     bad.write_text("{")
     with pytest.raises(UserError, match=re.escape(str(bad))):
         Samples(find_records(tmp_path), progress=False)
-    assert [str(bad) in text for text in inspect_folder(tmp_path)["bad"]] == [True]
+    assert [str(bad) in text for text in inspect_folder(tmp_path)[0]["bad"]] == [True]
 
 
 def test_a_group_is_the_first_capture_or_the_match(tmp_path):
@@ -617,7 +617,7 @@ def test_inspection_counts_and_lists_what_is_bad(tmp_path):
     put(tmp_path / "liver (x)" / "label masks modify" / "a_1.tif", three().astype(np.float32) / 2)
     put(tmp_path / "brain" / "tissue images" / "alone.png", ramp())
     (tmp_path / "brain" / "tissue images" / "b_3.png").write_bytes(b"no image")
-    summary = inspect_folder(tmp_path, group=r"^(\w+)_|alone")
+    summary, examples = inspect_folder(tmp_path, group=r"^(\w+)_|alone")
     brain, liver, total = summary["rows"]
     assert brain == brain | {"organ": "brain", "images": 2, "nuclei": 3, "images_without": 1}
     assert brain["vague_percent"] == pytest.approx(10)
@@ -627,7 +627,7 @@ def test_inspection_counts_and_lists_what_is_bad(tmp_path):
     assert total == total | {"images": 3, "nuclei": 6, "groups": 2, "sizes": {"90x70": 3}}
     bad = sorted(Path(line.partition(":")[0]).name for line in summary["bad"])
     assert bad == ["a_1.tif", "alone.png", "b_3.png"]
-    assert [name for name, _, _ in summary["examples"]] == ["b_1", "a_2", "b_2"]
+    assert [record.name for record in examples] == ["b_1", "a_2", "b_2"]
     console = Console(width=200)
     with console.capture() as capture:
         console.print(summary_table(summary))

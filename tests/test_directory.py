@@ -18,7 +18,7 @@ def config(*overrides: str) -> Config:
 
 def write_run(path, settings: Config, epochs: int = 0, scores: dict | None = None) -> RunDirectory:
     run = RunDirectory(path)
-    run.prepare(settings)
+    run.prepare(settings, {})
     if epochs:
         run.write_metrics([{"epoch": k, "loss": 1 / k} for k in range(1, epochs + 1)])
     if scores:
@@ -103,7 +103,7 @@ def test_one_process_holds_a_run_directory(tmp_path):
         assert run.path.is_dir()
     assert not (tmp_path / "a").exists()  # no run has begun
     with run.claim():
-        run.prepare(config())
+        run.prepare(config(), {})
     with run.claim():
         assert run.exists()
 
@@ -115,16 +115,15 @@ def image(**changes):
 def test_other_images_are_named(tmp_path):
     run = RunDirectory(tmp_path)
     images = {name: image() for name in "abc"}
-    run.check_images(images, "data")  # an older run keeps none
-    run.write_images(images)
+    with pytest.raises(UserError, match=r"added: a, b, c$"):  # of a run that has lost its file
+        run.check_images(images, "data")
+    run.prepare(config(), images)
     run.check_images(images, "data")
     changed = {"b": image(sha256="1" * 64), "c": image(part="test", group="h"), "d": image()}
     with pytest.raises(UserError, match="data: ") as error:
         run.check_images(changed, "data")
     for text in ("added: d", "removed: a", "labels: b", "group: c", "split: c"):
         assert text in str(error.value)
-    with pytest.raises(UserError, match=r"removed: c$"):  # without pixels, by name alone
-        run.check_images({name: {"group": "g", "part": "train"} for name in "ab"}, "data")
 
 
 def test_preparing_clears_partial_files_and_nothing_else(tmp_path):
@@ -133,10 +132,11 @@ def test_preparing_clears_partial_files_and_nothing_else(tmp_path):
     (tmp_path / "state" / ".last.safetensors.999999999.partial").write_text("half")
     alive = tmp_path / f".report.html.{os.getppid()}.partial"
     alive.write_text("half")
-    run.prepare(config())
+    run.prepare(config(), {})
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
         alive.name,
         "config.toml",
+        "images.json",
         "metrics.jsonl",
         "state",
     ]
@@ -145,9 +145,10 @@ def test_preparing_clears_partial_files_and_nothing_else(tmp_path):
 def test_a_run_starts_in_an_empty_folder_and_resumes_with_its_own_settings(tmp_path):
     run = RunDirectory(tmp_path)
     run.check(config(), resume=False)
-    (tmp_path / ".config.toml.3.partial").write_text("of a killed process")
+    for name in (".config.toml.3.partial", run.images_file.name):
+        (tmp_path / name).write_text("of a killed process")
     run.check(config(), resume=False)
-    run.prepare(config())
+    run.prepare(config(), {})
     run.check(config(), resume=True)
     run.check(config("data.workers=7", "train.save_minutes=1"), resume=True)  # may change
     with pytest.raises(UserError, match=str(tmp_path)):

@@ -53,10 +53,11 @@ def test_overlay_is_three_panels():
     truth[10:20, 10:20], prediction[40:60, 40:60] = 3, 8
     panel = overlay(image, truth, prediction)
     height, width = 400, 480  # a whole factor of 4 brings the longer side over 384
-    assert panel.shape == (height + CAPTION, 3 * width + 2 * GAP, 3)
+    line = 32  # of text: readable where the panel is as wide as a page
+    assert panel.shape == (height + line, 3 * width + 2 * GAP, 3)
     assert panel.dtype == np.uint8
-    assert (panel[:CAPTION] < 128).any()
-    plain, *outlined = (panel[CAPTION:, k * (width + GAP) :][:, :width] for k in range(3))
+    assert (panel[line // 4 : 3 * line // 4] < 128).any()
+    plain, *outlined = (panel[line:, k * (width + GAP) :][:, :width] for k in range(3))
     assert (plain == 90).all()
     for part, colour, side in zip(outlined, (TRUTH, PREDICTION), (40, 80)):
         assert (part == colour).all(-1).sum() == 4 * (side - 1)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +12,14 @@ import onnxruntime
 import pytest
 import torch
 from conftest import whole_scores
+from PIL import Image
 from safetensors.torch import load_file
 from scipy.special import expit
 
 import nucsam
 from nucsam import __version__
 from nucsam.config import Config, Data, Instances, Model, Train, to_toml
+from nucsam.data.images import read_label
 from nucsam.errors import UserError
 from nucsam.export import graph
 from nucsam.export.merged import FORMATS, export_run
@@ -23,7 +27,8 @@ from nucsam.files import write_text
 from nucsam.model.instances import from_depth
 from nucsam.model.network import Nucsam, build_model
 from nucsam.model.weights import Base, build_sam, load_base, state_sha256
-from nucsam.predict.predictor import open_model
+from nucsam.predict.onnx import resized
+from nucsam.predict.pytorch import open_model
 from nucsam.run.checkpoint import read_tensors, save_adapter, write_tensors
 
 MODEL = Model(width=32, weights="none", rank=2, alpha=6.0)
@@ -93,7 +98,7 @@ def test_stock_mobile_sam_loads_the_export_and_gives_our_embedding(run, base, tr
 
     for suffix in (".pt", ".safetensors"):
         out = tmp_path / f"merged{suffix}"
-        sentence = export_run(run, out, format="mobile-sam")
+        sentence = export_run(run, out, format="" if suffix == ".pt" else "mobile-sam")
         assert sentence.startswith(f"{out}: {len(base.state)} tensors, ")
         assert sentence.endswith(f", {out.stat().st_size / 2**20:.2f} MiB")
     build = sam_model_registry["vit_t"]
@@ -172,16 +177,16 @@ def test_thresholds_changed_in_the_run_go_with_the_export(run, tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_existing_file_is_replaced_with_force_alone(run, tmp_path, format):
-    out = tmp_path / "a.safetensors"
+    out = tmp_path / "a"
     out.write_bytes(b"precious")
-    with pytest.raises(UserError, match=r"a\.safetensors: "):
+    with pytest.raises(UserError, match=r"a: "):
         export_run(run, out, format=format)
     assert out.read_bytes() == b"precious"
     if format == "onnx":  # takes half a minute
         return
     export_run(run, out, format=format, force=True)
-    assert len(load_file(out)) > 20
-    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert out.stat().st_size > 10**5
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -202,9 +207,18 @@ def test_unfinished_and_incomplete_runs_are_refused(run, tmp_path, format, name,
     if text is not None:
         (tmp_path / "run" / name).write_text(text)
     with pytest.raises(UserError, match=found) as caught:
-        export_run(tmp_path / "run", tmp_path / "a.safetensors", format=format, force=True)
+        export_run(tmp_path / "run", tmp_path / "a", format=format, force=True)
     assert str(tmp_path / "run") in str(caught.value)
-    assert not (tmp_path / "a.safetensors").exists()
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "name, format",
+    [("a.onnx", "adapter"), ("a.safetensors", "onnx"), ("a.pt", "safetensors"), ("a.pt", "onnx")],
+)
+def test_a_suffix_of_another_format_is_refused(run, tmp_path, name, format):
+    with pytest.raises(UserError, match=f"^out: found .*{name} for the format {format}, "):
+        export_run(run, tmp_path / name, format=format)
 
 
 # ---- adapters ----
@@ -254,7 +268,7 @@ def test_an_export_that_has_lost_its_head_is_no_model(run, tmp_path):
 def onnx(run, tmp_path_factory) -> tuple[Path, str]:
     """An export of the run, and its sentence."""
     out = tmp_path_factory.mktemp("onnx") / "nuclei.onnx"
-    return out, export_run(run, out, format="onnx")
+    return out, export_run(run, out)
 
 
 @torch.no_grad()
@@ -269,7 +283,8 @@ def test_onnx_gives_our_maps_at_any_batch_and_size(onnx, trained):
         (graph_maps,) = session.run(None, {"image": images.numpy()})
         size = 2 * height, 2 * width
         larger = torch.nn.functional.interpolate(images, size=size, mode="bilinear")
-        logits = trained(larger, (height, width)).numpy()
+        raw = trained(larger, (height, width))
+        logits = raw.numpy()
         foreground = 1 - np.exp(logits[:, 0]) / np.exp(logits[:, :3]).sum(1)
         expected = np.stack([foreground, expit(logits[:, 3])], 1)
         assert graph_maps.shape == (batch, 2, height, width)
@@ -277,7 +292,108 @@ def test_onnx_gives_our_maps_at_any_batch_and_size(onnx, trained):
         assert expected.std() > 0.01
         options = Instances(foreground=0.4, confidence=0.0, area=5)
         nuclei = from_depth(*graph_maps[0], options)
-        assert np.array_equal(nuclei, trained.instances(logits[0], options))
+        assert np.array_equal(
+            nuclei, trained.instances(trained.probabilities(raw)[0].numpy(), options)
+        )
+
+
+IMAGE = np.kron(
+    np.random.default_rng(0).integers(0, 256, (24, 28, 3)), np.ones((8, 8, 1), int)
+).astype(np.uint8)[:187, :219]
+# Thresholds in the middle of an untrained model's maps, where they give many nuclei
+UNSURE = Instances(foreground=0.5, confidence=0.0, area=5, seed_rise=0.001)
+
+
+def label_maps(file: Path, out: Path | None = None, **options) -> tuple[np.ndarray, np.ndarray]:
+    """Maps and nuclei of IMAGE, at the median of the foreground."""
+    mpp = options.pop("mpp", None)
+    p = nucsam.load(file, device="cpu", tile=64, overlap=8, **options)
+    p.autocast = None  # the run's metadata say bf16
+    whole = replace(p, core=2**31)
+    ((_, _, maps),) = whole._dense([whole.grid(IMAGE, mpp=mpp)])
+    p.instances = replace(UNSURE, foreground=float(np.median(maps[0])))
+    return maps, p.predict(IMAGE, mpp=mpp)
+
+
+@pytest.mark.parametrize("options", [{"batch": 3}, {"tta": True}])
+def test_onnx_gives_the_same_tiles_and_nuclei(run, onnx, options):
+    """Of an image whose sides are no multiple of the graph's."""
+    (maps, label), (same, again) = (label_maps(file, **options) for file in (run, onnx[0]))
+    np.testing.assert_allclose(same, maps, atol=1e-5)
+    assert label.max() > 20 and maps[0].std() > 0.01
+    assert (again != label).mean() < 1e-3
+
+
+def test_onnx_at_another_magnification_is_near(run, onnx):
+    (maps, _), (near, _) = (label_maps(file, mpp=0.3) for file in (run, onnx[0]))
+    assert near.shape == maps.shape
+    other = label_maps(run, mpp=0.25)[0]
+    assert np.abs(near - maps).mean() < 0.2 * np.abs(other - maps).mean()
+
+
+def test_resized_is_pytorchs_interpolation():
+    maps = np.random.default_rng(0).random((2, 3, 17, 24), np.float32)
+    for size in ((17, 24), (32, 16), (5, 50)):
+        expected = torch.nn.functional.interpolate(torch.from_numpy(maps), size, mode="bilinear")
+        np.testing.assert_allclose(resized(maps, size), expected.numpy(), atol=1e-4)
+
+
+WITHOUT_TORCH = """
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+def find_spec(name, path=None, target=None):
+    absent = name.split(".")[0] in ("torch", "accelerate", "timm", "mobile_sam", "safetensors")
+    return None if absent else find(name, path, target)
+PathFinder.find_spec = find_spec
+import nucsam
+from nucsam.cli import run_command
+print(nucsam.load(sys.argv[2]).tile, *(name for name in nucsam.__all__ if name in dir(nucsam)))
+sys.exit(run_command(sys.argv[1:]))
+"""
+
+
+def test_onnx_predicts_where_torch_is_absent(run, onnx, tmp_path):
+    Image.fromarray(IMAGE).save(tmp_path / "a.png")
+
+    def predict(model: Path, out: str) -> subprocess.CompletedProcess:
+        command = ["predict", model, tmp_path / "a.png", "--out", tmp_path / out, "--device", "cpu"]
+        return subprocess.run(
+            [sys.executable, "-c", WITHOUT_TORCH, *map(str, command)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    done = predict(onnx[0], "absent")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["256", "Predictor", "UserError", "__version__", "load"]
+    expected = nucsam.load(onnx[0], device="cpu").predict(IMAGE)
+    np.testing.assert_array_equal(read_label(tmp_path / "absent" / "a.tif"), expected)
+    refused = predict(run, "refused")
+    assert "UserError" in refused.stderr and str(run) in refused.stderr
+
+
+@pytest.mark.parametrize("content", [None, b"no graph"])
+def test_what_is_no_graph_is_refused_by_name(tmp_path, content):
+    if content:
+        (tmp_path / "a.onnx").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.onnx: "):
+        nucsam.load(tmp_path / "a.onnx")
+
+
+def test_a_graph_runs_on_devices_that_are_there(onnx):
+    for device in ("cuda", "mps", "gpu"):
+        with pytest.raises(UserError, match=f"^device: found '{device}'"):
+            nucsam.load(onnx[0], device=device)
+
+
+def test_requirements_without_torch_are_those_of_setup_cfg():
+    root = Path(__file__).parents[1]
+    setup = {line.strip() for line in (root / "setup.cfg").read_text("utf-8").splitlines()}
+    lines = (root / "launch" / "requirements-onnx.txt").read_text("utf-8").splitlines()
+    needed = {line for line in lines if not line.startswith("#")}
+    assert len(needed) > 5 and needed <= setup
 
 
 def test_onnx_says_what_it_is(onnx):

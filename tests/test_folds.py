@@ -209,7 +209,9 @@ def test_two_processes_share_five_jobs(launch):
     numbers = "done, epoch 2 of 2, test Dice 80.0, AJI 60.0, PQ 50.0, 12.3 images/s"
     assert all(f"fold {fold}: {numbers}" in output for fold in range(5))
     assert re.search(r"fold \d: running on \S+ 3, epoch 0 of 2\n", "".join(running))
-    assert "80.00 ± 0.00" in output and "published" not in output
+    assert "80.00 ± 0.00" in output and "published:" not in output
+    assert "runs/methods.md: the methods, with citations" in output
+    assert "We ran a 5-fold cross-validation." in Path("runs/methods.md").read_text()
     assert json.loads(Path("runs/table.json").read_text())["variants"][0]["missing"] == []
 
 
@@ -257,6 +259,22 @@ def test_a_stopped_fold_with_scores_is_not_finished(launch):
     assert end(launch())[0] == 0 and folds_started() == [2]
 
 
+def test_variants_that_read_labels_in_another_way_have_their_own_images(tiny, tmp_path, folder):
+    base = tiny(f"data.root={folder}")
+    jobs = plan(variants(base, ["data.connected=[true, false]"]), tmp_path)
+    halves = []
+    for job in jobs[0], jobs[-1]:
+        records, split = find_split(job.config.data)
+        images = inventory(records, split, [read_digest(record) for record in records])
+        job.directory.prepare(job.config, images)
+        halves.append(images)
+    assert halves[0] != halves[1]
+    runner.check_images(jobs)
+    jobs[0].directory.prepare(jobs[0].config, halves[0] | {"gone": next(iter(halves[0].values()))})
+    with pytest.raises(UserError, match="removed: gone"):
+        runner.check_images(jobs)
+
+
 def test_runs_of_other_images_are_refused(launch, tmp_path, folder, monkeypatch):
     data = shutil.copytree(folder, tmp_path / "data")
     where = [f"data.root={data}"]
@@ -264,7 +282,7 @@ def test_runs_of_other_images_are_refused(launch, tmp_path, folder, monkeypatch)
     settings = load_config(tmp_path / "runs/fold0/config.toml")
     records, split = find_split(settings.data)
     images = inventory(records, split, [read_digest(record) for record in records])
-    RunDirectory(tmp_path / "runs/fold0").write_images(images)
+    RunDirectory(tmp_path / "runs/fold0").prepare(settings, images)
     data = data.rename(tmp_path / "moved")
     where = [f"data.root={data}"]
     assert end(launch(*where))[0] == 0 and started() == []

@@ -16,8 +16,8 @@ from nucsam.data.images import (
     read_image,
     read_label,
     read_mask,
+    read_metadata,
     read_mpp,
-    read_remarks,
 )
 from nucsam.data.samples import Samples
 from nucsam.data.slides import TiffWindows
@@ -263,7 +263,7 @@ def test_one_orientation_for_images_labels_masks_and_windows(tmp_path, orientati
         tifffile.imwrite(path, grey, photometric="minisblack", **options, **tag)
         np.testing.assert_array_equal(read_label(path), TURNS[orientation](grey))
         np.testing.assert_array_equal(read_mask(path), TURNS[orientation](grey) > 0)
-        assert f"orientation tag {orientation}" in read_remarks(path)[0]
+        assert f"orientation tag {orientation}" in read_metadata(path)[1][0]
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
@@ -282,7 +282,7 @@ def test_exif_turns_a_photograph_and_is_named(tmp_path, suffix):
     with Image.open(path) as stored:
         np.testing.assert_array_equal(read_image(path), np.rot90(np.asarray(stored), -1))
     assert read_label(tmp_path / "labels/a.png").shape == (W, H)
-    assert "orientation tag 6" in " ".join(inspect_folder(tmp_path)["remarks"])
+    assert "orientation tag 6" in " ".join(inspect_folder(tmp_path)[0]["remarks"])
     with pytest.warns(UserWarning, match="orientation tag 6"):
         Samples(find_records(tmp_path), progress=False)
 
@@ -322,6 +322,13 @@ def png_of_4_bits(values: np.ndarray) -> bytes:
     header = struct.pack(">IIBBBBB", values.shape[1], len(values), 4, 0, 0, 0, 0)
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", compress(lines)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def test_a_label_of_an_array_file_is_a_copy(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((9, 9), np.int32))
+    label = read_label(tmp_path / "a.npy")
+    label[:] = 2
+    assert read_label(tmp_path / "a.npy").max() == 1
 
 
 @pytest.mark.parametrize(
@@ -447,7 +454,7 @@ def test_the_resolution_of_a_printer_is_ignored_and_named(tmp_path, dpi, mpp):
     options = {"resolution": (dpi, dpi), "resolutionunit": "INCH", "photometric": "rgb"}
     tifffile.imwrite(tmp_path / "a.tif", picture(), **options)
     assert read_mpp(tmp_path / "a.tif") == mpp
-    remarks = read_remarks(tmp_path / "a.tif")
+    remarks = read_metadata(tmp_path / "a.tif")[1]
     assert len(remarks) == (mpp is None) and all(f"{dpi} dpi" in remark for remark in remarks)
 
 

@@ -103,7 +103,7 @@ def test_only_the_command_line_imports_nucsam_inside_functions():
         for node in ast.walk(function)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nucsam")
     ]
-    assert set(late) == {"cli", "__main__", "predict.__init__"}
+    assert set(late) == {"cli", "__main__", "predict.__init__", "predict.models"}
 
 
 def test_every_place_that_contributing_names_exists():
@@ -140,7 +140,16 @@ def child(code: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["data", "model.instances", "score.metrics", "score.pairs", "predict.writers", "folds.runner"],
+    [
+        "data",
+        "model.instances",
+        "score.metrics",
+        "score.pairs",
+        "predict.writers",
+        "predict.models",
+        "predict.images",
+        "folds.runner",
+    ],
 )
 def test_modules_without_torch(module):
     assert child(f"import sys, nucsam.{module}; print('torch' in sys.modules)") == ["False"]
@@ -191,7 +200,7 @@ from nucsam import predict; print(predict.predict_files.__module__)
     assert child(code) == [
         f"{nucsam.__version__} False False",
         "Predictor UserError __version__ fit load",
-        "nucsam.predict.predictor nucsam.train.loop nucsam.predict.predictor",
+        "nucsam.predict.models nucsam.train.loop nucsam.predict.predictor",
         "True False",
         "nucsam.predict.images",
     ]

@@ -11,6 +11,7 @@ from nucsam.cli import run_command
 from nucsam.data.labels import components, not_instances
 from nucsam.data.samples import Samples
 from nucsam.data.splits import find_split
+from nucsam.data.summary import inspect_folder
 from nucsam.score.pairs import remarks, score_folders
 
 
@@ -77,6 +78,7 @@ def test_a_map_of_classes_is_remarked_on_wherever_labels_are_read(classes, tiny,
     assert "truth: found a map of classes" in " ".join(remarks(results))
     assert run_command(["inspect", str(classes), "--connected", *sheet]) == 0
     nuclei = json.loads(capsys.readouterr().out)["rows"][-1]["nuclei"]
+    assert all(record.connected for record in inspect_folder(classes, connected=True)[1])
     records, _ = find_split(tiny(f"data.root={classes}", "data.connected=true").data)
     samples = Samples(records, progress=False)
     assert sum(samples[i].label.max() for i in range(12)) == nuclei

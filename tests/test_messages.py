@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
+import onnx
 import pytest
 import tifffile
 import torch
@@ -30,7 +31,7 @@ from nucsam.data.images import read_image, read_label, read_mask
 from nucsam.data.samples import read_nuclei
 from nucsam.errors import UserError
 from nucsam.export.merged import export_run
-from nucsam.predict.predictor import load
+from nucsam.predict.models import load
 from nucsam.run import checkpoint
 from nucsam.score.metrics import score_maps
 
@@ -141,8 +142,15 @@ $ train PLAIN train.log_with=aim  # a tracker that is not installed
 train.log_with: aim is not installed; expected one that is, or ''
 $ train --epochs 3  # settings as options
 no such option: --epochs (--help lists them); a setting is table.key=value, such as train.epochs=10
-$ train plain  # the folder as argument
-override: found 'plain', expected table.key=value, such as data.root=my_folder or train.epochs=10
+$ train plain flat  # two folders
+found 2 folders (plain, flat), expected one
+$ train plane  # a folder that is not there
+override: found 'plane', expected an existing folder, or table.key=value, such as
+data.root=my_folder or train.epochs=10
+$ settings speed  # a word of no setting
+speed: no setting has it; known: data.root, ...
+$ WORLD_SIZE=2 train PLAIN --dry-run  # a rehearsal of several processes
+WORLD_SIZE: found 2, expected one process to rehearse
 $ train mine.toml  # no such configuration
 mine.toml: no such configuration file
 $ train yaml.toml  # YAML
@@ -176,9 +184,11 @@ $ WORLD_SIZE=2 train PLAIN  # processes that are not joined
 WORLD_SIZE: the launcher started 2 processes, Accelerate joined 1, so each would run alone; on CPUs
 set ACCELERATE_USE_CPU=true or use launch/cpu2.yaml
 $ predict run flat --out p --device gpu  # no such device
-...device: found 'gpu', expected auto, cpu, cuda or cuda:N
+...device: found 'gpu', expected auto, cpu, cuda, cuda:N or mps
 $ predict run flat --out p --device cuda:99  # no such GPU
 ...device: found 'cuda:99', but PyTorch sees ... GPU(s), so no cuda:99; expected cpu
+$ predict run flat --out p --device mps  # no Mac
+...device: found 'mps', but PyTorch sees no GPU of Apple; expected cpu
 $ WORLD_SIZE=2 predict run flat --out p --device cuda:0  # one GPU for two processes
 ...device: found 'cuda:0' for 2 processes, expected ...
 $ FULL synth full --images 1 --size 64  # a full disk
@@ -293,9 +303,21 @@ organ: found '(', expected a regular expression: missing ), ...
 $ evaluate SAME --workers -1  # fewer than no processes
 workers: found -1, expected 0 or more
 $ evaluate SAME --json flat  # scores into a folder
-flat: found a folder or a device, expected the name of a file
+flat: found a folder or device, expected a file
 $ predict model flat --out p  # no such model
 model: found no such file, expected a run directory or a safetensors file of nucsam export
+$ predict none.onnx flat --out p  # no such graph
+none.onnx: no such file, expected one of nucsam export
+$ predict page.onnx flat --out p  # a page in place of a graph
+page.onnx: not a readable ONNX graph (...)
+$ predict other.onnx flat --out p  # a graph of another program
+other.onnx: found another graph, expected one of nucsam export
+$ predict other.onnx flat --out p --device mps  # a device that onnxruntime lacks
+...device: found 'mps', expected auto or cpu (no CUDA in onnxruntime)
+$ BARE predict other.onnx flat --out p  # the package is not installed
+found no onnxruntime: pip install 'nucsam[onnx]' installs it
+$ TORCHLESS predict run flat --out p  # PyTorch is not installed
+run: needs PyTorch, found none; expected an .onnx file of nucsam export
 $ predict other.pt flat --out p  # a file that is no model
 other.pt: found a .pt file, expected ... a run directory...
 $ predict run/adapter.safetensors flat --out p  # an adapter as model
@@ -326,16 +348,18 @@ $ predict run flat --out p --tile 3  # a tile too small
 ...tile: found 3, expected at least 64 px
 $ predict run flat --out p --roi empty.geojson  # one file of regions for many images
 ...roi: found empty.geojson for 12 images, expected one image, or a folder with a ...
-$ predict run flat --out results  # results of other settings
+$ predict run flat --out results --formats labels  # results of other settings
 results/predict.json: ...other...: tta: True -> False; expected another ...out, or ...force
-$ predict run flat/human_bladder_1.png --out results --force  # fewer images than there are results
+$ predict run flat/human_bladder_1.png --out results --formats labels --force  # too few images
 results: found 1 result(s) that ...force would ..., such as results/human_bladder_2.tif; ...
 $ export run --out m --format pickle  # no such format
 ...format: found 'pickle', expected one of safetensors, mobile-sam, onnx, adapter
+$ export run --out m.onnx --format adapter  # the suffix of another format
+...out: found m.onnx for the format adapter, expected .safetensors
 $ export run --out m --base auto  # a base too many
 ...base: ...run...names its base...expected an adapter file
 $ export run --out flat  # export into a folder
-flat: found a folder or a device, expected the name of a file
+flat: found a folder or device, expected a file
 $ export run --out other.pt  # export over a file
 other.pt: exists; ...force replaces it
 $ export run --out page.pt/m  # export under a file
@@ -389,7 +413,7 @@ float.tif: found float64 of shape (9, 9), expected integers (H, W) or (H, W, 1 t
 > read_label negative.npy  # negative ids
 negative.npy: found ids in -1..-1, expected 0..2147483647
 > read_outlines none.geojson  # no such outlines
-none.geojson: cannot be read ([Errno 2] No such file or directory: ...), expected GeoJSON
+none.geojson: cannot be read (FileNotFoundError: ...), expected GeoJSON
 > read_outlines 3  # JSON, but no GeoJSON
 3.geojson: expected a FeatureCollection, a list of Features or a Feature
 > read_outlines circle  # a shape that GeoJSON lacks
@@ -407,11 +431,11 @@ outside.geojson: found no pixel of 9x9 px in any of 1 nuclei, expected coordinat
 > read_outlines beyond  # a region of another image
 beyond.geojson: found no pixel of 9x9 px in any of 1 regions, expected coordinates in px
 > read_rois page.xml  # XML of another program
-page.xml: cannot be read (found the element html), expected Aperio's XML: Annotations, ...
+page.xml: found the element html, expected Aperio's XML: Annotations, ...
 > read_rois page.roi  # not a ROI
 page.roi: cannot be read (...), expected an ImageJ ROI or a zip file of them
 > read_rois folder.roi  # a folder
-folder.roi: cannot be read (found a folder or device), expected an ImageJ ROI or a zip file of them
+folder.roi: found a folder or device, expected a file
 > find_records  # an empty name
 root: found an empty path, expected a folder of images and label maps
 > find_records null  # a null byte in a name
@@ -439,14 +463,23 @@ REMARKS = """
 $ train PLAIN data.crop=128 train.epochs=1 train.precision=fp16 --out OUT/new --resume  # doubtful
 data.crop: found 128 px, but no image with a shorter side over 96 px; a smaller crop is faster
 resume: OUT/new holds no saved state; a new run starts
-trains ... of ... parameters on base none (random, seed 0); images: 5 train, 3 inner, 4 test; 1
+images: 5 train, 3 inner, 4 test; base none (random, seed 0)
+trains ... of ... parameters on the CPU in fp32
 5 images x 1 epochs = 3 optimizer steps; 1,500 or more are usual
 random base weights: the scores say nothing about MobileSAM
 epoch 1: loss ..., ... images/s; DICE ..., AJI ..., PQ ...
 epoch 1 (chosen by aji on the inner split), test images, one seed, base none (random, seed 0): DICE
 warning: train.precision: fp16 needs a GPU; computing in fp32 on this CPU
-$ evaluate run --untrained  # before the first step
-untrained model, test images: DICE ..., AJI ..., PQ ...
+$ train plain TINY --out OUT/folder  # a folder as argument
+plain: 12 images; ...
+$ train PLAIN data.crop=96 instances.area=2000 --dry-run  # before a training
+images in 12 groups; about ... min, with ... s a step; ... GiB of memory; nothing is kept
+data.inner: only 3 image(s) choose the epoch, partly by chance
+data.folds: only 4 image(s) are scored; nucsam folds scores every image once
+instances.area: 100% of the nuclei are under 2000 px and will be dropped
+train.epochs: 500 epochs make the usual 1,500 steps
+$ evaluate run --untrained  # before the first step, and after the last
+image mean, % (nuinsseg) ... before training ... after, epoch ...
 $ evaluate --truth plain/labels --pred binary/labels --workers 1  # masks for label maps
 human_bladder_1: prediction: found a binary mask: ... separate components share the value 255, each
 $ evaluate --truth few/labels --pred mixed --workers 1  # predictions of other images
@@ -465,7 +498,8 @@ warning: holed/annotations/x.geojson: found 1 empty geometry, not used; expected
 contact sheet: OUT/sheet.png
 $ predict run few/images --out OUT  # two images
 OUT: 2 image(s), ... nuclei, ... tiles in ... s
-$ predict run few/images --out again  # the same again
+QuPath: open an image, then drag its .geojson from OUT onto it
+$ predict run few/images --out again --formats labels  # the same again
 2 image(s) with results skipped; ...force replaces them
 $ export run --out OUT/m.safetensors  # a model
 OUT/m.safetensors: ... tensors, ... values, ... MiB
@@ -479,6 +513,10 @@ def failing(error: Exception) -> Callable:
         raise error
 
     return fail
+
+
+def without_torch(name: str, *_: object) -> object:
+    return None if name == "torch" else FIND_SPEC(name)
 
 
 def without_extras(name: str, *_: object) -> object:
@@ -498,6 +536,7 @@ SCENES = {  # what stands in for what, where a line begins with the word
     "GPUS": {"os.environ": os.environ | {"ACCELERATE_USE_CPU": "", "CUDA_VISIBLE_DEVICES": "0, 1"}},
     "MEMORY": dict.fromkeys(STEPS, NO_MEMORY),
     "SMALL": {"nucsam.data.slides.MOST": 3},
+    "TORCHLESS": {"importlib.util.find_spec": without_torch},
     "UNLOCKED": {"fcntl.flock": failing(OSError(errno.ENOLCK, "No locks available"))},
 }
 ZEROS = np.zeros((9, 9), int)
@@ -610,7 +649,11 @@ def make_files() -> None:
         "nan.pt": {"weight": tensor / 0 * 0},
     }.items():
         torch.save(content, name)
-    for name in ("page.pt", "drawing.svg", "yaml.toml", "cached/mobile_sam.pt"):
+    values = [onnx.helper.make_tensor_value_info(name, 1, [1]) for name in "ab"]
+    node = onnx.helper.make_node("Identity", ["a"], ["b"])
+    graph = onnx.helper.make_graph([node], "graph", values[:1], values[1:])
+    onnx.save(onnx.helper.make_model(graph, ir_version=10), "other.onnx")
+    for name in ("page.pt", "page.onnx", "drawing.svg", "yaml.toml", "cached/mobile_sam.pt"):
         Path(name).write_text("<!DOCTYPE html>: 404")
     Path("scalar.toml").write_text("train = 3")
     save_file({"x": tensor}, "foreign.safetensors")
@@ -673,7 +716,9 @@ def make_runs() -> None:
     run, state = Path("run"), "state/last.safetensors"
     export_run(run, Path("merged.safetensors"))
     export_run(run, Path("lora.safetensors"), format="adapter")
-    assert run_command(["predict", "run", "few/images", "--out", "again"]) == 0
+    assert (
+        run_command(["predict", "run", "few/images", "--out", "again", "--formats", "labels"]) == 0
+    )
     shutil.copytree("again", "results")
     record = json.loads(Path("results/predict.json").read_text())
     Path("results/predict.json").write_text(json.dumps(record | {"tta": True}))

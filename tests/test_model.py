@@ -211,7 +211,7 @@ def test_the_foreground_is_the_inside_and_the_boundary(classes):
     maps[:, classes] = torch.where(labels > 0, 20.0, -20.0)
     head = InstanceHead(32)
     assert head.loss(maps, labels, counted, 1, Loss())["tversky"].item() < 1e-3
-    label = head.instances(maps[0].numpy(), Instances(area=1))
+    label = head.instances(head.probabilities(maps)[0].numpy(), Instances(area=1))
     np.testing.assert_array_equal(label, labels[0])
 
 
@@ -229,8 +229,9 @@ def test_a_missed_pixel_costs_as_much_as_a_false_one():
 
 def test_probabilities_of_inside_and_boundary_add_up():
     """0.3 + 0.3 is nucleus though 0.4, the background, is the most likely class."""
-    maps = np.log([0.4, 0.3, 0.3, 1.0])[:, None, None] * np.ones((8, 8))
+    logits = torch.tensor([0.4, 0.3, 0.3, 1.0]).log().view(1, 4, 1, 1).expand(1, 4, 8, 8)
     head = InstanceHead(32)
+    maps = head.probabilities(logits)[0].numpy()
     for threshold, found in ((0.59, 1), (0.61, 0)):
         config = Instances(foreground=threshold, confidence=0.0)
         assert (head.instances(maps, config) == found).all()

@@ -16,6 +16,7 @@ from nucsam.errors import UserError
 from nucsam.model.heads import InstanceHead
 from nucsam.model.network import build_model
 from nucsam.predict.predictor import Predictor
+from nucsam.predict.pytorch import TorchPredictor
 from nucsam.predict.tiles import grid
 
 SCALES = [1.0, 1.5, 2.0]
@@ -48,6 +49,9 @@ class Fake(nn.Module):
             return maps
         return F.interpolate(maps.float(), size=size, mode="bilinear", antialias=True)
 
+    def probabilities(self, maps: torch.Tensor) -> torch.Tensor:
+        return maps
+
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         assert maps.dtype == np.float32
         return np.rint(maps[0]).astype(np.int32)
@@ -62,7 +66,7 @@ class Blur(Fake):
 
 def predictor(model: nn.Module | None = None, scale: float = 1.0, **arguments) -> Predictor:
     arguments = {"scale": scale, "instances": Instances(), "overlap": 24} | arguments
-    return Predictor(model or Fake(), **arguments)
+    return TorchPredictor(model or Fake(), **arguments)
 
 
 def maps_of(predictor: Predictor, images: list[np.ndarray]) -> Iterator[np.ndarray]:
@@ -249,6 +253,9 @@ class Colour(Blur):
     def forward(self, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         red, green = (super().forward(images, size) / 16 - 8).unbind(1)
         return torch.stack([0 * red, red, red - 20, -green], 1)
+
+    def probabilities(self, maps: torch.Tensor) -> torch.Tensor:
+        return InstanceHead.probabilities(None, maps)
 
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         return InstanceHead.instances(None, maps, config)

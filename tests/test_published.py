@@ -11,6 +11,7 @@ from scipy.io import savemat
 
 from nucsam.data.folders import find_records, scan_folder
 from nucsam.data.images import read_image
+from nucsam.data.published import read_instances
 from nucsam.data.samples import Samples, read_sample
 from nucsam.data.summary import draw_examples, inspect_folder
 from nucsam.errors import UserError
@@ -170,9 +171,9 @@ def test_a_public_set_is_read_as_it_is_published(tmp_path, name):
         assert np.array_equal(sample.label, squares(1, 2, 3)) or name == "pannuke"
         assert np.array_equal(sample.label > 0, squares(1, 1, 1) > 0)
         assert sample.label.max() == 3
-    summary = inspect_folder(tmp_path)
+    summary, examples = inspect_folder(tmp_path)
     assert summary["bad"] == [] and summary["rows"][-1]["nuclei"] == 3 * images
-    draw_examples(summary, tmp_path / "sheet.png")
+    draw_examples(examples, tmp_path / "sheet.png")
 
 
 def test_pictures_of_a_stack_keep_their_pixels(tmp_path):
@@ -201,6 +202,14 @@ def test_a_mat_file_of_ones_own_is_a_label(tmp_path):  # vqdang/hover_net issue 
     save(tmp_path / "images" / "a.png", picture(0))
     save(tmp_path / "labels" / "a.mat", squares(5, 6))
     assert read_sample(find_records(tmp_path)[0]).label.max() == 2
+
+
+def test_a_huge_mat_is_refused_before_it_takes_memory(tmp_path, monkeypatch):
+    save(tmp_path / "a.mat", np.zeros((4, 5), np.int32))
+    monkeypatch.setattr("nucsam.data.slides.MOST", 19)
+    monkeypatch.setattr("scipy.io.loadmat", lambda *_, **__: pytest.fail("read whole"))
+    with pytest.raises(UserError, match=r"a\.mat"):
+        read_instances(tmp_path / "a.mat")
 
 
 @pytest.mark.parametrize("content", ["text", "no inst_map", "fractions", "HDF5"])

@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,9 +21,10 @@ pytest.importorskip("jinja2", reason="the extra `report` is not installed")
 
 from nucsam.cli import run_command
 from nucsam.config import load_config, to_toml
+from nucsam.data import find_records
 from nucsam.report import facts, gallery
 from nucsam.report.page import finish, write_report
-from nucsam.score.metrics import score_maps
+from nucsam.score.metrics import protocol_named, score_maps
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -105,6 +108,26 @@ def test_picks(n, expected):
     picked = gallery.picks([{"name": f"{k:02}", "aji": k // 2} for k in order])
     assert {rank: kind for kind, rank, _ in picked} == expected
     assert [row["name"] for *_, row in picked] == [f"{rank - 1:02}" for rank in expected]
+
+
+def test_a_picture_is_predicted_at_the_magnification_of_its_image(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    image, label = np.full((64, 64, 3), 200, np.uint8), np.eye(64, dtype=np.uint8)
+    cm = {"resolution": (1e4 / 0.4, 1e4 / 0.4), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(tmp_path / "images" / "a.tif", image, photometric="rgb", **cm)
+    tifffile.imwrite(tmp_path / "labels" / "a.tif", label)
+    asked = []
+
+    def predict(image, *, mpp):
+        asked.append(mpp)
+        return np.zeros(image.shape[:2], np.int32)
+
+    scores = {"scores": [{"protocol": asdict(protocol_named("plain"))}]}
+    row = {"name": "a", "aji": 0.0, "run": SimpleNamespace(scores=scores)}
+    (record,) = find_records(tmp_path)
+    gallery.picture(row, SimpleNamespace(predict=predict), record)
+    assert asked == [pytest.approx(0.4)]
 
 
 # ---- the page ----
@@ -215,6 +238,24 @@ def test_the_page_is_whole_and_loads_nothing(finished):
     pictures = [tag["aria-label"] for _, tag in page.tags if tag.get("role") == "img"]
     assert len(pictures) >= 3 + 6 and min(map(len, pictures)) > 20
     assert not re.search("#[0-9a-f]{6}", " ".join(page.values("style")))  # both themes
+
+
+def test_every_image_is_in_the_gallery_on_demand(one):
+    page = written(one, every_image=True)
+    names = {image["name"] for image in read_scores(one)["scores"][0]["images"]}
+    assert page.count("article") == len(names) == 4 and "--every-image" not in page.text
+    assert "--every-image" in written(one).text
+
+
+def test_a_page_names_no_folder_of_this_machine(one, folder, tmp_path):
+    """The data lie in a folder with a space, and a notice names the base weights' file."""
+    change_config(one, "data", root="/home/Anna M/slides/set")
+    change_config(one, "model", weights=str(tmp_path / "base.pt"))
+    page = written(one)
+    assert "no pictures: base.pt: " in page.text
+    assert "-> 'set'" in page.text and "-> 'base.pt'" in page.text
+    for text in ("/home", "Anna", str(tmp_path), str(folder.parent), sys.argv[0]):
+        assert text not in page.source
 
 
 def test_a_cross_validation_and_its_variants(finished, tmp_path):
@@ -338,14 +379,14 @@ def test_an_unfinished_run_shows_what_there_is(one):
 def test_moved_images(one, folder, tmp_path):
     change_config(one, "data", root=str(tmp_path / "gone"))
     page = written(one)
-    assert f"no pictures: {tmp_path / 'gone'}: " in page.text and "All images" in page.text
-    assert f"nucsam report {one} --data FOLDER" in page.text
+    assert "no pictures: gone: " in page.text and "All images" in page.text
+    assert f"nucsam report {one.name} --data FOLDER" in page.text
     page = written(one, root=str(folder))
     assert "no pictures" not in page.text and page.count("article") == 3
     other = shutil.copytree(folder, tmp_path / "other")
     for path in [p for p in other.rglob("*") if p.is_file()]:
         path.rename(path.with_stem("x" + path.stem))
-    assert f"no pictures: {other}: " in written(one, root=str(other)).text
+    assert "no pictures: other: " in written(one, root=str(other)).text
 
 
 def test_weights_that_are_not_those_scored_are_marked(one):
@@ -385,9 +426,10 @@ def test_the_command_writes_figures(finished, tmp_path, capsys):
     out = shutil.copytree(finished, tmp_path / "cv")
     assert run_command(["report", str(out), "--figures", str(tmp_path / "figures")]) == 0
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    charts = ["loss", "rate", "validation", "organs-dice", "organs-aji", "organs-pq"]
+    charts = ["folds", "loss", "rate", "validation", "organs-dice", "organs-aji", "organs-pq"]
     pictures = {"worst-rank1.png", "median-rank4.png", "best-rank8.png"}
-    assert names == {f"{name}.{kind}" for name in charts for kind in ("svg", "png")} | pictures
+    kinds = ("pdf", "png", "svg")
+    assert names == {f"{name}.{kind}" for name in charts for kind in kinds} | pictures
     paths = capsys.readouterr().out.split()
     assert paths[0] == str(out / "report.html")
     assert {*paths[1:]} == {str(tmp_path / "figures" / name) for name in names}
@@ -517,6 +559,16 @@ def test_the_page_fits_the_screen_in_both_themes(finished, visit, width):
         assert page.evaluate("getComputedStyle(document.querySelector('.chart text')).fill") == text
         grounds.add(ground)
     assert len(grounds) == 2
+
+
+@pytest.mark.parametrize("width", [360, 430])
+def test_a_phone_shows_the_scores_without_scrolling(finished, visit, width):
+    page = visit(finished / "report.html", width)
+    for section in ("#organs", "#images", "#compare"):
+        for label in ("Dice", "AJI", "PQ"):
+            heading = page.locator(f"{section} thead th", has_text=re.compile(f"^{label}$")).first
+            box = heading.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= width, (section, label)
 
 
 def test_every_control_is_reached_by_keyboard(finished, visit):

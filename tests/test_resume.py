@@ -139,15 +139,33 @@ def test_killed_twenty_times_at_random_points(whole, tmp_path):
     assert_equal(run, whole[1])
 
 
-def test_sigterm_saves_at_the_next_step_and_resumes(whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_the_next_step_and_says_how_to_resume(whole, tmp_path, capfd, number):
     config, run = whole[0], tmp_path / "run"
-    terminate = in_write("last.safetensors", 2, lambda _: signal.raise_signal(signal.SIGTERM))
+    terminate = in_write("last.safetensors", 2, lambda _: signal.raise_signal(number))
     process = start(terminate, config, run)
     process.join(120)
-    assert process.exitcode == 128 + signal.SIGTERM
+    assert process.exitcode == 128 + number
+    said = " ".join(capfd.readouterr().out.split())
+    assert "step 3 of 30" in said and f"nucsam train --resume --out {run}" in said
     assert checkpoint.read_tensors(run / "state" / "last.safetensors")[1]["progress"]["step"] == 3
     assert not (run / "scores.json").exists()
     fit(config, run, resume=True)
+    assert_equal(run, whole[1])
+
+
+def test_a_second_ctrl_c_stops_at_once_with_what_is_saved(whole, tmp_path, capfd):
+    run = tmp_path / "run"
+
+    def twice(_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    process = start(in_write("last.safetensors", 2, twice), whole[0], run)
+    process.join(120)
+    assert process.exitcode == 128 + signal.SIGINT
+    assert "last.safetensors holds step 2 of 30" in " ".join(capfd.readouterr().out.split())
+    fit(whole[0], run, resume=True)
     assert_equal(run, whole[1])
 
 

@@ -20,8 +20,8 @@ from nucsam.data.samples import Crops, Samples, by_region, read_nuclei, read_out
 from nucsam.data.splits import find_split
 from nucsam.data.summary import draw_examples, inspect_folder
 from nucsam.errors import UserError
-from nucsam.score.metrics import PROTOCOLS, protocol_named
-from nucsam.score.pairs import Pair, score_pair
+from nucsam.score.metrics import PROTOCOLS, protocol_named, score_maps
+from nucsam.score.pairs import Pair, score_folders, score_pair
 
 SIDE = 100
 
@@ -129,11 +129,11 @@ def test_aperio_layers_name_classes(tmp_path):
         layer(frame, value="Region"),
         layer(region(square(0, 0, 50), text="region of interest")),
     ):
-        label, rest = read_nuclei(aperio(tmp_path, drawn, layer(nucleus)), (SIDE, SIDE))
+        label, rest, _ = read_nuclei(aperio(tmp_path, drawn, layer(nucleus)), (SIDE, SIDE))
         assert (label > 0).sum() == 100 and (~rest).sum() == pytest.approx(2500, abs=100)
     unsure = layer(frame, attribute="Ambiguous"), layer(region(square(0, 0, 50), cut=1))
     for drawn in unsure:
-        label, rest = read_nuclei(aperio(tmp_path, drawn, layer(nucleus)), (SIDE, SIDE))
+        label, rest, _ = read_nuclei(aperio(tmp_path, drawn, layer(nucleus)), (SIDE, SIDE))
         assert label.max() == 1 and rest.sum() == pytest.approx(2500, abs=100)
 
 
@@ -232,6 +232,38 @@ def test_no_protocol_counts_the_outside(tmp_path, protocol):
     assert (row["aji"], row["pq"], row["n_truth"]) == (1, 1, 2)
 
 
+def test_a_mask_beside_regions_counts_alike_in_training_and_in_folders(tmp_path):
+    """The nucleus that the mask covers is missed, and costs nothing."""
+    inside = drawing(polygon(square(0, 0, 60)), name="Region*")
+    root = dataset(tmp_path, inside, *map(drawing, NUCLEI))
+    (tmp_path / "vague").mkdir()
+    mask, pred = np.zeros((2, SIDE, SIDE), np.uint8)
+    mask[15:35, 15:35] = 255
+    tifffile.imwrite(tmp_path / "vague" / "a.tif", mask)
+    pred[20:30, 45:55] = 1
+    (tmp_path / "pred").mkdir()
+    tifffile.imwrite(tmp_path / "pred" / "a.tif", pred)
+    scores = score_folders(root, tmp_path / "pred", workers=1, protocol="plain")["scores"]
+    sample = read_sample(find_records(root)[0])
+    truth, pred = sample.counted(sample.label), sample.counted(pred)
+    assert scores[0]["images"][0]["aji"] == score_maps(truth, pred, protocol="plain").aji == 1
+
+
+def test_a_mask_of_a_slide_holds_stored_values_and_has_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "WHOLE", 1000)
+    root = dataset(tmp_path, drawing(polygon(square(100, 100, 80)), name="Region*"), side=300)
+    (tmp_path / "vague").mkdir()
+    mask = np.zeros((300, 300), np.uint8)
+    mask[100:180, 100:140] = 255
+    vague = tmp_path / "vague" / "a.tif"
+    tifffile.imwrite(vague, mask, photometric="miniswhite")
+    (record,) = by_region(find_records(root))
+    assert (~read_sample(record).vague).sum() == 80 * 40
+    tifffile.imwrite(vague, mask[:260])
+    with pytest.raises(UserError, match=r"vague/a\.tif"):
+        read_sample(record)
+
+
 def test_regions_of_a_slide_are_a_training_set(tmp_path, monkeypatch):
     """Three rectangles, one of them in two parts; each is read alone, with 64 px around it."""
     monkeypatch.setattr(images, "WHOLE", 1000)
@@ -254,9 +286,9 @@ def test_regions_of_a_slide_are_a_training_set(tmp_path, monkeypatch):
         assert sample.label[69:78, 69:78].all() and (sample.label > 0).sum() == 81
     records, split = find_split(Data(root=str(root), folds=3, layout="plain"))
     assert len(split.train) == len(split.inner) == len(split.test) == 1
-    summary = inspect_folder(root)
+    summary, examples = inspect_folder(root)
     assert summary["rows"][-1]["nuclei"] == 3 and not summary["bad"]
-    draw_examples(summary, tmp_path / "sheet.png")
+    draw_examples(examples, tmp_path / "sheet.png")
     dataset(root, *regions, *nuclei, stem="b", side=700)
     groups = [r.group for r in by_region(find_records(root))]
     assert groups == ["/a"] * 3 + ["/b"] * 3  # two slides: no region of one helps on another

@@ -14,11 +14,12 @@ from nucsam.config import Data, Train, load_config
 from nucsam.errors import UserError
 from nucsam.model import network
 from nucsam.run import checkpoint
+from nucsam.run.directory import RunDirectory
 from nucsam.score.runs import score_run
 from nucsam.train import loop
 from nucsam.train.loop import fit, rate
 from nucsam.train.progress import epoch_speed
-from nucsam.train.signals import Sigterm
+from nucsam.train.signals import StopSignals
 from nucsam.train.training import Training, run_mpp
 
 
@@ -106,7 +107,7 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(once, tmp_path, monkeypatc
     run, config, _ = once
     out = tmp_path / "run"
     steps = itertools.count(1)
-    monkeypatch.setattr(Sigterm, "stop_requested", lambda *_: next(steps) == stop)
+    monkeypatch.setattr(StopSignals, "stop_requested", lambda *_: next(steps) == stop)
     with pytest.raises(SystemExit) as exit:
         fit(config, out)
     assert exit.value.code == 143
@@ -122,7 +123,7 @@ def test_resuming_within_an_epoch_skips_every_accumulated_batch(tiny, tmp_path, 
     config = tiny("train.epochs=1", "train.batch=1", "train.accumulate=2")
     fit(config, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Sigterm, "stop_requested", lambda *_: True)
+        patch.setattr(StopSignals, "stop_requested", lambda *_: True)
         fit(config, tmp_path / "run")
     fit(config, tmp_path / "run", resume=True)
     states = [tmp_path / name / "state" / "last.safetensors" for name in ("whole", "run")]
@@ -155,6 +156,20 @@ def test_the_average_follows_the_first_steps_faster(tiny, tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "_update_average", lambda *arguments: decays.append(arguments[2]))
     fit(tiny("train.batch=1", "train.epochs=1", "train.ema=0.3"), tmp_path / "run")
     assert decays == [2 / 11, 3 / 12, 0.3, 0.3, 0.3]  # of 5 images
+
+
+def test_a_finished_run_takes_more_epochs(tiny, tmp_path, capsys):
+    short, longer, run = tiny("train.epochs=1"), tiny("train.epochs=3"), tmp_path / "run"
+    fit(short, run)
+    first = history(run)
+    fit(longer, run, resume=True)
+    with pytest.raises(UserError, match=r"train\.epochs: 3 -> 1"):
+        fit(short, run, resume=True)
+    assert "1 -> 3" in capsys.readouterr().out
+    assert history(run)[:1] == first and [line["epoch"] for line in history(run)] == [1, 2, 3]
+    assert RunDirectory(run).read_scores(load_config(run / "config.toml"))["epoch"] in (1, 2, 3)
+    RunDirectory(run).prepare(tiny("train.epochs=4"), {})
+    assert not (run / "scores.json").exists()  # they are not those of four epochs
 
 
 def test_training_works_in_a_thread(tiny, tmp_path):

@@ -65,11 +65,13 @@ def test_true_maps_give_the_true_nuclei(labels):
     depth = targets.depth(labels, targets.classes(labels), 2)
     for image, depths, nuclei in ((0, depth, 1), (1, depth, 2), (1, torch.zeros_like(depth), 1)):
         logits = (labels[image] > 0) * 20.0 - 10
-        label = net.instances(torch.stack([logits, depths[image]]).numpy(), Instances())
+        maps = net.probabilities(torch.stack([logits, depths[image]])[None])
+        label = net.instances(maps[0].numpy(), Instances())
         assert label.dtype == np.int32
         assert label.max() == nuclei
         assert np.array_equal(label > 0, labels[image].numpy() > 0)
-    assert build("shallow").instances(logits[None].numpy(), Instances()).max() == 2
+    foreground = logits.sigmoid()[None].numpy()
+    assert build("shallow").instances(foreground, Instances()).max() == 2
 
 
 def test_fit_trains_a_net_and_keeps_what_it_scores(tmp_path, tiny):

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from nucsam.files import atomic
 
 TRUTH, PREDICTION = (0, 200, 80), (255, 210, 0)  # RGB
 GAP = 6  # px between tiles
-CAPTION = 16  # px: height of a caption's line
+CAPTION = 16  # px: least height of a caption's line
+CAPTION_SHARE = 15  # a line has 1 / 15 of its tile's width: 8 pt where a panel fills a page
 MIN_PANEL = 384  # px: smaller images are drawn enlarged
 COLUMNS = 6  # tiles in a row of a contact sheet
 TILE = 256  # px: longest side of a tile of a contact sheet
@@ -87,12 +88,14 @@ def _enlarged(array: np.ndarray, factor: int) -> np.ndarray:
 def _captioned(tile: np.ndarray, text: str) -> np.ndarray:
     """The tile under a line of text, which ends in … where it is wider than the tile."""
     height, width = tile.shape[:2]
-    canvas = Image.new("RGB", (width, height + CAPTION), "white")
-    canvas.paste(Image.fromarray(tile), (0, CAPTION))
+    line = max(CAPTION, width // CAPTION_SHARE)
+    canvas = Image.new("RGB", (width, height + line), "white")
+    canvas.paste(Image.fromarray(tile), (0, line))
     pen = ImageDraw.Draw(canvas)
+    pen.font = ImageFont.load_default(0.75 * line)
     while len(text) > 1 and pen.textlength(text) > width - 4:
         text = text[:-2] + "…"
-    pen.text((2, 2), text, fill="black")
+    pen.text((2, 0), text, fill="black")
     return np.asarray(canvas)
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from nucsam.data.rois import Outlines, Polygon, Shape, closed, read_bytes, unreadable
-from nucsam.errors import UserError
+from nucsam.data.rois import MOST_BYTES, Outlines, Polygon, Shape, check_bytes, closed, read_bytes
+from nucsam.errors import UserError, unreadable
 from nucsam.files import atomic
 
 CLASS = {"name": "Nucleus", "color": [0, 200, 80]}  # RGB
@@ -29,7 +29,6 @@ DETECTION = {"objectType": "detection", "classification": CLASS, "isLocked": Fal
 KINDS = ("annotation", "detection", "cell", "tile", "tmacore", "root")  # QuPath's objects
 NO_AREA = ("Point", "MultiPoint", "LineString", "MultiLineString", "GeometryCollection")
 GZIP = b"\x1f\x8b"
-MOST_BYTES = 2**31  # of an unpacked file
 
 Rings = list[list[list[float]]]  # closed rings of [x, y]: the outer one, then the holes
 
@@ -240,8 +239,7 @@ def _read_features(path: str | Path) -> Iterator[tuple[int, Any]]:
         if data.startswith(GZIP):
             with gzip.open(io.BytesIO(data)) as file:
                 data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise ValueError(f"over {MOST_BYTES} bytes")
+        check_bytes(len(data))
         document = json.loads(data)
     except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
         raise unreadable(path, error, "GeoJSON") from None

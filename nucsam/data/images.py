@@ -16,9 +16,9 @@ import numpy as np
 import tifffile
 
 from nucsam.data import published, slides
-from nucsam.data.slides import SCANNERS, TIFF, Windows, check_size, turned, unreadable
+from nucsam.data.slides import SCANNERS, TIFF, Windows, check_size, damaged, turned
 from nucsam.errors import UserError
-from nucsam.files import atomic
+from nucsam.files import atomic, check_no_device
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 IMAGES = (*PICTURES, *TIFF, *SCANNERS)
@@ -167,8 +167,7 @@ def _suffix(path: Path, suffixes: Sequence[str]) -> str:
     suffix = path.suffix.lower()
     if suffix not in suffixes:
         raise UserError(f"{path}: found {suffix or 'no'} suffix, expected {', '.join(suffixes)}")
-    if path.exists() and not path.is_file():  # reading a pipe would block
-        raise UserError(f"{path}: found a folder or device, expected a file")
+    check_no_device(path)
     return suffix
 
 
@@ -180,7 +179,7 @@ def _stored(path: Path, suffixes: Sequence[str]) -> tuple[np.ndarray, np.ndarray
     try:
         return _read_npy(path) if suffix == ".npy" else _read_tiff(path)
     except Exception as error:  # a damaged file makes decoders raise nearly anything
-        raise unreadable(path, error) from error
+        raise damaged(path, error) from error
 
 
 def _read_npy(path: Path) -> tuple[np.ndarray, None]:
@@ -188,7 +187,7 @@ def _read_npy(path: Path) -> tuple[np.ndarray, None]:
     while values.ndim > 2 and 1 in values.shape:
         values = values.squeeze(values.shape.index(1))
     check_size(path, (*values.shape, 1))
-    return np.asarray(values), None
+    return np.array(values), None
 
 
 def _read_tiff(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -227,7 +226,7 @@ def _read_picture(
         expected = "expected a tiled TIFF, which is read by windows"
         raise UserError(f"{path}: found too many px ({error}), {expected}") from error
     except Exception as error:  # a damaged file makes decoders raise nearly anything
-        raise unreadable(path, error) from error
+        raise damaged(path, error) from error
     return turned(pixels, orientation), None if alpha is None else turned(alpha, orientation)
 
 
@@ -275,16 +274,14 @@ def read_mpp(path: str | Path) -> float | None:
     Returns:
         Microns per px. None where the file has none between FINEST and COARSEST, as of a printer.
     """
-    return _metadata(Path(path))[0]
+    return read_metadata(Path(path))[0]
 
 
-def read_remarks(path: str | Path) -> list[str]:
-    """What a user must know of how an image file is read: its orientation, and an ignored size."""
-    return _metadata(Path(path))[1]
+def read_metadata(path: Path) -> tuple[float | None, list[str]]:
+    """The microns per px of `read_mpp`, and what a user must know of how an image file is read.
 
-
-def _metadata(path: Path) -> tuple[float | None, list[str]]:
-    """Microns per px, and remarks."""
+    The remarks are on its orientation, and on a resolution that is ignored.
+    """
     suffix = path.suffix.lower()
     orientation, sizes = 1, []
     if suffix in SCANNERS:
@@ -301,7 +298,7 @@ def _metadata(path: Path) -> tuple[float | None, list[str]]:
             with Image.open(path) as image:
                 orientation = _orientation(image)
         except Exception as error:  # a damaged file makes decoders raise nearly anything
-            raise unreadable(path, error) from error
+            raise damaged(path, error) from error
     remarks = []
     if orientation in range(2, 9):
         turn = f"orientation tag {orientation} turns the image"

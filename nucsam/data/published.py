@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nucsam.errors import UserError
+from nucsam.data.slides import check_size
+from nucsam.errors import UserError, unreadable
 
 # Folders below one that has images, as regular expressions. A sub-folder with a digit in its name
 # is a patient: no split separates its images. Any other sub-folder is an organ.
@@ -122,7 +123,7 @@ def _array(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged file makes NumPy raise nearly anything
-        raise UserError(f"{path}: cannot be read ({error}), expected a NumPy array") from error
+        raise unreadable(path, error, "a NumPy array") from error
 
 
 def is_split_mask(path: Path) -> bool:
@@ -179,15 +180,16 @@ def read_instances(path: Path) -> np.ndarray | None:
 
 
 def _read_mat(path: Path) -> np.ndarray:
-    from scipy.io import loadmat
+    from scipy.io import loadmat, whosmat
 
     try:
+        shapes = {name: shape for name, shape, _ in whosmat(path)}  # takes no memory
+        if "inst_map" not in shapes:
+            raise UserError("found no inst_map, expected one id per nucleus in it")
+        check_size(path, shapes["inst_map"])
         label = loadmat(path, variable_names=["inst_map"])["inst_map"]
-    except KeyError as error:
-        raise UserError(f"{path}: found no inst_map, expected one id per nucleus in it") from error
     except Exception as error:  # a damaged file makes scipy raise nearly anything
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: cannot be read ({reason}); convert it to TIFF") from error
+        raise unreadable(path, error, "a whole .mat file; convert it to TIFF") from error
     ids = np.rint(label).astype(np.int32)
     if ids.ndim != 2 or not np.array_equal(ids, label) or ids.min(initial=0) < 0:
         found = f"inst_map of {label.dtype} of shape {label.shape}"

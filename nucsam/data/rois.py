@@ -18,11 +18,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from nucsam.errors import UserError
+from nucsam.errors import UserError, unreadable
+from nucsam.files import check_no_device
 
 SUFFIXES = (".geojson", ".json", ".geojson.gz", ".zip", ".roi", ".xml")
 FARTHEST = 1e9  # px: no image reaches this far
 CROSSINGS = 2**20  # of edges with rows of pixels that are computed at a time
+MOST_BYTES = 2**31  # of a file, and of what a compressed one holds
 ROI_BYTES = 2**26  # most of one ROI in a zip file
 NUCLEUS = 64  # px: a detection in pieces is one nucleus up to this side
 NEAR = 2  # px: farthest that the pieces of one nucleus lie apart
@@ -181,22 +183,22 @@ class Outlines:
 
 
 def read_bytes(path: str | Path, expected: str) -> bytes:
-    """The content of a regular file: reading a pipe would block.
+    """The content of a regular file of at most MOST_BYTES.
 
     Raises:
         UserError: there is no such file, or it cannot be read.
     """
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise OSError("found a folder or device")
+        check_no_device(Path(path))
+        check_bytes(Path(path).stat().st_size)
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise unreadable(path, error, expected) from None
 
 
-def unreadable(path: str | Path, error: Exception, expected: str) -> UserError:
-    """The error of a file that cannot be parsed."""
-    return UserError(f"{path}: cannot be read ({error}), expected {expected}")
+def check_bytes(count: int) -> None:
+    if count > MOST_BYTES:
+        raise UserError(f"found over {MOST_BYTES} bytes, expected a smaller file")
 
 
 def read_imagej(path: str | Path) -> tuple[list[Shape], Counter]:
@@ -252,7 +254,7 @@ def read_aperio(path: str | Path) -> tuple[list[Shape], Counter]:
     try:
         root = ElementTree.fromstring(data)
         if root.tag != "Annotations":
-            raise ValueError(f"found the element {root.tag}")
+            raise UserError(f"found the element {root.tag}, expected {expected}")
         shapes, unused = [], Counter()
         for layer in root.iter("Annotation"):
             attributes = [element.attrib for element in layer.iterfind("Attributes/Attribute")]
@@ -320,15 +322,14 @@ def _area(ring: np.ndarray) -> float:
 
 def _are_pieces(polygons: Sequence[Polygon]) -> bool:
     """Whether the boxes of some polygons are one chain without a gap over NEAR px."""
+    from scipy.sparse.csgraph import connected_components
+
     if not 1 < len(polygons) <= PIECES:
         return len(polygons) == 1
     boxes = np.array([[*rings[0].min(0), *rings[0].max(0)] for rings in polygons])
     low, high = boxes[:, :2], boxes[:, 2:]
     gaps = (np.maximum(low[:, None], low) - np.minimum(high[:, None], high)).max(2)
-    reached = gaps[0] <= NEAR
-    for _ in polygons:
-        reached |= (gaps[reached] <= NEAR).any(0)
-    return bool(reached.all())
+    return connected_components(gaps <= NEAR)[0] == 1
 
 
 def _hold_others(shapes: Sequence[Shape]) -> list[bool]:

@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,9 +16,9 @@ import numpy as np
 
 from nucsam.data import geojson, published, rois
 from nucsam.data.folders import Record, format_size, raise_problems
-from nucsam.data.images import open_image, read_image, read_label, read_mask, read_mpp, read_remarks
+from nucsam.data.images import open_image, read_image, read_label, read_mask, read_metadata
 from nucsam.data.labels import components, not_instances
-from nucsam.data.rois import Outlines
+from nucsam.data.rois import Outlines, Place
 from nucsam.errors import UserError
 from nucsam.progress import with_bar
 
@@ -68,22 +68,45 @@ def read_outlines(path: Path, region_class: str = "") -> Outlines | None:
 
 
 def read_nuclei(
-    path: Path, shape: tuple[int, int], region_class: str = ""
-) -> tuple[np.ndarray, np.ndarray | None]:
+    path: Path, size: tuple[int, int], region_class: str = "", region: int | None = None
+) -> tuple[np.ndarray, np.ndarray | None, Place]:
     """Read a label map, or draw outlines.
 
     Args:
         path, region_class: as of `read_outlines`.
-        shape: (H, W) of the image, which outlines need.
+        size: (H, W) of the image, which outlines need.
+        region: number of the region to draw alone, from 0; None = the whole image.
 
     Returns:
-        Integer ids (H, W), 0 = background; bool (H, W), True where nobody annotated, or None where
-        all was annotated.
+        Integer ids (h, w), 0 = background; bool (h, w), True where nobody annotated, or None where
+        all was annotated; their place in the image.
     """
     outlines = read_outlines(path, region_class)
     if outlines is None:
-        return _read_map(path), None
-    return outlines.label(shape), outlines.uncounted(shape)
+        return _read_map(path), None, np.s_[:, :]
+    place = None if region is None else outlines.window(region, size)
+    rest = outlines.uncounted(size, place, region)
+    return outlines.label(size, place), rest, place or np.s_[:, :]
+
+
+def read_vague(path: Path | None, size: tuple[int, int], image: Path) -> np.ndarray | None:
+    """The vague area of an image, bool (H, W); None without a mask.
+
+    Raises:
+        UserError: the mask cannot be read, or has another size than the image.
+    """
+    if path is None:
+        return None
+    vague = read_mask(path)
+    check_same_size(path, vague, size, image)
+    return vague
+
+
+def check_same_size(path: Path, array: np.ndarray, size: tuple[int, int], image: Path) -> None:
+    """Check that the array (H, W, ...) of a file has the size (H, W) of its image."""
+    if array.shape[:2] != size:
+        found, expected = format_size(array.shape), format_size(size)
+        raise UserError(f"{path}: found {found} px, expected {expected} as in {image}")
 
 
 def _read_map(path: Path) -> np.ndarray:
@@ -91,11 +114,7 @@ def _read_map(path: Path) -> np.ndarray:
     if instances is not None:
         return instances
     label = read_label(path)
-    if published.is_split_mask(path):
-        from skimage.measure import label as components
-
-        return components(label)
-    return label
+    return components(label) if published.is_split_mask(path) else label
 
 
 def by_region(records: Sequence[Record], region_class: str = "") -> list[Record]:
@@ -153,10 +172,7 @@ def read_sample(record: Record) -> Sample:
     if min(size) < MIN_SIDE:
         found = format_size(size)
         raise UserError(f"{record.image}: found {found} px, expected at least {MIN_SIDE} px a side")
-    for path, mask in ((record.label, label), (record.vague, vague)):
-        if mask is not None and mask.shape != size:
-            found, expected = format_size(mask.shape), format_size(size)
-            raise UserError(f"{path}: found {found} px, expected {expected} as in {record.image}")
+    check_same_size(record.label, label, size, record.image)
     drawn = record.label.suffix.lower() in READERS
     found = "" if record.connected or drawn else not_instances(label)
     expected = "one id per nucleus; data.connected = true makes each component a nucleus"
@@ -178,17 +194,11 @@ def read_sample(record: Record) -> Sample:
 
 def _read_files(record: Record) -> tuple[np.ndarray, ...]:
     """Image, label map, what was not annotated or None, vague area or None; of its region alone."""
-    if record.region is None:
-        image = read_image(record.image)
-        vague = read_mask(record.vague) if record.vague else None
-        return image, *read_nuclei(record.label, image.shape[:2], record.region_class), vague
-    outlines = read_outlines(record.label, record.region_class)
-    whole = open_image(record.image)
+    whole = read_image(record.image) if record.region is None else open_image(record.image)
     size = whole.shape[:2]
-    place = outlines.window(record.region, size)
-    rest = outlines.uncounted(size, place, record.region)
-    vague = open_image(record.vague)[place].any(-1) if record.vague else None
-    return whole[place], outlines.label(size, place), rest, vague
+    label, rest, place = read_nuclei(record.label, size, record.region_class, record.region)
+    vague = read_vague(record.vague, size, record.image)
+    return whole[place], label, rest, None if vague is None else vague[place]
 
 
 def _check_swapped(record: Record) -> None:
@@ -199,13 +209,16 @@ def _check_swapped(record: Record) -> None:
         raise UserError(f"{record.label}: found {found}; swap the folders of images and labels")
 
 
-def image_remarks(records: Sequence[Record]) -> list[str]:
-    """What a user must know of how the images are read, each remark once with its first image."""
-    images = defaultdict(list)
-    for record in records:
-        for remark in read_remarks(record.image):
-            images[remark].append(record.image)
-    return [f"{len(paths)} image(s): {what}; first: {paths[0]}" for what, paths in images.items()]
+def summed_remarks(remarks: Iterable[tuple[Path, Sequence[str]]]) -> list[str]:
+    """The remarks of `read_metadata` on image files, each once with its number and first file."""
+    files = defaultdict(dict)
+    for path, texts in remarks:
+        for text in texts:
+            files[text][path] = None  # once, however many regions it has
+    return [
+        f"{len(paths)} image(s): {text}; first: {next(iter(paths))}"
+        for text, paths in files.items()
+    ]
 
 
 def digest(sample: Sample) -> str:
@@ -229,11 +242,6 @@ def read_instances(record: Record) -> Sample:
     if sample.problem:
         raise UserError(sample.problem)
     return sample
-
-
-def _read_whole(record: Record) -> tuple[Sample, str, float | None]:
-    sample = read_instances(record)
-    return sample, digest(sample), read_mpp(record.image)
 
 
 def attempt(function: Callable[[Any], Any], item: Any) -> Any:
@@ -274,6 +282,12 @@ def _planes(sample: Sample) -> Planes:
     return np.ascontiguousarray(sample.image.transpose(2, 0, 1)), label, sample.vague
 
 
+def _read_whole(record: Record) -> tuple:
+    """Everything that `Samples` keeps of a record, so that its threads do all the work."""
+    sample = read_instances(record)
+    return _planes(sample), sample.partial, digest(sample), *read_metadata(record.image)
+
+
 class Samples:
     """The samples of the records, decoded once and kept in memory.
 
@@ -300,18 +314,19 @@ class Samples:
         self.mpps: list[float | None] = []
         self.kept = True
         self._planes: list[Planes] = []
-        problems = []
+        problems, remarks = [], []
         self.kept_bytes = 0
-        for result in read_each(_read_whole, self.records, "Decoding images", progress):
+        results = read_each(_read_whole, self.records, "Decoding images", progress)
+        for record, result in zip(self.records, results):
             if isinstance(result, UserError):
                 problems.append(str(result))
                 continue
-            sample, sha256, mpp = result
+            planes, partial, sha256, mpp, texts = result
+            self.sizes.append(planes[1].shape)
+            self.partial.append(partial)
             self.digests.append(sha256)
             self.mpps.append(mpp)
-            self.sizes.append(sample.label.shape)
-            self.partial.append(sample.partial)
-            planes = _planes(sample)
+            remarks.append((record.image, texts))
             self.kept_bytes += sum(plane.nbytes for plane in planes if plane is not None)
             self.kept &= self.kept_bytes <= memory_gib * 2**30
             if self.kept:
@@ -319,7 +334,7 @@ class Samples:
             else:
                 self._planes.clear()
         raise_problems(f"{len(self.records)} images", problems)
-        for remark in image_remarks(self.records):
+        for remark in summed_remarks(remarks):
             warnings.warn(remark, stacklevel=2)
 
     def planes(self, index: int) -> Planes:

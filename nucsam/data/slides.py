@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 import numpy as np
 import tifffile
 
-from nucsam.errors import UserError
+from nucsam.errors import UserError, unreadable
 
 TIFF = (".tif", ".tiff", ".svs")
 SCANNERS = (".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide", ".dcm")
@@ -129,27 +129,15 @@ def open_tiff(path: Path) -> tuple[tifffile.TiffFile, tifffile.TiffPageSeries]:
             tiff = tifffile.TiffFile(path, is_ome=False)
             return tiff, _only_image(tiff)
     except Exception as error:  # a damaged file makes tifffile raise nearly anything
-        raise unreadable(path, error) from error
+        raise damaged(path, error) from error
 
 
-def unreadable(path: Path, error: Exception, *, decoding: bool = False) -> UserError:
-    """What to tell the user of an exception that reading a file has raised.
-
-    Args:
-        path: the file.
-        error: the exception.
-        decoding: whether a codec has raised it, which may be no fault of the file.
-    """
-    if isinstance(error, UserError):
-        return error if str(path) in str(error) else UserError(f"{path}: {error}")
-    if decoding and isinstance(error, (ValueError, NotImplementedError)):
-        expected = "expected a common compression; save it as TIFF with deflate"
-        return UserError(f"{path}: cannot be decoded ({error}), {expected}")
-    reason = f"{type(error).__name__}: {error}"
-    expected = f"expected a whole {path.suffix} file"
+def damaged(path: Path, error: Exception) -> UserError:
+    """What to tell the user of an exception that reading an image or a label has raised."""
+    expected = f"a whole {path.suffix} file"
     if path.suffix.lower() in (*SCANNERS, ".svs"):
         expected += "; if the scanner's own program opens it, convert it to TIFF"
-    return UserError(f"{path}: cannot be read ({reason}), {expected}")
+    return unreadable(path, error, expected)
 
 
 def check_size(path: Path, shape: Sequence[int]) -> None:
@@ -308,8 +296,11 @@ def _decoder(
             if data is None:
                 return None
             return page.decode(data, index, jpegtables=plane_page.jpegtables)[0][0]
+        except (ValueError, NotImplementedError) as error:  # which may be no fault of the file
+            expected = "expected a common compression; save it as TIFF with deflate"
+            raise UserError(f"{path}: cannot be decoded ({error}), {expected}") from error
         except Exception as error:  # a damaged file makes decoders raise nearly anything
-            raise unreadable(path, error, decoding=True) from error
+            raise damaged(path, error) from error
 
     return decode
 
@@ -354,7 +345,7 @@ class TiffWindows(Windows):
             self.shape = (*self.sizes[0], 3)
             self._bits = _tiff_bits(tiff, self._levels[0])
         except Exception as error:  # a damaged file makes tifffile raise nearly anything
-            raise unreadable(path, error) from error
+            raise damaged(path, error) from error
 
     def _read(self, level: int, rows: slice, columns: slice) -> np.ndarray:
         pixels = self._levels[level]
@@ -459,7 +450,7 @@ class ScannerWindows(Windows):
         try:
             pixels = np.asarray(self._slide.read_region(corner, level, size))
         except Exception as error:  # openslide.OpenSlideError, of a damaged file
-            raise unreadable(self.path, error) from error
+            raise damaged(self.path, error) from error
         alpha = pixels[..., 3:].astype(np.uint16)
         return ((pixels[..., :3] * alpha + 255 * (255 - alpha)) // 255).astype(np.uint8)
 
@@ -478,7 +469,7 @@ def open_slide(path: Path):
     try:
         return openslide.OpenSlide(path)
     except (openslide.OpenSlideError, OSError) as error:
-        raise unreadable(path, error) from error
+        raise damaged(path, error) from error
 
 
 def slide_mpp(path: Path) -> float | None:

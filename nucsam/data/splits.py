@@ -1,6 +1,5 @@
 """Folds: which images train, which choose the epoch, which are tested."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,12 +50,6 @@ def _stratified(organs: np.ndarray, sizes: np.ndarray, parts: int, seed: int | t
     return part_of
 
 
-def identity(records: Sequence[Record]) -> str:
-    """SHA-256 over organ, name and group of the records, in order; equal ones are split alike."""
-    names = "\n".join(f"{record.organ}/{record.name}/{record.group}" for record in records)
-    return hashlib.sha256(names.encode()).hexdigest()
-
-
 def inventory(
     records: Sequence[Record], split: Split, digests: Sequence[str]
 ) -> dict[str, dict[str, str]]:
@@ -65,20 +58,19 @@ def inventory(
     Args:
         records: the images.
         split: names the part of each: train, inner or test.
-        digests: of `samples.digest`, in the order of the records; none = not known.
+        digests: of `samples.digest`, in the order of the records.
     """
     parts = {i: part for part in PARTS for i in getattr(split, part)}
     return {
-        record.name: {"organ": record.organ, "group": record.group, "part": parts[i]}
-        | ({"sha256": digests[i]} if digests else {})
-        for i, record in enumerate(records)
+        record.name: {"organ": record.organ, "group": record.group, "part": parts[i], "sha256": sha}
+        for i, (record, sha) in enumerate(zip(records, digests))
     }
 
 
 def inventory_changes(
     old: Mapping[str, Mapping[str, str]], new: Mapping[str, Mapping[str, str]]
 ) -> list[str]:
-    """How two inventories differ, a text for each kind of change. What one lacks is equal.
+    """How two inventories differ, a text for each kind of change.
 
     Returns:
         For example ["added: a, b", "removed: c", "other pixels or labels: d"].
@@ -86,8 +78,7 @@ def inventory_changes(
     common = sorted(old.keys() & new.keys())
     kinds = {"added": sorted(new.keys() - old.keys()), "removed": sorted(old.keys() - new.keys())}
     for key, title in CHANGES.items():
-        both = [n for n in common if key in old[n] and key in new[n]]
-        kinds[title] = [n for n in both if old[n][key] != new[n][key]]
+        kinds[title] = [name for name in common if old[name][key] != new[name][key]]
     return [f"{title}: {shortened(names)}" for title, names in kinds.items() if names]
 
 

@@ -1,48 +1,57 @@
 """What `nucsam inspect` prints and draws: the contents of a data set."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from nucsam.data import draw
 from nucsam.data.folders import Record, format_size, scan_folder, taken
-from nucsam.data.images import read_mpp
-from nucsam.data.samples import by_region, image_remarks, read_each, read_sample
+from nucsam.data.images import read_metadata
+from nucsam.data.samples import by_region, read_each, read_sample, summed_remarks
 from nucsam.errors import UserError
 
 EXAMPLES = 24  # images on the contact sheet
 WIDTH = 80  # characters of a table
 
-Contents = tuple[str, np.ndarray, float | None, float | None, str]
+
+class Contents(NamedTuple):
+    """What one image and its label hold."""
+
+    size: str
+    areas: np.ndarray  # of the nuclei, px
+    vague: float | None  # percent of the image; None without a mask
+    mpp: float | None
+    remarks: list[str]
+    problem: str
 
 
 def _contents(record: Record) -> Contents:
-    """Size, areas of the nuclei in px, vague area in percent, microns per pixel, and problem."""
     sample = read_sample(record)
     areas = np.bincount(sample.label.ravel())[1:]
     vague = None if sample.vague is None else 100 * sample.vague.mean()
-    return format_size(sample.label.shape), areas, vague, read_mpp(record.image), sample.problem
+    size = format_size(sample.label.shape)
+    return Contents(size, areas, vague, *read_metadata(record.image), sample.problem)
 
 
 def _row(organ: str, images: Sequence[tuple[Record, Contents]]) -> dict:
-    sizes, areas, vague, mpp, _ = zip(*(contents for _, contents in images))
-    nuclei = np.concatenate(areas)
-    known = [percent for percent in vague if percent is not None]
+    nuclei = np.concatenate([contents.areas for _, contents in images])
+    known = [contents.vague for _, contents in images if contents.vague is not None]
     return {
         "organ": organ,
         "images": len(images),
         "groups": len({record.group for record, _ in images}),
         "nuclei": len(nuclei),
         "nuclei_per_image": len(nuclei) / len(images),
-        "images_without": sum(len(area) == 0 for area in areas),
+        "images_without": sum(len(contents.areas) == 0 for _, contents in images),
         "median_area_px": float(np.median(nuclei)) if len(nuclei) else None,
         "vague_percent": float(np.mean(known)) if known else None,
-        "microns_per_px": sorted({value for value in mpp if value}),
-        "sizes": dict(Counter(sizes).most_common()),
+        "microns_per_px": sorted({contents.mpp for _, contents in images if contents.mpp}),
+        "sizes": dict(Counter(contents.size for _, contents in images).most_common()),
     }
 
 
@@ -53,7 +62,7 @@ def inspect_folder(
     group: str = "",
     region_class: str = "",
     connected: bool = False,
-) -> dict:
+) -> tuple[dict, list[Record]]:
     """Read a whole data set and count what is in it.
 
     Args:
@@ -65,9 +74,8 @@ def inspect_folder(
         A dict fit for JSON. `rows`: one per organ and a last one for all, with images, groups,
         nuclei, median nuclear area in px, vague area in percent of the images that have a mask,
         microns per pixel, and sizes. `layout`; `taken`: one line on what is taken. `bad`: every
-        problem; unreadable images are not counted. `remarks`. `examples`: name, image path and
-        label path of up to EXAMPLES images, taken round-robin from the organs; `example_regions`:
-        class and number of the region of each.
+        problem; unreadable images are not counted. `remarks`. Then up to EXAMPLES images, taken
+        round-robin from the organs.
     """
     scan = scan_folder(Path(root), layout, group)
     records = [replace(record, connected=connected) for record in scan.records]
@@ -79,34 +87,32 @@ def inspect_folder(
         else:
             images.append((record, contents))
             organs[record.organ].append((record, contents))
-            problems += filter(None, contents[-1:])
+            problems += filter(None, [contents.problem])
     rows = [_row(organ, pairs) for organ, pairs in organs.items()]
     if images:
         rows.append(_row("all", images))
     rounds = zip_longest(*organs.values())
-    records = [pair[0] for turn in rounds for pair in turn if pair][:EXAMPLES]
-    return {
+    examples = [pair[0] for turn in rounds for pair in turn if pair][:EXAMPLES]
+    remarks = [(record.image, contents.remarks) for record, contents in images]
+    summary = {
         "root": str(root),
         "layout": scan.layout,
         "taken": taken(scan.records),
         "rows": rows,
         "bad": problems,
-        "remarks": scan.remarks + image_remarks([record for record, _ in images]),
-        "examples": [(record.name, str(record.image), str(record.label)) for record in records],
-        "example_regions": [(record.region_class, record.region) for record in records],
+        "remarks": scan.remarks + summed_remarks(remarks),
     }
+    return summary, examples
 
 
-def draw_examples(summary: dict, path: Path) -> None:
-    """Write a PNG of the summary's examples with the contours of their nuclei."""
+def draw_examples(examples: Iterable[Record], path: Path) -> None:
+    """Write a PNG of images with the contours of their nuclei."""
 
-    def outlined(example: tuple[str, ...], region: tuple) -> tuple[str, np.ndarray]:
-        name, image, label = example
-        sample = read_sample(Record(name, "", Path(image), Path(label), None, "", *region))
-        return name, draw.contours(sample.image, sample.label)
+    def outlined(record: Record) -> tuple[str, np.ndarray]:
+        sample = read_sample(record)
+        return record.name, draw.contours(sample.image, sample.label)
 
-    tiles = map(outlined, summary["examples"], summary["example_regions"])
-    draw.contact_sheet(tiles, path)
+    draw.contact_sheet(map(outlined, examples), path)
 
 
 # Heading of the table -> key of a row. `empty` counts images without a nucleus; the area is the

@@ -46,10 +46,7 @@ class Graph(nn.Module):
         if self.model_px != self.multiple:
             sides = [side // self.multiple * self.model_px for side in size]
             image = F.interpolate(image, size=sides, mode="bilinear")
-        maps = self.net(image, size)
-        if len(self.names) == 1:
-            return maps.sigmoid()
-        return torch.cat([1 - maps[:, :3].softmax(1)[:, :1], maps[:, 3:].sigmoid()], dim=1)
+        return self.net.probabilities(self.net(image, size))
 
 
 def write_graph(path: Path, graph: Graph, metadata: dict[str, Any]) -> float:

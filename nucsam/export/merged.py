@@ -35,13 +35,18 @@ FORMATS = {  # format -> `kind` in the metadata of its files
     "onnx": "graph",
     "adapter": "adapter",
 }
+SUFFIXES = {  # of a file -> formats that it may have, the first one without being asked
+    ".onnx": ("onnx",),
+    ".pt": ("mobile-sam",),
+    ".safetensors": ("safetensors", "mobile-sam", "adapter"),
+}
 
 
 def export_run(
     source: Path,
     out: Path,
     *,
-    format: str = "safetensors",
+    format: str = "",
     base: str = "",
     force: bool = False,
 ) -> str:
@@ -50,7 +55,7 @@ def export_run(
     Args:
         source: a run directory, or a file of the format adapter.
         out: the file.
-        format: one of `FORMATS`.
+        format: one of `FORMATS`; "" = the one of the suffix in `SUFFIXES`, else safetensors.
         base: base weights of an adapter file, as `load_base` takes them; "" = auto.
         force: replace an existing file.
 
@@ -62,6 +67,7 @@ def export_run(
             or not finished, or an adapter on another base.
         RuntimeError: onnxruntime gives other maps than PyTorch.
     """
+    format = format or SUFFIXES.get(out.suffix, ("safetensors",))[0]
     _check(source, out, format, base, force)
     if source.is_file():
         net, config, stock, metadata = checkpoint.open_adapter(source, base or "auto")
@@ -80,6 +86,9 @@ def _check(source: Path, out: Path, format: str, base: str, force: bool) -> None
     """Refuse what can be refused before the model is read."""
     if format not in FORMATS:
         raise UserError(f"format: found {format!r}, expected one of {', '.join(FORMATS)}")
+    if format not in SUFFIXES.get(out.suffix, FORMATS):
+        expected = " or ".join(suffix for suffix in SUFFIXES if format in SUFFIXES[suffix])
+        raise UserError(f"out: found {out} for the format {format}, expected {expected}")
     if base and source.is_dir():
         raise UserError(f"base: {source} is a run and names its base, expected an adapter file")
     if format == "onnx":

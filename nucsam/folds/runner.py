@@ -8,7 +8,7 @@ the claim once both are gone, so a process that dies blocks nobody. Nothing here
 process that waits stays small.
 """
 
-import ctypes
+import itertools
 import os
 import signal
 import socket
@@ -27,12 +27,13 @@ from nucsam import config
 from nucsam.claims import Claim, is_claimed
 from nucsam.config import Config
 from nucsam.console import PlainConsole
-from nucsam.data.folders import raise_problems
+from nucsam.data.folders import Record, raise_problems
 from nucsam.data.samples import read_digest, read_each
 from nucsam.data.splits import find_split, inventory
 from nucsam.errors import UserError
-from nucsam.files import write_text
+from nucsam.files import printable, write_text
 from nucsam.folds.jobs import Job, child_environment, device_of, plan, variants
+from nucsam.folds.methods import methods_section
 from nucsam.folds.table import (
     cross_validation,
     table_csv,
@@ -40,7 +41,7 @@ from nucsam.folds.table import (
     table_rows,
     table_sections,
 )
-from nucsam.processes import handled, is_first
+from nucsam.processes import ask_to_stop, child_options, handled, is_first
 from nucsam.run.directory import RunDirectory
 from nucsam.score.tables import COLUMNS, HEADLINE, percent, write_json
 
@@ -166,7 +167,7 @@ def cross_validate(
     Args:
         path: the configuration file.
         overrides: texts 'table.key=value'.
-        out: folder of the runs, and of table.json, table.md, table.csv and table.tex.
+        out: folder of the runs, and of table.json, .md, .csv and .tex, and of methods.md.
         grid: as of `variants`.
 
     Returns:
@@ -190,16 +191,24 @@ def cross_validate(
         return 0  # the first one reports; a launcher would end the others on any other status
     table = cross_validation(jobs, path.stem)
     sections, rows = table_sections(table), table_rows(table)
+    methods = [
+        methods_section(list(folds), nuinsseg=bool(table["published"]))
+        for _, folds in itertools.groupby(jobs, lambda job: job.variant)
+    ]
     write_json(out / "table.json", table)
     write_text(out / "table.md", "\n".join(sections))
     write_text(out / "table.csv", table_csv(rows))
     write_text(out / "table.tex", table_latex(rows))
+    write_text(out / "methods.md", "\n".join(methods))
+    if len(methods) == 1:
+        board.console.print(Markdown(methods[0]))
     for section in reversed(sections):
-        board.console.print(Markdown(section))
+        board.console.print(Markdown(printable(section)))
     failed = [job for job in jobs if job not in board.done]
     for job in failed:
         board.say(f"not done: {job.name}, see {job.log}", "red")
-    board.say(f"table: {out / 'table.md'}, and table.csv, table.tex and table.json beside it")
+    board.say(f"For your text: {out / 'table.md'}, table.csv and table.tex (LaTeX): the scores")
+    board.say(f"{out / 'methods.md'}: the methods, with citations")
     return 1 if failed else 0
 
 
@@ -273,9 +282,7 @@ def _work(job: Job, claim: Claim, environment: dict[str, str], stop: _Stop, boar
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            pass_fds=(claim.descriptor,),
-            start_new_session=True,  # Ctrl-C reaches this process only, which lets the child save
-            preexec_fn=_die_with_parent,
+            **child_options(claim.descriptor),
         )
     status = _wait(child, stop, board)
     if job.scores() is None and not stop():
@@ -293,14 +300,8 @@ def _wait(child: subprocess.Popen, stop: _Stop, board: Board) -> int:
         except subprocess.TimeoutExpired:
             board.refresh()
         if stop() and not forwarded:
-            child.terminate()
+            ask_to_stop(child)
             forwarded = True
-
-
-def _die_with_parent() -> None:
-    """In the child: ask for SIGTERM, on which it saves, when its parent is gone (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
@@ -308,7 +309,7 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
     if RunDirectory(out).exists():
         raise UserError(f"out: {out} is one run, expected a folder for the runs of all folds")
     (out / ".locks").mkdir(parents=True, exist_ok=True)
-    _check_images(jobs)
+    check_images(jobs)
     with Claim.take(out / ".locks" / "folds", wait=True):
         common = out / "folds.toml"
         wanted = {RunDirectory(job.run).config_file: job.config for job in jobs}
@@ -330,17 +331,19 @@ def _changed(path: Path, wanted: Config, free: tuple[str, ...] = ()) -> list[str
     return [f"{path}: {'; '.join(lines)}"] if lines else []
 
 
-def _check_images(jobs: Sequence[Job]) -> None:
+def check_images(jobs: Sequence[Job]) -> None:
     """Refuse other images than the runs were split on: their folds together would be no partition.
 
-    Reads the images only where a run says which they were.
+    Reads the images only where a run says which they were, and each once.
     """
-    kept = [job for job in jobs if job.directory.read_images()]
-    if not kept:
-        return
-    records, _ = find_split(kept[0].config.data)
-    digests = list(read_each(read_digest, records, "Checking images", is_first()))
-    raise_problems(f"{len(records)} images", [str(d) for d in digests if isinstance(d, UserError)])
-    for job in kept:
-        _, split = find_split(job.config.data)
-        job.directory.check_images(inventory(records, split, digests), job.config.data.root)
+    digests: dict[Record, str | UserError] = {}
+    for job in jobs:
+        if not job.directory.images_file.is_file():
+            continue
+        records, split = find_split(job.config.data)
+        new = [record for record in records if record not in digests]
+        digests |= zip(new, read_each(read_digest, new, "Checking images", is_first()))
+        found = [digests[record] for record in records]
+        problems = [str(digest) for digest in found if isinstance(digest, UserError)]
+        raise_problems(f"{len(records)} images", problems)
+        job.directory.check_images(inventory(records, split, found), job.config.data.root)

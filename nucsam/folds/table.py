@@ -1,12 +1,10 @@
 """The cross-validation table: statistics over folds, as Markdown, CSV and LaTeX."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from nucsam.files import csv_text
+from nucsam.files import to_csv
 from nucsam.folds.jobs import Job
 from nucsam.folds.published import CAVEATS, PUBLISHED, is_nuinsseg
 from nucsam.score.tables import COLUMNS, HEADLINE, over_folds, percent
@@ -183,10 +181,8 @@ def table_csv(rows: Sequence[TableRow]) -> str:
         place = row.model, row.protocol, row.fold, row.images
         numbers = [text for pair in row.scores for text in pair]
         cells = [*place, *numbers, row.trained, "; ".join(row.marks)]
-        lines.append(["" if cell == UNDEFINED else csv_text(cell) for cell in cells])
-    file = io.StringIO(newline="")
-    csv.writer(file).writerows(lines)
-    return file.getvalue()
+        lines.append(["" if cell == UNDEFINED else cell for cell in cells])
+    return to_csv(lines)
 
 
 def table_latex(rows: Sequence[TableRow]) -> str:

@@ -1,7 +1,7 @@
 """Heads: from the encoder's features to dense maps, with the loss and the instances of those maps.
 
-Every head has `loss(maps, labels, counted, n, weights)` and `instances(maps, config)`.
-Maps are (B, C, H, W) logits at the resolution of the image.
+Every head has `loss(maps, labels, counted, n, weights)`, `probabilities(maps)` and
+`instances(probabilities, config)`. Maps are (B, C, H, W) logits at the resolution of the image.
 """
 
 from itertools import pairwise
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from scipy.special import expit
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -166,11 +165,14 @@ class InstanceHead(nn.Module):
             "distance": weights.distance * distance,
         }
 
+    def probabilities(self, maps: Tensor) -> Tensor:
+        """Maps (B, 4, H, W) of `forward` -> foreground and depth (B, 2, H, W), 0..1."""
+        foreground = 1 - maps[:, :3].softmax(1)[:, :1]
+        return torch.cat([foreground, maps[:, 3:].sigmoid()], dim=1)
+
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
-        """Maps (4, H, W) of one image -> label map int32 (H, W), 0 = background."""
-        # The probability of inside or boundary: 1 - softmax of the background.
-        foreground = expit(np.logaddexp(maps[1], maps[2]) - maps[0])
-        return instances.from_depth(foreground, expit(maps[3]), config)
+        """Probabilities (2, H, W) of one image -> label map int32 (H, W), 0 = background."""
+        return instances.from_depth(*maps, config)
 
 
 class SamHead:
@@ -209,6 +211,10 @@ class SamHead:
             "dice": weights.dice * dice,
         }
 
+    def probabilities(self, maps: Tensor) -> Tensor:
+        """Maps (B, 1, H, W) -> foreground (B, 1, H, W), 0..1."""
+        return maps.sigmoid()
+
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
-        """Maps (1, H, W) of one image -> label map int32 (H, W), 0 = background."""
-        return instances.from_foreground(expit(maps[0]), config)
+        """Probabilities (1, H, W) of one image -> label map int32 (H, W), 0 = background."""
+        return instances.from_foreground(*maps, config)

@@ -63,8 +63,12 @@ class Nucsam(nn.Module):
         """The head's weighted loss terms, each (B,), as `InstanceHead.loss`."""
         return self.head.loss(maps, labels, counted, n, weights)
 
+    def probabilities(self, maps: Tensor) -> Tensor:
+        """Logits (B, C, H, W) -> what nuclei are made of, (B, 1 or 2, H, W), 0..1."""
+        return self.head.probabilities(maps)
+
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
-        """Maps (C, H, W) of one image -> label map int32 (H, W), 0 = background."""
+        """Probabilities (C, H, W) of one image -> label map int32 (H, W), 0 = background."""
         return self.head.instances(maps, config)
 
     def fold(self) -> "Nucsam":

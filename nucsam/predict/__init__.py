@@ -1,4 +1,4 @@
-"""Prediction: `predict_files`, imported on first use because it loads torch."""
+"""Prediction: `predict_files`, imported on first use because it loads numpy and more."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -19,19 +19,24 @@ def find_device(name: str) -> torch.device:
     """The device of a name; with auto and cuda, each launched process has a GPU of its own.
 
     Args:
-        name: auto, cpu, cuda or cuda:N.
+        name: auto, cpu, cuda, cuda:N or mps (Apple's GPU).
 
     Raises:
         UserError: no such device.
     """
-    match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name)
+    match = re.fullmatch(r"auto|cpu|mps|cuda(?::(\d+))?", name)
     if match is None:
-        raise UserError(f"device: found {name!r}, expected auto, cpu, cuda or cuda:N")
+        raise UserError(f"device: found {name!r}, expected auto, cpu, cuda, cuda:N or mps")
     processes = process_count()
     if match[1] and processes > 1:
         raise UserError(f"device: found {name!r} for {processes} processes, expected cuda")
-    if name == "cpu" or (name == "auto" and not uses_gpu()):
-        return torch.device("cpu")
+    mps = torch.backends.mps.is_available()
+    if name == "mps" and not mps:
+        raise UserError("device: found 'mps', but PyTorch sees no GPU of Apple; expected cpu")
+    if name == "auto" and not uses_gpu():
+        name = "mps" if mps and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
+    if name in ("cpu", "mps"):
+        return torch.device(name)
     number = int(match[1] or os.environ.get("LOCAL_RANK", 0))
     count = torch.cuda.device_count()
     if number >= count:
@@ -45,14 +50,14 @@ def find_device(name: str) -> torch.device:
 def autocast_dtype(precision: str | None, device: torch.device) -> torch.dtype | None:
     """The type in which a model runs that was trained in a precision; None = its own.
 
-    A CPU has no fp16, so there the model keeps its own type.
+    A CPU has no fp16, and not every GPU of Apple has bf16: there the model keeps its own type.
 
     Args:
         precision: fp16, bf16 or another name of Accelerate's; None = not known.
         device: where the model is.
     """
-    if precision == "bf16":
+    if precision == "bf16" and device.type != "mps":
         return torch.bfloat16
-    if precision == "fp16" and device.type != "cpu":
+    if precision == "fp16" and device.type == "cuda":
         return torch.float16
     return None

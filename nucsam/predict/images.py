@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nucsam import __version__
@@ -26,14 +25,14 @@ from nucsam.claims import Claim, read_note
 from nucsam.console import PlainConsole
 from nucsam.data.folders import list_folder, stem_of
 from nucsam.data.geojson import read_shapes
-from nucsam.data.images import IMAGES, open_image, read_mpp, read_remarks
+from nucsam.data.images import IMAGES, open_image, read_metadata
 from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
 from nucsam.errors import UserError
-from nucsam.files import read_json, result_of, shortened, stale_partials, write_text
-from nucsam.model.weights import state_sha256
+from nucsam.files import read_json, shortened, stale_partials, write_text
 from nucsam.predict import writers
-from nucsam.predict.predictor import Predictor, load
+from nucsam.predict.models import load
+from nucsam.predict.predictor import Predictor
 from nucsam.predict.tiles import Tiles, Window
 from nucsam.processes import exit_on_sigterm, is_first, launch_time, process_count
 
@@ -46,7 +45,7 @@ def predict_files(
     paths: Sequence[Path],
     out: Path,
     *,
-    formats: Sequence[str] = ("labels",),
+    formats: Sequence[str] = writers.USUAL,
     mpp: float | None = None,
     force: bool = False,
     roi: Path | None = None,
@@ -55,14 +54,14 @@ def predict_files(
     """Predict images into files of `out`, and return the exit status of this process.
 
     Args:
-        model: a run directory, or a safetensors file of `nucsam export`.
+        model: a run directory, or a safetensors or ONNX file of `nucsam export`.
         paths: image files, and folders of them.
         out: folder of the results, which are named by the images' stems.
         formats: keys of `writers.FILES`.
         mpp: microns per px of every image, instead of what its file says.
         force: predict also the images that have all their files.
         roi: GeoJSON of the regions of one image to predict in, or a folder of STEM.geojson.
-        options: of `predictor.load`; `scale` and `mpp` exclude each other.
+        options: of `models.load`; `scale` and `mpp` exclude each other.
 
     Returns:
         1 on the first process where an image failed, else 0.
@@ -86,7 +85,7 @@ def predict_files(
         batch = Batch(predictor, files, mpp, force=force, claims=claims, rois=outlines)
         try:
             return batch.run()
-        except torch.OutOfMemoryError as error:
+        except predictor.out_of_memory as error:
             raise UserError(f"out of device memory: lower batch, then tile ({error})") from error
 
 
@@ -181,7 +180,7 @@ def _settings(model: Path, predictor: Predictor, mpp: float | None) -> dict[str,
     return {
         "nucsam": __version__,
         "model": str(model),
-        "weights_sha256": state_sha256(predictor.model.state_dict()),
+        "weights_sha256": predictor.sha256,
         "scale": predictor.scale / (predictor.ratio or 1.0),
         "mpp_trained": predictor.mpp,
         "mpp": mpp,
@@ -258,8 +257,8 @@ class Batch:
         self.skipped = len(self.outcomes)
         self.stale = defaultdict(list)  # result -> what a killed process has left of it
         for folder in {file.parent for results in self.files.values() for file in results.values()}:
-            for partial in stale_partials(folder):
-                self.stale[result_of(partial)].append(partial)
+            for partial, result in stale_partials(folder).items():
+                self.stale[result].append(partial)
         self.warned = not is_first()  # of images without microns per px
         self.console = PlainConsole(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
@@ -290,6 +289,8 @@ class Batch:
         text = f"{out}: {len(outcomes) - failed} image(s), {nuclei:,} nuclei, {tiles} tiles in "
         text += f"{self.task.elapsed:.1f} s" + (f"; {failed} failed" if failed else "")
         self._say(text)
+        if len(outcomes) > failed and "geojson" in next(iter(self.files.values())):
+            self._say(f"QuPath: open an image, then drag its .geojson from {out} onto it")
         if len(outcomes) > failed and not nuclei:
             self._say(
                 "no nucleus in any image: the model may have learnt nothing, or the images are of "
@@ -373,13 +374,14 @@ class Batch:
 
     def _mpp(self, path: Path) -> float | None:
         """Microns per px of an image. Warns once where an image or the training lacks them."""
-        mpp = self.mpp or read_mpp(path)
+        mpp, remarks = read_metadata(path)
+        mpp = self.mpp or mpp
         trained = self.predictor.mpp
         lacking = (mpp is None) != (trained is None) and self.predictor.ratio is None
         if lacking and not self.warned:
             who = f"{path} has no" if mpp is None else "the model was trained without"
-            remarks = "".join(f" ({remark})" for remark in read_remarks(path))
-            self._say(f"{who} microns per px{remarks}: assuming the magnification of the training")
+            why = "".join(f" ({remark})" for remark in remarks)
+            self._say(f"{who} microns per px{why}: assuming the magnification of the training")
             self.warned = True
         return mpp
 
@@ -419,7 +421,8 @@ class Batch:
             return
         for path in list(self.claims.iterdir()):
             if claim := Claim.take(path):
-                path.unlink()
+                with suppress(PermissionError):  # Windows removes no open file
+                    path.unlink()
                 claim.release()
         with suppress(OSError):  # not empty: another launch works in the same folder
             self.claims.rmdir()

@@ -21,6 +21,7 @@ from nucsam.predict.measure import measure
 from nucsam.predict.tiles import Window, meet
 
 FILES = {"labels": "{}.tif", "geojson": "{}.geojson", "csv": "{}.csv", "overlay": "overlays/{}.png"}
+USUAL = ("labels", "geojson", "overlay")  # formats where none are named
 BLOCK = 512  # px: side of a block of labels, and of a tile of a label TIFF
 STRIPS = 2048  # px: a label map up to this side is a TIFF of strips, without tiles
 OVERLAY = 4096  # px: longest side of an overlay

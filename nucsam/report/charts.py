@@ -20,7 +20,7 @@ import numpy as np
 from nucsam.files import atomic
 from nucsam.report.facts import SHOWN, by_organ
 from nucsam.run.directory import RunRecord
-from nucsam.score.tables import percent
+from nucsam.score.tables import over_folds, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +54,7 @@ STYLE = {
     "xtick.color": COLOURS["ink"],
     "ytick.color": COLOURS["ink"],
     "legend.frameon": False,
+    "pdf.fonttype": 42,  # TrueType, as journals ask for
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "nucsam",  # the same chart gives the same file
 }
@@ -74,6 +75,9 @@ def run_charts(runs: Sequence[RunRecord]) -> dict[str, Chart]:
     rows = [row for run in runs for row in run.rows]
     groups = by_organ(rows)
     charts = training_charts([run for run in runs if run.epochs])
+    scored = [run for run in runs if run.scores]
+    if len(scored) > 1:
+        charts["folds"] = fold_scores({run.name: run.scores["headline"] for run in scored})
     for metric, title in SHOWN.items() if rows else ():
         values = {organ: [row[metric] for row in group] for organ, group in groups.items()}
         charts[f"organs-{metric}"] = organs(values, title)
@@ -167,6 +171,30 @@ def curves(
 
 
 @_style()
+def fold_scores(headlines: Mapping[str, Mapping[str, float]]) -> Chart:
+    """A dot per fold for each metric, and the mean over folds with its sample standard deviation.
+
+    Args:
+        headlines: fold -> its test scores by metric, 0..1.
+    """
+    statistics = over_folds(list(headlines.values()))
+    mean, std = ([100 * values[metric] for metric in SHOWN] for values in statistics.values())
+    figure, axes = _axes(4.3, 3.1, "Test scores by fold", "percent")
+    places = np.arange(len(SHOWN))
+    bar = {"fmt": "_", "color": COLOURS["ink"], "markersize": 22, "capsize": 4}
+    axes.errorbar(places, mean, std, label="mean ± std", **bar)
+    for k, (label, headline) in enumerate(headlines.items()):
+        values = 100 * np.array([headline[metric] for metric in SHOWN], float)  # None is NaN
+        look = {"color": SERIES[k % 4], "marker": MARKERS[k % len(MARKERS)]}
+        axes.scatter(places + 0.12 * (k + 1), values, s=22, label=label, **look)
+    axes.set_xticks(places + 0.06 * (len(headlines) + 1), SHOWN.values())
+    axes.grid(axis="x", visible=False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+    numbers = (f"{SHOWN[m]} {a:.1f} ± {s:.1f}" for m, a, s in zip(SHOWN, mean, std))
+    return Chart(figure, f"Test scores of {len(headlines)} folds: {', '.join(numbers)}")
+
+
+@_style()
 def organs(values: Mapping[str, Sequence[float]], metric: str) -> Chart:
     """A bar per organ, the lowest mean first, over a dot per image.
 
@@ -222,9 +250,13 @@ def svg(chart: Chart, name: str) -> str:
 
 @_style()
 def write_chart(chart: Chart, path: Path) -> list[Path]:
-    """Write PATH.svg and PATH.png, 200 dots an inch, on white, and return both paths. Atomic."""
-    paths = [path.with_name(f"{path.name}.{kind}") for kind in ("svg", "png")]
+    """Write PATH.pdf, PATH.png (300 dots an inch) and PATH.svg on white. Atomic.
+
+    Returns:
+        The paths.
+    """
+    paths = [path.with_name(f"{path.name}.{kind}") for kind in ("pdf", "png", "svg")]
     for file in paths:
         with atomic(file) as partial:
-            chart.figure.savefig(partial, format=file.suffix[1:], dpi=200, facecolor="white")
+            chart.figure.savefig(partial, format=file.suffix[1:], dpi=300, facecolor="white")
     return paths

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nucsam.data.folders import Record
+from nucsam.data.images import read_mpp
 from nucsam.data.samples import read_sample
 from nucsam.data.splits import find_split
 from nucsam.errors import UserError
@@ -31,8 +32,14 @@ SHAPES = {  # SVG path at the centre of a nucleus, for a size of 1 px; a matched
 }
 
 
-def picks(rows: Iterable[dict[str, Any]]) -> list[tuple[str, int, dict[str, Any]]]:
+def picks(
+    rows: Iterable[dict[str, Any]], every: bool = False
+) -> list[tuple[str, int, dict[str, Any]]]:
     """The worst, median and best images by AJI: two of each, or one of each of fewer than nine.
+
+    Args:
+        rows: the images.
+        every: also all others, of the kind "".
 
     Returns:
         (kind, rank, row) by rank; rank 1 has the lowest AJI. Two images have no median, and a
@@ -47,7 +54,8 @@ def picks(rows: Iterable[dict[str, Any]]) -> list[tuple[str, int, dict[str, Any]
     for kind, first in (("worst", 0), ("best", len(ranked) - size), ("median", middle)):
         for index in range(first, first + size):
             kinds.setdefault(index, kind)
-    return [(kinds[index], index + 1, ranked[index]) for index in sorted(kinds)]
+    shown = range(len(ranked)) if every else sorted(kinds)
+    return [(kinds.get(index, ""), index + 1, ranked[index]) for index in shown]
 
 
 def make_gallery(
@@ -104,7 +112,7 @@ def picture(row: dict[str, Any], predictor: Predictor, record: Record) -> dict[s
     from PIL import Image
 
     sample = read_sample(record)
-    pred = sample.counted(predictor.predict(sample.image))
+    pred = sample.counted(predictor.predict(sample.image, mpp=read_mpp(record.image)))
     truth = sample.counted(sample.label)
     protocol = Protocol(**row["run"].scores["scores"][0]["protocol"])
     score = score_maps(truth, pred, vague=sample.vague, protocol=protocol)

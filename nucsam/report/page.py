@@ -4,7 +4,9 @@ Its numbers come from the run directories; only the images of the gallery are pr
 the extra `report` (matplotlib, jinja2).
 """
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from nucsam.score.tables import percent
 SWATCH = 3.5  # px: size of a shape in the legend of the gallery
 
 
-def write_report(folder: Path, *, root: str = "", figures: Path | None = None) -> list[Path]:
+def write_report(
+    folder: Path, *, root: str = "", figures: Path | None = None, every_image: bool = False
+) -> list[Path]:
     """Write the page of a run or of a cross-validation, and its charts and pictures as files.
 
     Of several variants, the page shows the one with the highest mean AJI in detail. Without weights
@@ -32,6 +36,7 @@ def write_report(folder: Path, *, root: str = "", figures: Path | None = None) -
         folder: run directory, or folder of `nucsam folds`.
         root: folder of the images, if it has moved.
         figures: folder for the charts and the pictures; None = page only.
+        every_image: show every test image, not the worst, median and best ones alone.
 
     Returns:
         The paths written, the page first.
@@ -49,13 +54,14 @@ def write_report(folder: Path, *, root: str = "", figures: Path | None = None) -
     notices = facts.notices(folder, all_runs)
     pictures = []
     try:
-        pictures = make_gallery(picks(_rows(runs)), runs, root)
+        pictures = make_gallery(picks(_rows(runs), every_image), runs, root)
     except (UserError, OSError) as error:
         notices.append(
             f"The page has no pictures: {error}. If the images have moved, run "
             f"nucsam report {folder} --data FOLDER."
         )
     text = _render(
+        [folder, Path(runs[0].config.data.root), Path(root)],
         **_contents(folder, runs, all_runs, pictures),
         notices=notices,
         charts={name: svg(chart, name) for name, chart in charts.items()},
@@ -68,10 +74,15 @@ def write_report(folder: Path, *, root: str = "", figures: Path | None = None) -
     return [page, *_write_figures(figures, charts, pictures)]
 
 
-def finish(folder: Path) -> str:
-    """Write the page after a training, which it never fails, and return a line that says so."""
+def finish(folder: Path, figures: Path | None = None) -> str:
+    """Write the page after a training, which it never fails, and return a line that says so.
+
+    Args:
+        folder, figures: as of `write_report`.
+    """
     try:
-        return f"report: {write_report(folder)[0]}"
+        page = write_report(folder, figures=figures)[0]
+        return f"report: {page}" + (f"; figures as PDF, PNG and SVG: {figures}" if figures else "")
     except Exception as error:  # even a bug: the training is done and its files are written
         return f"no report ({type(error).__name__}: {error}); to try again: nucsam report {folder}"
 
@@ -110,7 +121,20 @@ def _contents(
     }
 
 
-def _render(**values: Any) -> str:
+def without_folders(text: str, places: Iterable[Path] = ()) -> str:
+    """A text without the folders of absolute paths: a page is shown to others.
+
+    Args:
+        text: for a person to read; of a path with spaces, the folders before them go.
+        places: paths whose folders go wherever they stand, spaces or not.
+    """
+    for folder in sorted({str(path.absolute().parent) for path in places}, key=len, reverse=True):
+        text = text.replace(folder.rstrip("/\\") + os.sep, "")
+    return re.sub(r"(?<![\w.:/-])(~|[A-Za-z]:)?[/\\]([^\s'\"=;,/\\]+[/\\])+", "", text)
+
+
+def _render(private: Sequence[Path], **values: Any) -> str:
+    """The page, without the folders of `private` and of other absolute paths."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -121,6 +145,7 @@ def _render(**values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
+    environment.filters["local"] = lambda text: without_folders(str(text), private)
     shapes = {name: scaled(shape, SWATCH) for name, shape in SHAPES.items()}
     template = environment.get_template("report.html")
     return template.render(shown=facts.SHOWN, outcomes=OUTCOMES, shapes=shapes, **values)
@@ -136,6 +161,6 @@ def _write_figures(
         paths += write_chart(chart, folder / name)
     for picture in pictures:
         sample = picture["sample"]
-        paths.append(folder / f"{picture['kind']}-rank{picture['rank']}.png")
+        paths.append(folder / f"{picture['kind'] or 'image'}-rank{picture['rank']}.png")
         write_png(paths[-1], overlay(sample.image, sample.label, picture["pred"]))
     return paths

@@ -17,19 +17,18 @@ from torch import Tensor
 
 from nucsam.config import SPLIT, Config, differences
 from nucsam.errors import UserError
-from nucsam.files import COUNT, NUMBER, TEXT, Leaf, atomic, check_form, read_json
+from nucsam.files import atomic, read_json
 from nucsam.model import lora
 from nucsam.model.network import Nucsam, build_model
 from nucsam.model.weights import Base, load_base, misfit, read_safetensors
 from nucsam.run.directory import RunDirectory
+from nucsam.run.metadata import check_metadata
 
 # What shapes do not tell of an adapter, as `differences` writes it.
 FIXED = (
     *("model.train:", "model.rank:", "model.alpha:", "model.pattern:"),
     *(f"data.{key}:" for key in SPLIT),
 )
-MPP = Leaf("microns per px over 0, or null", lambda v: v is None or (NUMBER.holds(v) and v > 0))
-PRECISION = Leaf("a precision", lambda value: value in ("no", "fp16", "bf16", "fp8"))
 _START_AGAIN = "delete it to start the run again"
 
 
@@ -139,20 +138,6 @@ def _read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weights, metadata = read_tensors(path, "adapter")
     check_metadata(path, metadata)
     return weights, metadata
-
-
-def check_metadata(path: Path, metadata: dict[str, Any]) -> Config:
-    """Check the metadata of an adapter or a merged export, and return their configuration.
-
-    Raises:
-        UserError: an entry is missing, of another type or out of range.
-    """
-    source = f"{path}: metadata"
-    check_form(metadata, {"base": {"sha256": TEXT, "source": TEXT}, "config": dict}, source)
-    for name, form in (("mpp", MPP), ("precision", PRECISION), ("selected", {"epoch": COUNT})):
-        if name in metadata:
-            check_form(metadata[name], form, f"{source}: {name}")
-    return Config.from_dict(metadata["config"], f"{path}: configuration")
 
 
 # ---- base, and the model of a run ----

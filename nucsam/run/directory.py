@@ -116,27 +116,29 @@ class RunDirectory:
                 yield
             finally:
                 if not self.exists():
-                    self.lock_file.unlink()
-                    with suppress(OSError):
+                    with suppress(OSError):  # Windows removes no open file
+                        self.lock_file.unlink()
                         for folder in made:
                             folder.rmdir()
 
     def check(self, config: Config, *, resume: bool) -> None:
-        """Check that a run of `config` can start here, or resume.
+        """Check that a run of `config` can start here, or resume, perhaps for more epochs.
 
         Raises:
             UserError: the directory holds files and `resume` is off, or it holds a run of another
                 configuration.
         """
         if resume and self.exists():
-            if changes := conflicts(load_config(self.config_file), config):
+            before = load_config(self.config_file)
+            more = ("train.epochs:",) if config.train.epochs > before.train.epochs else ()
+            if changes := conflicts(before, config, more):
                 raise UserError(
                     f"{self.config_file}: cannot resume with another configuration: "
                     f"{'; '.join(changes)} (found -> wanted). Give the run's own settings, or "
                     "another out for a new run"
                 )
         elif self.path.exists() and any(
-            path != self.lock_file and not path.name.endswith(".partial")
+            path not in (self.lock_file, self.images_file) and path.suffix != ".partial"
             for path in self.path.iterdir()
         ):
             raise UserError(
@@ -144,15 +146,17 @@ class RunDirectory:
                 "resume to continue the run there"
             )
 
-    def prepare(self, config: Config) -> None:
-        """Make the directory, clear it of partial files, and write the configuration.
+    def prepare(self, config: Config, images: Mapping[str, Mapping[str, str]]) -> None:
+        """Clear the directory of partial files, and write the inventory and the configuration.
 
         The files of a process that still runs stay.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         for partial in stale_partials(self.path):
             partial.unlink(missing_ok=True)
-        write_text(self.config_file, to_toml(config))
+        if not self.is_trained(config):  # more epochs were asked for
+            self.scores_file.unlink(missing_ok=True)
+        write_text(self.images_file, json.dumps(images, indent=1) + "\n")
+        write_text(self.config_file, to_toml(config))  # the last one: it makes this a run
 
     def read_config(self) -> Config:
         """The run's configuration.
@@ -167,25 +171,18 @@ class RunDirectory:
             )
         return load_config(self.config_file)
 
-    def write_images(self, images: Mapping[str, Mapping[str, str]]) -> None:
-        write_text(self.images_file, json.dumps(images, indent=1) + "\n")
-
-    def read_images(self) -> dict[str, dict[str, str]]:
-        """The inventory of the run's images; empty in a run of an older nucsam."""
-        return _read_document(self.images_file, IMAGES) or {}
-
     def check_images(self, images: Mapping[str, Mapping[str, str]], root: str | Path) -> None:
         """Check that images are those the run was split on, in the same parts.
 
         Args:
-            images: of `splits.inventory`; entries without SHA-256 are compared by the rest.
+            images: of `splits.inventory`.
             root: their folder, for the message.
 
         Raises:
             UserError: names the images that differ.
         """
-        kept = self.read_images()
-        if changes := inventory_changes(kept, images) if kept else []:
+        kept = _read_document(self.images_file, IMAGES) or {}
+        if changes := inventory_changes(kept, images):
             raise UserError(
                 f"{root}: found other images than {self.path} was split on, so that test images "
                 f"may have been trained on; {'; '.join(changes)}"
@@ -234,6 +231,13 @@ class RunDirectory:
                 f"{'; '.join(changes)}"
             )
         return scores
+
+    def trained_scores(self, untrained: dict[str, Any]) -> dict[str, Any] | None:
+        """The finished run's scores by the rules of `untrained`; None where there are none."""
+        scores = self.read_scores(self.read_config())
+        rules = [result["rules"] for result in untrained["scores"]]
+        same = scores and rules == [result["rules"] for result in scores["scores"]]
+        return scores if same else None
 
     def epochs_done(self) -> int:
         epochs = self.read_metrics()

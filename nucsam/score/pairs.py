@@ -16,8 +16,8 @@ import numpy as np
 from nucsam.config import compiled
 from nucsam.data import folders
 from nucsam.data.draw import overlay, write_png
-from nucsam.data.images import IMAGES, LABELS, read_image, read_label, read_mask
-from nucsam.data.samples import attempt, read_nuclei
+from nucsam.data.images import IMAGES, LABELS, read_image, read_label
+from nucsam.data.samples import attempt, check_same_size, read_nuclei, read_vague
 from nucsam.errors import UserError
 from nucsam.files import shortened
 from nucsam.progress import with_bar
@@ -156,10 +156,11 @@ def score_pair(
         UserError: the files cannot be read or scored; names them.
     """
     pred = read_label(pair.pred)
-    truth, rest = read_nuclei(pair.truth, pred.shape, region_class)
-    if rest is not None:
-        truth, pred = np.where(rest, 0, truth), np.where(rest, 0, pred)
-    vague = read_mask(pair.vague) if pair.vague else None
+    truth, rest, _ = read_nuclei(pair.truth, pred.shape, region_class)
+    vague = read_vague(pair.vague, pred.shape, pair.pred)
+    if rest is not None:  # as of `samples.Sample.counted`
+        vague = rest if vague is None else rest | vague
+        truth, pred = np.where(vague, 0, truth), np.where(vague, 0, pred)
     rows = []
     for protocol in protocols:
         with warnings.catch_warnings(record=True) as caught:
@@ -173,11 +174,7 @@ def score_pair(
         rows.append(image_row(pair.name, pair.organ, score, warned))
     if overlays is not None:
         image = read_image(pair.image)
-        if image.shape[:2] != pred.shape:
-            found, expected = folders.format_size(image.shape), folders.format_size(pred.shape)
-            raise UserError(
-                f"{pair.image}: found {found} px, expected {expected} as in {pair.pred}"
-            )
+        check_same_size(pair.image, image, pred.shape, pair.pred)
         write_png(overlays / f"{pair.name}.png", overlay(image, truth, pred))
     return rows
 

@@ -13,11 +13,11 @@ from nucsam.config import SPLIT, Config, compiled
 from nucsam.data.draw import overlay, write_png
 from nucsam.data.folders import first_group
 from nucsam.data.samples import Samples
-from nucsam.data.splits import find_split, identity, inventory
+from nucsam.data.splits import Split, find_split, inventory
 from nucsam.errors import UserError
 from nucsam.model.network import build_model
 from nucsam.predict.devices import autocast_dtype, find_device, uses_gpu
-from nucsam.predict.predictor import Predictor
+from nucsam.predict.pytorch import TorchPredictor
 from nucsam.run.checkpoint import open_run
 from nucsam.run.directory import RunDirectory
 from nucsam.score.metrics import score_maps
@@ -37,6 +37,7 @@ def score_images(
     *,
     mpp: float | None = None,
     tta: bool = False,
+    overlays: Path | None = None,
     **rules: Any,
 ) -> list[dict[str, Any]]:
     """Scores of images by a protocol, NuInsSeg's by default, and its variant without vague areas.
@@ -52,6 +53,7 @@ def score_images(
         mpp: microns per px of the run; each image is scored at that magnification, as in
             `nucsam predict`. None = not known.
         tta: average over the eight flips and turns.
+        overlays: folder for one PNG per image, with contours of ground truth and prediction.
         rules: protocol and changes of `protocols_for`.
 
     Returns:
@@ -59,7 +61,7 @@ def score_images(
     """
     places = range(accelerator.process_index, len(indices), accelerator.num_processes)
     share = [indices[place] for place in places]
-    vague = any(samples.records[i].vague or samples.partial[i] for i in indices)
+    vague = any(samples.records[i].vague for i in indices)
     protocols = protocols_for(**{"protocol": PROTOCOL, **rules}, vague=vague)
     was_training = net.training
     net.eval()
@@ -73,6 +75,9 @@ def score_images(
         for protocol in protocols:
             score = score_maps(truth, pred, vague=sample.vague, protocol=protocol)
             rows.append((index, image_row(record.name, record.organ, score)))
+        if overlays is not None:
+            picture = overlay(sample.image, sample.label, label)
+            write_png(overlays / f"{record.name}.png", picture)
     net.train(was_training)
     if accelerator.num_processes > 1:
         rows = gather_object(rows)
@@ -105,7 +110,7 @@ def score_run(
         path: run directory.
         untrained: score the model as it was before the first step.
         root: folder of the images, if it has moved.
-        overlays: folder for one PNG per image, with contours of ground truth and prediction.
+        overlays: as of `score_images`.
         organ: regular expression searched in an image's name; its first group, or else the whole
             match, is the organ.
         rules: protocol and changes of `protocols_for`.
@@ -121,29 +126,15 @@ def score_run(
     net, config, base, metadata = open_run(path)
     if untrained:
         net = build_model(config.model, base, seed=config.train.seed)
-    data = replace(config.data, root=root or config.data.root)
-    try:
-        records, split = find_split(data)
-    except UserError as error:
-        hint = "" if root else "; if the images have moved, name their folder"
-        raise UserError(f"{error}{hint}") from None
     run = RunDirectory(path)
-    run.check_images(inventory(records, split, []), data.root)
-    images = identity(records)
-    if metadata.get("images", images) != images:
-        raise UserError(
-            f"{data.root}: found other images than {path} was split on, so that test images may "
-            "have been trained on; expected the same names, organs and groups"
-        )
-    samples = Samples(records, memory_gib=data.memory)
-    run.check_images(inventory(records, split, samples.digests), data.root)
+    samples, split = _open_samples(run, config, root)
     if organ:
-        places = [first_group(pattern, record.name) or record.organ for record in records]
-        samples.records = [replace(r, organ=place) for r, place in zip(records, places)]
+        places = [first_group(pattern, r.name) or r.organ for r in samples.records]
+        samples.records = [replace(r, organ=place) for r, place in zip(samples.records, places)]
     accelerator = scoring_accelerator(metadata)
     net = accelerator.prepare_model(net, evaluation_mode=True)  # as training scores it
-    indices, mpp = split.test or split.inner, metadata.get("mpp")
-    results = score_images(net, config, samples, indices, accelerator, mpp=mpp, **rules)
+    rules |= {"mpp": metadata.get("mpp"), "overlays": overlays}
+    results = score_images(net, config, samples, split.test or split.inner, accelerator, **rules)
     scores = describe_scores(
         results,
         metadata,
@@ -151,12 +142,23 @@ def score_run(
         untrained=untrained,
         unfinished="" if run.is_trained(config) else run.progress(config),
     )
-    if overlays is not None:
-        _write_overlays(net, config, samples, indices, overlays, mpp)
-    as_it_stands = not (untrained or organ) and protocols == protocols_for(PROTOCOL)
-    if as_it_stands and run.is_trained(config) and (not root or run.read_images()):
+    changed = untrained or organ or protocols != protocols_for(PROTOCOL)
+    if not changed and run.is_trained(config):
         run.write_scores(scores)
     return scores
+
+
+def _open_samples(run: RunDirectory, config: Config, root: str) -> tuple[Samples, Split]:
+    """The images of a run, which are in `root` if they have moved, and their split."""
+    data = replace(config.data, root=root or config.data.root)
+    try:
+        records, split = find_split(data)
+    except UserError as error:
+        hint = "" if root else "; if the images have moved, name their folder"
+        raise UserError(f"{error}{hint}") from None
+    samples = Samples(records, memory_gib=data.memory)
+    run.check_images(inventory(records, split, samples.digests), data.root)
+    return samples, split
 
 
 def describe_scores(
@@ -217,9 +219,9 @@ def scoring_accelerator(metadata: dict[str, Any]) -> Accelerator:
 
 def scoring_predictor(
     net: nn.Module, config: Config, *, mpp: float | None = None, tta: bool = False
-) -> Predictor:
+) -> TorchPredictor:
     """The predictor that scores a run of `mpp` microns per px."""
-    return Predictor(
+    return TorchPredictor(
         net,
         scale=config.data.scale,
         instances=config.instances,
@@ -230,7 +232,7 @@ def scoring_predictor(
     )
 
 
-def open_predictor(path: Path) -> Predictor:
+def open_predictor(path: Path) -> TorchPredictor:
     """The predictor that scored the run in `path`, in the precision of its training.
 
     Raises:
@@ -241,21 +243,3 @@ def open_predictor(path: Path) -> Predictor:
     predictor = scoring_predictor(net.to(device), config, mpp=metadata.get("mpp"))
     predictor.autocast = autocast_dtype(metadata.get("precision"), device)
     return predictor
-
-
-def _write_overlays(
-    net: nn.Module,
-    config: Config,
-    samples: Samples,
-    indices: Sequence[int],
-    folder: Path,
-    mpp: float | None,
-) -> None:
-    net.eval()
-    images = (samples[i].image for i in indices)
-    predictor = scoring_predictor(net, config, mpp=mpp)
-    labels = predictor.predict_many(images, [samples.mpps[i] for i in indices])
-    for index, label in zip(indices, labels):
-        record, sample = samples.records[index], samples[index]
-        name = f"{record.organ}_{record.name}" if record.organ else record.name
-        write_png(folder / f"{name}.png", overlay(sample.image, sample.label, label))

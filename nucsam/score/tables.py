@@ -1,7 +1,5 @@
 """Scores of images, summed up over images, organs and folds, as tables and files."""
 
-import csv
-import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE
+from rich.box import SIMPLE, SIMPLE_HEAD
 from rich.table import Table
 
-from nucsam.files import csv_text, to_json, without_nan, write_text
+from nucsam.files import to_csv, to_json, without_nan, write_text
 from nucsam.score.metrics import METRICS, OUTCOMES, Protocol, Score, pool
 
 HEADLINE = ("dice", "aji", "pq")  # what a run is judged by
@@ -196,6 +194,17 @@ def summary_table(result: dict) -> Table:
     return table
 
 
+def change_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
+    """A rich Table of the contents of two scores.json, in percent: a model before and after."""
+    rules = after["scores"][0]["protocol"]["name"]
+    headings = f"image mean, % ({rules})", *(COLUMNS[metric] for metric in MAIN)
+    table = Table(*headings, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for scores, name in ((before, "before training"), (after, f"after, epoch {after['epoch']}")):
+        mean = scores["scores"][0]["summary"]["mean"]
+        table.add_row(name, *(percent(mean[metric]) for metric in MAIN))
+    return table
+
+
 def organ_table(result: dict) -> Table:
     """A rich Table of a `scored` dict, in percent: the image means of each organ and of all."""
     summary = result["summary"]
@@ -219,15 +228,11 @@ def write_csv(path: str | Path, results: dict) -> None:
     lines = []
     for result in results["scores"]:
         for row in result["images"]:
-            line = {"name": csv_text(row["name"]), "organ": csv_text(row["organ"])}
+            line = {"name": row["name"], "organ": row["organ"]}
             line["protocol"] = result["protocol"]["name"]
             line |= {metric: row[metric] for metric in METRICS}
             line |= {f"ap{50 + 5 * k}": value for k, value in enumerate(row["ap"])}
             line |= {"n_truth": row["n_truth"], "n_pred": row["n_pred"]}
             line |= {name: value for name, value in row["counts"].items() if name != "ap_tp"}
             lines.append(without_nan(line))
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, list(lines[0]))
-    writer.writeheader()
-    writer.writerows(lines)
-    write_text(Path(path), file.getvalue())
+    write_text(Path(path), to_csv([lines[0], *(line.values() for line in lines)]))

@@ -16,7 +16,7 @@ from nucsam.config import Config, Train, load_config
 from nucsam.data.augment import augment
 from nucsam.errors import UserError
 from nucsam.model.network import build_model
-from nucsam.processes import is_first
+from nucsam.processes import exit_on_sigterm, is_first
 from nucsam.run.checkpoint import load_adapter, put_weights
 from nucsam.run.directory import RunDirectory
 from nucsam.score.runs import describe_scores, headline, score_images, scores_sentence
@@ -25,16 +25,18 @@ from nucsam.train.progress import (
     console,
     epoch_speed,
     print_epoch,
+    print_stopped,
     warn_if_nothing_learnt,
     warn_if_worse,
 )
-from nucsam.train.signals import Sigterm
+from nucsam.train.signals import StopSignals
 from nucsam.train.training import Training
 
 # What PyTorch says where a loader process is killed, or finds no room in /dev/shm.
 _LOADER_DIED = re.compile(
     r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)|shared memory|/torch_\d"
 )
+QUIET = 60  # s: a shorter epoch prints a line only where it is validated
 CHECK_STEPS = 20  # optimizer steps between checks of the loss, each of which waits for the device
 
 
@@ -46,6 +48,9 @@ def fit(
     build: Callable[..., nn.Module] = build_model,
 ) -> dict[str, Any]:
     """Train one fold, keep its best epoch, and score its test images.
+
+        scores = nucsam.fit("configs/quickstart.toml", "runs/first")
+        print(scores["headline"])
 
     Args:
         config: a configuration, or the path of a TOML file.
@@ -60,7 +65,7 @@ def fit(
     Raises:
         UserError: a setting, an image or a file is wrong; a loss is not finite; the device has too
             little memory; another process trains in `out`.
-        SystemExit: SIGTERM has arrived; the state is saved.
+        SystemExit: SIGTERM or Ctrl-C has arrived; a message says what is saved.
     """
     if not isinstance(config, Config):
         config = load_config(config)
@@ -84,15 +89,23 @@ def _fit(
         step_images=_step_images(training),
         shown=training.accelerator.is_main_process,
     )
-    with bar, Sigterm() as sigterm, _memory_advice(config):
-        while progress.epochs < config.train.epochs:
-            epoch(training, bar, sigterm)
-    scores = score_best(training)
+    try:
+        with bar, StopSignals() as stop, memory_advice(config):
+            while progress.epochs < config.train.epochs:
+                epoch(training, bar, stop)
+            if stop.stop_requested(training.accelerator):
+                raise SystemExit(stop.status)
+        with exit_on_sigterm():
+            scores = score_best(training)
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        if training.accelerator.is_main_process:
+            print_stopped(training.run, training.saved_step, training.steps)
+        raise SystemExit(getattr(stopped, "code", 128 + signal.SIGINT)) from None
     _leave(training)
     return scores
 
 
-def epoch(training: Training, bar: StepBar, sigterm: Sigterm) -> None:
+def epoch(training: Training, bar: StepBar, stop: StopSignals) -> None:
     """Run the steps of an epoch that are not done yet, validate if it is time, and log."""
     t = training.config.train
     batches = training.batches
@@ -108,9 +121,9 @@ def epoch(training: Training, bar: StepBar, sigterm: Sigterm) -> None:
         bar.show(progress.step, f"epoch {number + 1}/{t.epochs}")
         if progress.step % CHECK_STEPS == 0:
             training.check_losses()
-        if sigterm.stop_requested(accelerator):
+        if stop.stop_requested(accelerator):
             training.save()
-            raise SystemExit(128 + signal.SIGTERM)
+            raise SystemExit(stop.status)
         if time.monotonic() - training.saved_at > 60 * t.save_minutes:
             training.save()
 
@@ -125,7 +138,7 @@ def epoch(training: Training, bar: StepBar, sigterm: Sigterm) -> None:
         line |= validate(training)
     training.log(line, validated=validated)
     accelerator.log({k: v for k, v in line.items() if k != "step"}, step=progress.step)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and (validated or seconds > QUIET):
         print_epoch(line)
 
 
@@ -190,7 +203,7 @@ def score_best(training: Training) -> dict[str, Any]:
     if accelerator.is_main_process:
         training.run.write_scores(scores)
         warn_if_worse(training.progress.history, config.train.best)
-        console.print(scores_sentence(scores))
+        console.print(scores_sentence(scores), soft_wrap=True)
         warn_if_nothing_learnt(scores, config, training.progress.history)
     return scores
 
@@ -237,7 +250,7 @@ def _step_images(training: Training) -> int:
 
 
 @contextmanager
-def _memory_advice(config: Config) -> Iterator[None]:
+def memory_advice(config: Config) -> Iterator[None]:
     """Turn running out of memory of the device, or of loader processes, into a UserError."""
     try:
         yield

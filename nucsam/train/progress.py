@@ -1,5 +1,7 @@
 """What a training prints: a progress bar, speed and memory, a line per epoch."""
 
+import os
+import shlex
 from typing import Any
 
 import psutil
@@ -8,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nucsam.config import Config
 from nucsam.console import PlainConsole
+from nucsam.run.directory import RunDirectory
 from nucsam.run.learning import USUAL_STEPS, advice, learnt_nothing, steps_sentence
 from nucsam.score.tables import HEADLINE
 
@@ -15,11 +18,15 @@ console = PlainConsole()
 
 
 class StepBar(Progress):
-    """A progress bar over optimizer steps with the rate in images; shown by one process only."""
+    """A progress bar over optimizer steps with the rate in images.
+
+    One process draws it, and only on a terminal or in a notebook.
+    """
 
     def __init__(self, *, steps: int, done: int, step_images: int, shown: bool) -> None:
         counts = TextColumn("{task.completed}/{task.total} steps, {task.fields[rate]}")
         columns = (TextColumn("{task.description}"), BarColumn(), counts, TimeRemainingColumn())
+        shown = shown and (console.is_interactive or console.is_jupyter)
         super().__init__(*columns, console=console, disable=not shown)
         self.task = self.add_task("", total=steps, completed=done, rate="")
         self.step_images = step_images
@@ -47,10 +54,13 @@ def epoch_speed(device: torch.device, seconds: float, images: int) -> dict[str, 
 def print_start(facts: dict[str, Any], device: torch.device) -> None:
     """What trains on what, and in how many steps, from the facts of environment.json."""
     images = ", ".join(f"{count} {name}" for name, count in facts["images"].items())
+    where = {"cpu": "the CPU", "cuda": "the GPU"}.get(device.type, device.type)
+    precision = facts["precision"].replace("no", "fp32")
+    processes = f" in {facts['processes']} processes" if facts["processes"] > 1 else ""
+    console.print(f"images: {images}; base {facts['base']}")
     console.print(
-        f"trains {facts['parameters_trainable']:,} of {facts['parameters']:,} parameters on base "
-        f"{facts['base']}; images: {images}; {facts['processes']} process(es) on {device.type}, "
-        f"{facts['precision']}"
+        f"trains {facts['parameters_trainable']:,} of {facts['parameters']:,} parameters on "
+        f"{where} in {precision}{processes}"
     )
     steps = steps_sentence(facts["images"]["train"], facts["epochs"], facts["steps"])
     console.print(steps, style="yellow" if facts["steps"] < USUAL_STEPS else "")
@@ -64,6 +74,22 @@ def print_epoch(line: dict[str, Any]) -> None:
     scores = [f"{name.upper()} {100 * line[name]:.1f}" for name in HEADLINE if name in line]
     text = f"epoch {line['epoch']}: loss {line['loss']:.3f}, {speed}"
     console.print(f"{text}; {', '.join(scores)}" if scores else text)
+
+
+def print_stopped(run: RunDirectory, step: int | None, steps: int) -> None:
+    """What a training that was stopped has saved, and how to continue it.
+
+    Args:
+        run: its directory.
+        step: optimizer steps in the saved state; None = nothing is saved.
+        steps: optimizer steps in all.
+    """
+    saved = f"{run.state_file} holds step {step} of {steps}" if step else "no step is saved yet"
+    line = "give the same command with --resume"  # a launcher's choices are not in the run
+    if not {"RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        line = shlex.join(["nucsam", "train", "--resume", "--out", str(run.path)])
+    console.print(f"stopped: {saved}; to continue:", style="yellow")
+    console.print(line, soft_wrap=True)
 
 
 def print_warning(text: str) -> None:

@@ -25,7 +25,7 @@ from nucsam.config import Config, Data, Train
 from nucsam.data.augment import window
 from nucsam.data.folders import taken
 from nucsam.data.samples import SAME_SCALE, Crops, EpochBatches, Samples
-from nucsam.data.splits import find_split, identity, inventory
+from nucsam.data.splits import find_split, inventory
 from nucsam.errors import UserError
 from nucsam.files import check_form
 from nucsam.model.network import calibrated
@@ -37,7 +37,7 @@ from nucsam.run import checkpoint
 from nucsam.run.checkpoint import Progress
 from nucsam.run.directory import RunDirectory
 from nucsam.train.progress import console, print_start, print_warning
-from nucsam.train.signals import ignore_sigterm, kill_workers
+from nucsam.train.signals import ignore_signals, kill_workers
 
 CALIBRATION_IMAGES = 16  # crops that set a random base's BatchNorm statistics
 PACKAGES = "torch torchvision timm accelerate safetensors numpy scipy scikit-image"
@@ -75,6 +75,7 @@ class Training:
         self.progress = Progress()
         self.loss_sums: dict[str, Tensor] = {}
         self.saved_at = time.monotonic()
+        self.saved_step: int | None = None  # optimizer steps in the saved state
         if resume and self.run.state_file.is_file():
             self.restore()
         elif resume and self.accelerator.is_main_process:
@@ -100,7 +101,7 @@ class Training:
             )
         self.samples = Samples(records, memory_gib=d.memory, progress=main)
         self.images = inventory(records, split, self.samples.digests)
-        if resume:
+        if resume and self.run.exists():
             self.run.check_images(self.images, d.root)
         self.mpp = run_mpp(d, self.samples.mpps)
         if not any(self.samples[i].label.any() for i in self.train):
@@ -136,7 +137,7 @@ class Training:
             num_workers=d.workers,
             persistent_workers=d.workers > 0,
             pin_memory=uses_gpu(),
-            worker_init_fn=ignore_sigterm,
+            worker_init_fn=ignore_signals,
         )
         if d.workers:
             atexit.register(kill_workers)
@@ -153,7 +154,6 @@ class Training:
         self.optimizer = accelerator.prepare(torch.optim.AdamW(groups, betas=(0.9, 0.99)))
         self.facts = {
             "mpp": self.mpp,
-            "images": identity(self.samples.records),
             "processes": accelerator.num_processes,
             "precision": accelerator.mixed_precision,
         }
@@ -164,8 +164,13 @@ class Training:
         random_base = self.config.model.weights == "none"
         accelerator.wait_for_everyone()  # no process may take what is written now for an older run
         if accelerator.is_main_process:
-            self.run.prepare(self.config)
-            self.run.write_images(self.images)
+            epochs = self.config.train.epochs
+            if self.run.exists() and (before := self.run.read_config().train.epochs) < epochs:
+                print_warning(
+                    f"train.epochs: {before} -> {epochs}; the rate follows the longer schedule "
+                    f"from here on, so the result is not that of {epochs} epochs in one run"
+                )
+            self.run.prepare(self.config, self.images)
             if random_base:
                 checkpoint.save_random_base(self.run, self.base)
         accelerator.wait_for_everyone()
@@ -174,7 +179,8 @@ class Training:
         if accelerator.is_main_process:
             facts = self._environment()
             self.run.write_environment(facts)
-            console.print(f"{self.config.data.root}: {taken(self.samples.records)}", markup=False)
+            data = f"{self.config.data.root}: {taken(self.samples.records)}"
+            console.print(data, markup=False, soft_wrap=True)
             print_start(facts, accelerator.device)
 
     def _environment(self) -> dict[str, Any]:
@@ -189,6 +195,7 @@ class Training:
             "packages": {name: version(name) for name in PACKAGES.split()},
             "platform": platform.platform(),
             "device": gpu or platform.processor() or "CPU",
+            "device_type": device.type,
             "threads": torch.get_num_threads(),
             "command": sys.argv,
             "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
@@ -255,6 +262,7 @@ class Training:
         if not all(bool(p.isfinite().all()) for p in self.weights.values()):
             raise self._not_finite("a weight")
         self.saved_at = time.monotonic()
+        self.saved_step = self.progress.step
         if not self.accelerator.is_main_process:
             return
         self.progress.sums = {name: float(total) for name, total in self.loss_sums.items()}
@@ -278,6 +286,7 @@ class Training:
         path = self.run.state_file
         metadata = checkpoint.load_state(path, self.weights, self.average, self.optimizer)
         self.progress = checkpoint.read_progress(path, metadata)
+        self.saved_step = self.progress.step
         saved = check_form(metadata.get("about", {}), dict, f"{path}: about")
         for name, value in self.facts.items():
             if saved.get(name, value) != value:

@@ -1,0 +1,94 @@
+"""A file or a run as a predictor. Loads torch only for a model that needs it."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from nucsam.config import Config
+from nucsam.errors import UserError
+from nucsam.predict.onnx import open_graph
+from nucsam.predict.predictor import Predictor
+from nucsam.run.learning import advice
+
+SHARE = 32  # neighbours share one 32nd of a tile's side, if nothing else is asked for
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    scale: float | None = None,
+    tile: int | None = None,
+    overlap: int | None = None,
+    batch: int | None = None,
+    tta: bool = False,
+) -> Predictor:
+    """Load a model.
+
+        label = nucsam.load("model.safetensors").predict(image)
+
+    On a GPU it runs in the precision of its training, on a CPU in bf16 or fp32. An ONNX file runs
+    in fp32, by onnxruntime, and needs no torch.
+
+    Batch: tiles of one size go through the model together. A larger batch changes no result beyond
+    rounding; it is faster on a GPU, rarely on a CPU.
+
+    Threads: the model takes as many as OMP_NUM_THREADS says, by default all cores. Up to 4 more
+    extract nuclei. Several threads may use one model.
+
+    Memory: that of the weights and of one batch. `predict` adds about 30 bytes a pixel of the
+    image; `nucsam predict` reads windows of a large image, so its memory does not grow with it.
+
+    Args:
+        path: a run directory, or a safetensors or ONNX file of `nucsam export`.
+        device: auto, cpu, cuda, cuda:N or mps.
+        scale: model px per image px of any image; None = as trained, by microns per px.
+        tile: longest side of a tile, px; None = a training crop.
+        overlap: what neighbouring tiles share, px; None = one 32nd of a tile.
+        batch: tiles at a time; None = as trained on a GPU, 1 on a CPU.
+        tta: average the maps over the eight flips and quarter turns.
+
+    Raises:
+        UserError: a file is missing or damaged, an argument out of range, or no such device.
+    """
+    path = Path(path)
+    if path.suffix == ".onnx":
+        open_file = open_graph
+    elif importlib.util.find_spec("torch") is None:
+        raise UserError(
+            f"{path}: needs PyTorch, found none; expected an .onnx file of nucsam export"
+        )
+    else:
+        from nucsam.predict.pytorch import open_weights as open_file
+    make, config, metadata, on_cpu = open_file(path, device)
+    tile = max(config.data.crop, 256) if tile is None else tile
+    overlap = tile // SHARE if overlap is None else overlap
+    if batch is None:
+        batch = 1 if on_cpu else config.train.batch
+    for name, value, valid, expected in (
+        ("scale", scale, scale is None or scale > 0, "a positive number"),
+        ("tile", tile, tile >= 64, "at least 64 px"),
+        ("overlap", overlap, 0 <= overlap <= tile // 2, f"0 to half a tile, {tile // 2} px"),
+        ("batch", batch, batch >= 1, "at least 1"),
+    ):
+        if not valid:
+            raise UserError(f"{name}: found {value:g}, expected {expected}")
+    return make(
+        scale=config.data.scale,
+        instances=config.instances,
+        mpp=metadata.get("mpp"),
+        tile=tile,
+        overlap=overlap,
+        batch=batch,
+        tta=tta,
+        trained=_training(config, metadata),
+        ratio=config.data.scale / scale if scale else None,
+    )
+
+
+def _training(config: Config, metadata: dict[str, Any]) -> str:
+    """How long a model was trained, from the metadata of its file; "" where it does not say."""
+    match metadata.get("selected"):
+        case {"epoch": int(epoch), "step": int(step)}:
+            return advice(config, epoch, step)
+    return ""

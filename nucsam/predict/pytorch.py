@@ -1,0 +1,96 @@
+"""Prediction with PyTorch: the models of runs and exports."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nucsam.config import Config, Instances
+from nucsam.errors import UserError
+from nucsam.model.network import Nucsam, build_model
+from nucsam.model.weights import load_base, state_sha256
+from nucsam.predict.devices import autocast_dtype, find_device
+from nucsam.predict.predictor import Opened, Predictor
+from nucsam.run import checkpoint
+from nucsam.run.metadata import check_metadata
+
+
+@dataclass(eq=False)
+class TorchPredictor(Predictor):
+    """A predictor that runs PyTorch.
+
+    Args:
+        model: on its device, in eval mode.
+        autocast: dtype of the forward pass; None = the model's own.
+    """
+
+    model: Nucsam
+    autocast: torch.dtype | None = field(default=None, kw_only=True)
+
+    out_of_memory = torch.OutOfMemoryError
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.device = next(self.model.parameters()).device
+
+    def maps(self, pixels: np.ndarray, sides: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float()
+        if images.shape[2:] != sides:
+            images = F.interpolate(images, size=sides, mode="bilinear")
+        cast = torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+        with torch.no_grad():
+            with cast:
+                maps = self.model(images, size)
+            return self.model.probabilities(maps.float()).cpu().numpy()
+
+    def nuclei(self, maps: np.ndarray, config: Instances) -> np.ndarray:
+        return self.model.instances(maps, config)
+
+
+def open_weights(path: Path, device: str) -> Opened:
+    """A predictor without its options, of a run directory or a safetensors file.
+
+    Raises:
+        UserError: as of `open_model`, or no such device.
+    """
+    where = find_device(device)
+    model, config, metadata = open_model(path)
+    cast = autocast_dtype(metadata.get("precision"), where)
+    sha256 = state_sha256(model.state_dict())
+    make = partial(TorchPredictor, model.fold().to(where), autocast=cast, sha256=sha256)
+    return make, config, metadata, where.type == "cpu"
+
+
+def open_model(path: Path) -> tuple[Nucsam, Config, dict[str, Any]]:
+    """The model of a run directory or of an export, in eval mode.
+
+    Returns:
+        The model, its configuration, and the metadata of its file.
+
+    Raises:
+        UserError: no such file, or one that holds no model to predict with.
+    """
+    if path.is_dir():
+        model, config, _, metadata = checkpoint.open_run(path)
+        return model, config, metadata
+    if not path.is_file() or path.suffix != ".safetensors":
+        found = f"a {path.suffix or 'nameless'} file" if path.is_file() else "no such file"
+        expected = "a run directory or a safetensors file of nucsam export"
+        raise UserError(f"{path}: found {found}, expected {expected}")
+    _, metadata = checkpoint.read_tensors(path)
+    if metadata.get("kind") != "merged":
+        raise UserError(
+            f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'merged'; nucsam "
+            "export merges an adapter with its base"
+        )
+    base = load_base(path)
+    config = check_metadata(path, metadata)
+    if config.model.head == "instance" and not base.extra:
+        raise UserError(f"{path}: found no tensor of the head, expected a whole export")
+    model = build_model(replace(config.model, train="head"), base, seed=0)
+    return model.eval(), config, metadata
