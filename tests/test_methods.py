@@ -39,7 +39,7 @@ def finish(job, protocols, organs):
     job.directory.write_environment(RUN | {"images": counts})
     kind = {"part": "test", "sha256": ""}
     images = {f"{k}": {"organ": f"{k % organs}", "group": f"{k // 2}", **kind} for k in range(12)}
-    job.directory.write_images(images)
+    job.directory.prepare(job.config, images)
 
 
 @pytest.fixture

@@ -171,6 +171,10 @@ class RunDirectory:
             )
         return load_config(self.config_file)
 
+    def read_images(self) -> dict[str, dict[str, str]]:
+        """The inventory of the run's images; empty where there is none."""
+        return _read_document(self.images_file, IMAGES) or {}
+
     def check_images(self, images: Mapping[str, Mapping[str, str]], root: str | Path) -> None:
         """Check that images are those the run was split on, in the same parts.
 
@@ -181,8 +185,7 @@ class RunDirectory:
         Raises:
             UserError: names the images that differ.
         """
-        kept = _read_document(self.images_file, IMAGES) or {}
-        if changes := inventory_changes(kept, images):
+        if changes := inventory_changes(self.read_images(), images):
             raise UserError(
                 f"{root}: found other images than {self.path} was split on, so that test images "
                 f"may have been trained on; {'; '.join(changes)}"
