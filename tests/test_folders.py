@@ -215,7 +215,9 @@ def test_a_summary_fits_80_columns_in_whole_words(tmp_path, monkeypatch, capsys)
             resolution=(4e4, 4e4),
             resolutionunit=3,
         )
-        tifffile.imwrite(tmp_path / place.replace("images", "labels"), np.resize(IDS, size))
+        label = np.zeros(size, np.uint16)
+        label[4:20, 4:20], label[30:50, 30:50] = 1, 2
+        tifffile.imwrite(tmp_path / place.replace("images", "labels"), label)
     make(tmp_path, f"vague/{organ}/P0/a.png")
     Image.fromarray(np.resize(PICTURE, (64, 90, 3))).save(tmp_path / f"vague/{organ}/P0/a.png")
     monkeypatch.setenv("COLUMNS", "80")

@@ -153,8 +153,8 @@ class RunDirectory:
         """
         for partial in stale_partials(self.path):
             partial.unlink(missing_ok=True)
-        if not self.is_trained(config):  # more epochs were asked for
-            self.scores_file.unlink(missing_ok=True)
+        if self.exists() and self.read_config().train.epochs < config.train.epochs:
+            self.scores_file.unlink(missing_ok=True)  # they are not those of more epochs
         write_text(self.images_file, json.dumps(images, indent=1) + "\n")
         write_text(self.config_file, to_toml(config))  # the last one: it makes this a run
 
