@@ -100,7 +100,7 @@ def quickstart_command(
         write_dataset(partial, images=60, size=256, seed=0)
         partial.rename(data)
     settings = [str(shipped_configuration("quickstart")), f"data.root={data}"]
-    train_command(settings, out=run, resume=True)
+    train_command(settings, out=run, resume=run.is_dir())
     evaluate_command(run, untrained=True)
     print("What your images take      nucsam train my_folder --dry-run")
 

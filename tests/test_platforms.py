@@ -162,4 +162,4 @@ def test_quickstart_makes_trains_and_resumes(tmp_path, monkeypatch, capsys):
     weights = run.adapter_file.read_bytes()
     assert cli.run_command(["quickstart", str(out)]) == 0
     assert made == [(60, 256, 0)] and run.adapter_file.read_bytes() == weights
-    assert str(run.path / "report.html") in capsys.readouterr().out.replace("\n", "")
+    assert "after, epoch 1" in capsys.readouterr().out
