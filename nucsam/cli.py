@@ -10,7 +10,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -190,6 +190,15 @@ def _draw_report(out: Path, figures: Path | None = None) -> None:
         print(printable(finish(out, figures)))
 
 
+def _refuse(options: dict[str, Any], kind: str) -> None:
+    """Refuse options that were given and say nothing of `kind`."""
+    given = [
+        name for name, value in options.items() if value not in (None, "") and value is not False
+    ]
+    if given:
+        raise UserError(f"evaluate: found {', '.join(given)}, expected {kind} without (see --help)")
+
+
 @app.command("evaluate")
 def evaluate_command(
     run: Annotated[Path | None, Argument(metavar="[RUN]", help="Run directory to score.")] = None,
@@ -222,15 +231,10 @@ def evaluate_command(
     if run is None and (truth is None or pred is None):
         raise UserError("evaluate: expected either RUN, or both --truth and --pred")
     if run is None:
-        kind, other = "--truth and --pred", {"--untrained": untrained, "--data": data}
+        _refuse({"--untrained": untrained, "--data": data}, "--truth and --pred")
     else:
-        kind, other = "RUN", {"--truth": truth, "--pred": pred, "--vague": vague}
-        other |= {"--connected": connected, "--region-class": region_class, "--workers": workers}
-    given = [
-        name for name, value in other.items() if value not in (None, "") and value is not False
-    ]
-    if given:
-        raise UserError(f"evaluate: found {', '.join(given)}, expected {kind} without (see --help)")
+        maps = {"--truth": truth, "--pred": pred, "--vague": vague, "--connected": connected}
+        _refuse(maps | {"--region-class": region_class, "--workers": workers}, "RUN")
     console = PlainConsole(stderr=as_json == "-")
     strict = False if at_least else None
     rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone}

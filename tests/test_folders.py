@@ -15,6 +15,7 @@ from nucsam.config import override
 from nucsam.data.folders import find_records, scan_folder, taken
 from nucsam.data.samples import read_sample
 from nucsam.errors import UserError
+from nucsam.predict.images import find_image_files
 from nucsam.score.pairs import find_pairs
 
 PICTURE = np.random.default_rng(0).integers(0, 255, (64, 80, 3), np.uint8)
@@ -229,6 +230,33 @@ def test_a_summary_fits_80_columns_in_whole_words(tmp_path, monkeypatch, capsys)
     for word in ("brown)_subscapula", "groups", "88x66", "90x64,", "sizes", "vague", "nuclei"):
         assert word in words
     assert "all" not in words  # one organ, one row
+
+
+def test_paths_of_any_script_are_read(tmp_path):
+    """OpenCV opens none of them: https://github.com/MouseLand/cellpose/issues/1150.
+
+    macOS unpacks a name as NFD, a hyphen as it is:
+    https://github.com/llmsresearch/paperbanana/pull/240.
+    """
+    names = [unicodedata.normalize(form, "Präparat\u20111 Ⅱ") for form in ("NFD", "NFC")]
+    root = make(tmp_path / "Københavns 一个", f"images/{names[0]}.tif", f"labels/{names[1]}.tif")
+    assert pairs_of(root) == {f"images/{names[0]}.tif": f"labels/{names[1]}.tif"}
+    pairs, missing, extra = find_pairs(root, root / "labels")
+    assert [pair.name for pair in pairs] == [names[1]] and not missing + extra
+
+
+def test_slides_of_a_folder_are_found_and_what_to_do_is_said(tmp_path):
+    """An .mrxs lies beside its folder: https://github.com/ratschlab/HistoPlexer/issues/6.
+
+    "Cannot find a plugin": https://github.com/TIO-IKIM/CellViT-plus-plus/issues/7.
+    """
+    make(tmp_path, others="in/a.mrxs|in/a/Slidedat.ini|in/a/Data0000.dat|cases/p1/b.ndpi|c.vsi")
+    assert find_image_files([tmp_path / "in"]) == [tmp_path / "in" / "a.mrxs"]
+    with pytest.raises(UserError) as error:
+        find_image_files([tmp_path / "cases", tmp_path / "c.vsi"])
+    first, second = str(error.value).splitlines()
+    assert "cases: " in first and "p1" in first
+    assert "c.vsi: found .vsi" in second and "convert it to TIFF" in second
 
 
 @pytest.mark.parametrize("layout", ["plain", "flat"])

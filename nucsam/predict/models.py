@@ -66,14 +66,7 @@ def load(
     overlap = tile // SHARE if overlap is None else overlap
     if batch is None:
         batch = 1 if on_cpu else config.train.batch
-    for name, value, valid, expected in (
-        ("scale", scale, scale is None or scale > 0, "a positive number"),
-        ("tile", tile, tile >= 64, "at least 64 px"),
-        ("overlap", overlap, 0 <= overlap <= tile // 2, f"0 to half a tile, {tile // 2} px"),
-        ("batch", batch, batch >= 1, "at least 1"),
-    ):
-        if not valid:
-            raise UserError(f"{name}: found {value:g}, expected {expected}")
+    _check_numbers(scale, tile, overlap, batch)
     return make(
         scale=config.data.scale,
         instances=config.instances,
@@ -85,6 +78,17 @@ def load(
         trained=_training(config, metadata),
         ratio=config.data.scale / scale if scale else None,
     )
+
+
+def _check_numbers(scale: float | None, tile: int, overlap: int, batch: int) -> None:
+    for name, value, valid, expected in (
+        ("scale", scale, scale is None or scale > 0, "a positive number"),
+        ("tile", tile, tile >= 64, "at least 64 px"),
+        ("overlap", overlap, 0 <= overlap <= tile // 2, f"0 to half a tile, {tile // 2} px"),
+        ("batch", batch, batch >= 1, "at least 1"),
+    ):
+        if not valid:
+            raise UserError(f"{name}: found {value:g}, expected {expected}")
 
 
 def _training(config: Config, metadata: dict[str, Any]) -> str:
