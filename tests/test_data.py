@@ -174,7 +174,7 @@ def test_files_without_an_image_are_told(tmp_path, name):
     path.touch()
     with pytest.warns(UserWarning) as caught:
         assert len(find_records(tmp_path)) == 2
-    (message,) = (str(warning.message) for warning in caught)
+    (message,) = (str(w.message) for w in caught if w.category is UserWarning)
     assert message.startswith(f"{tmp_path}: 1 ") and str(path) in message
 
 

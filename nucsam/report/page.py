@@ -60,8 +60,9 @@ def write_report(
             f"The page has no pictures: {error}. If the images have moved, run "
             f"nucsam report {folder} --data FOLDER."
         )
+    commands = [Path(word) for run in runs for word in run.environment.get("command", [])]
     text = _render(
-        [folder, Path(runs[0].config.data.root), Path(root)],
+        [folder, Path(runs[0].config.data.root), Path(root), *filter(Path.is_absolute, commands)],
         **_contents(folder, runs, all_runs, pictures),
         notices=notices,
         charts={name: svg(chart, name) for name, chart in charts.items()},
