@@ -57,14 +57,16 @@ def expanded(path: str | Path) -> Path:
 def stale_partials(folder: Path) -> dict[Path, Path]:
     """Temporary files of `atomic` whose process does not run here, and what each stands for.
 
-    They may lie anywhere in the folder.
+    They may lie anywhere in the folder. A temporary file may itself be written by `atomic`.
     """
-    names = [(path, _PARTIAL.fullmatch(path.name)) for path in folder.rglob(".*.partial")]
-    return {
-        path: path.with_name(match[1])
-        for path, match in names
-        if match and not psutil.pid_exists(int(match[2]))
-    }
+    stale = {}
+    for path in folder.rglob(".*.partial"):
+        result, process = path.name, None
+        while match := _PARTIAL.fullmatch(result):
+            result, process = match[1], int(match[2])
+        if process is not None and not psutil.pid_exists(process):
+            stale[path] = path.with_name(result)
+    return stale
 
 
 _PARTIAL = re.compile(r"\.(.+)\.(\d{1,9})\.partial")

@@ -38,4 +38,6 @@ def test_partial_files_are_stale_where_their_process_is_gone(tmp_path):
         dead = tmp_path / ".a.b.tif.999999999.partial"
         dead.touch()
         (tmp_path / f".c.tif.{os.getppid()}.partial").touch()
-        assert stale_partials(tmp_path) == {dead: result}
+        inner = tmp_path / f".{dead.name}.999999999.partial"  # written by `atomic` within `atomic`
+        inner.touch()
+        assert stale_partials(tmp_path) == {dead: result, inner: result}
