@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from nucsam.errors import UserError
 
@@ -257,14 +257,10 @@ class Config:
     train: Train = field(default_factory=Train)
 
     def __post_init__(self) -> None:
-        for table in fields(self):
-            section = getattr(self, table.name)
-            for key in fields(section):
-                value, rule = getattr(section, key.name), key.metadata["rule"]
-                expected = rule(value) if rule else ""
-                if expected:
-                    name = f"{table.name}.{key.name}"
-                    raise UserError(f"{name}: found {value!r}, expected {expected}")
+        for name, value in self.flat().items():
+            rule = SETTINGS[name].metadata["rule"]
+            if rule and (expected := rule(value)):
+                raise UserError(f"{name}: found {value!r}, expected {expected}")
         _check_pairs(self)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -287,22 +283,27 @@ class Config:
         Raises:
             UserError: a table or key is unknown, or a value has another type or breaks a rule.
         """
-        sections = get_type_hints(cls)
+        sections = {table.name: table.type for table in fields(cls)}
         built = {}
         for table, values in tables.items():
             if table not in sections:
                 raise UserError(f"{source}: unknown table [{table}]{_nearest(table, sections)}")
             if not isinstance(values, dict):
                 raise UserError(f"{source}: found {table} = {values!r}, expected a table [{table}]")
-            hints = get_type_hints(sections[table])
+            kinds = {key.name: key.type for key in fields(sections[table])}
             typed = {}
             for key, value in values.items():
-                if key not in hints:
-                    near = _nearest(key, hints, f"{table}.")
+                if key not in kinds:
+                    near = _nearest(key, kinds, f"{table}.")
                     raise UserError(f"{source}: unknown key {table}.{key}{near}")
-                typed[key] = _typed(f"{source}: {table}.{key}", value, hints[key])
+                typed[key] = _typed(f"{source}: {table}.{key}", value, kinds[key])
             built[table] = sections[table](**typed)
         return cls(**built)
+
+
+SETTINGS = {  # "table.key" -> its field
+    f"{table.name}.{key.name}": key for table in fields(Config) for key in fields(table.type)
+}
 
 
 def _check_pairs(config: Config) -> None:
@@ -323,14 +324,8 @@ def _check_pairs(config: Config) -> None:
         raise UserError(f"augment.scale_max: found {high}, expected at least scale_min = {low}")
 
 
-# What a resumed run may change, as `differences` writes it.
-MAY_CHANGE = (
-    "data.root:",
-    "data.workers:",
-    "data.memory:",
-    "train.save_minutes:",
-    "train.log_with:",
-)
+# What a resumed run may change.
+MAY_CHANGE = ("data.root", "data.workers", "data.memory", "train.save_minutes", "train.log_with")
 
 
 # The settings of [data] that decide which image trains, chooses the epoch, or is tested.
@@ -367,7 +362,7 @@ def override(
         UserError: an override has another form, or the configuration is not valid.
     """
     Config.from_dict(tables, source)  # so that an error names the file, not the command line
-    values, defaults = {}, Config().flat()
+    values = {}
     for text in overrides:
         name, equals, value = text.partition("=")
         table, dot, key = name.strip().partition(".")
@@ -377,8 +372,8 @@ def override(
                 "as data.root=my_folder or train.epochs=10"
             )
         parsed, name = parse_value(value), f"{table}.{key}"
-        if isinstance(defaults.get(name), str) and not isinstance(parsed, str):
-            parsed = value.strip()  # a folder may be named 2024-05-01 or true
+        if name in SETTINGS and isinstance(SETTINGS[name].default, str):
+            parsed = parsed if isinstance(parsed, str) else value.strip()  # such as 2024-05-01
         values[name] = parsed
     return changed(tables, values, "command line" if overrides else source)
 
@@ -407,15 +402,13 @@ def setting_rows(config: Config, word: str = "") -> list[tuple[str, ...]]:
         UserError: no setting does.
     """
     values, rows = config.flat(), []
-    for table in fields(Config):
-        hints = get_type_hints(table.default_factory)
-        for key in fields(table.default_factory):
-            name, text = f"{table.name}.{key.name}", key.metadata["text"]
-            value = _toml(values[name]) if values[name] != key.default else ""
-            if get_origin(hints[key.name]) is Literal:
-                text += f" ({', '.join(get_args(hints[key.name]))})"
-            if word.lower() in f"{name} {text}".lower():
-                rows.append((name, _toml(key.default), value, text))
+    for name, key in SETTINGS.items():
+        text = key.metadata["text"]
+        value = _toml(values[name]) if values[name] != key.default else ""
+        if get_origin(key.type) is Literal:
+            text += f" ({', '.join(get_args(key.type))})"
+        if word.lower() in f"{name} {text}".lower():
+            rows.append((name, _toml(key.default), value, text))
     if not rows:
         raise UserError(f"{word}: no setting has it{_nearest(word, values)}")
     return rows
@@ -427,9 +420,10 @@ def differences(a: Config, b: Config) -> list[str]:
     return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]]
 
 
-def conflicts(a: Config, b: Config, free: tuple[str, ...] = ()) -> list[str]:
-    """The `differences` that no run may have: all but MAY_CHANGE and those that begin as `free`."""
-    return [line for line in differences(a, b) if not line.startswith((*MAY_CHANGE, *free))]
+def conflicts(a: Config, b: Config, *free: str) -> list[str]:
+    """The `differences` of all settings but MAY_CHANGE and `free`."""
+    allowed = (*MAY_CHANGE, *free)
+    return [line for line in differences(a, b) if line.partition(":")[0] not in allowed]
 
 
 def parse_value(text: str) -> Any:

@@ -313,7 +313,7 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
     with Claim.take(out / ".locks" / "folds", wait=True):
         common = out / "folds.toml"
         wanted = {RunDirectory(job.run).config_file: job.config for job in jobs}
-        changed = _changed(common, base, free=("data.fold:",))
+        changed = _changed(common, base, free=("data.fold",))
         changed += [line for path, new in wanted.items() for line in _changed(path, new)]
         if changed:
             raise UserError(
@@ -327,7 +327,7 @@ def _changed(path: Path, wanted: Config, free: tuple[str, ...] = ()) -> list[str
     """A line for a configuration file that differs in what may not change."""
     if not path.is_file():
         return []
-    lines = config.conflicts(config.load_config(path), wanted, free)
+    lines = config.conflicts(config.load_config(path), wanted, *free)
     return [f"{path}: {'; '.join(lines)}"] if lines else []
 
 

@@ -130,8 +130,8 @@ class RunDirectory:
         """
         if resume and self.exists():
             before = load_config(self.config_file)
-            more = ("train.epochs:",) if config.train.epochs > before.train.epochs else ()
-            if changes := conflicts(before, config, more):
+            more = ["train.epochs"] if config.train.epochs > before.train.epochs else []
+            if changes := conflicts(before, config, *more):
                 raise UserError(
                     f"{self.config_file}: cannot resume with another configuration: "
                     f"{'; '.join(changes)} (found -> wanted). Give the run's own settings, or "
@@ -311,19 +311,17 @@ def read_runs(folder: Path) -> list[RunRecord]:
             "sub-folders, expected a run of nucsam train or the folder of nucsam folds"
         )
     first = runs[0].config
-    lines = [line for run in runs for line in conflicts(first, run.config, ("data.fold:",))]
+    lines = [line for run in runs for line in conflicts(first, run.config, "data.fold")]
     differing = {line.partition(":")[0] for line in lines}
-    varied = [key for key in first.flat() if key in differing]
 
-    def values(run: RunRecord) -> list[Any]:
-        settings = run.config.flat()
-        return [settings[key] for key in varied]
+    def varied(run: RunRecord) -> dict[str, Any]:
+        return {key: value for key, value in run.config.flat().items() if key in differing}
 
     def order(run: RunRecord) -> tuple:
         fold = run.config.data.fold
-        return values(run), fold == "all", fold
+        return [*varied(run).values()], fold == "all", fold
 
     def variant(run: RunRecord) -> str:
-        return ", ".join(f"{key}={value}" for key, value in zip(varied, values(run)))
+        return ", ".join(f"{key}={value}" for key, value in varied(run).items())
 
     return [replace(run, variant=variant(run)) for run in sorted(runs, key=order)]
