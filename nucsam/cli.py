@@ -6,7 +6,6 @@ Commands import what they need when they run, so that `--help` is quick.
 import errno
 import json
 import os
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -95,10 +94,7 @@ def quickstart_command(
 
     data, run = folder / "data", folder / "fold0"
     if not data.is_dir():
-        partial = folder / "data.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        write_dataset(partial, images=60, size=256, seed=0)
-        partial.rename(data)
+        write_dataset(data, images=60, size=256, seed=0)
     settings = [str(shipped_configuration("quickstart")), f"data.root={data}"]
     train_command(settings, out=run, resume=run.is_dir())
     evaluate_command(run, untrained=True)

@@ -226,7 +226,8 @@ def run_jobs(jobs: Sequence[Job], base: Config, out: Path) -> Board:
     environment = child_environment(os.environ, device_of(os.environ))
     board = Board(jobs, shown=is_first())
     _prepare(out, base, jobs)
-    with _Stop() as stop:
+    stop = _Stop()
+    with handled(stop.ask, signal.SIGTERM, signal.SIGINT):
         while not stop() and not board.ended():
             if claimed := board.claim():
                 _work(*claimed, environment, stop, board)
@@ -240,24 +241,18 @@ def run_jobs(jobs: Sequence[Job], base: Config, out: Path) -> Board:
 
 
 class _Stop:
-    """Context in which SIGTERM and SIGINT only ask to stop; calling it says whether one has.
+    """Whether SIGTERM or SIGINT, which `ask` handles, has asked to stop.
 
     A launcher that is gone asks as well: `accelerate launch` of one process forwards no signal.
     """
 
-    def __enter__(self) -> "_Stop":
+    def __init__(self) -> None:
         self.signal = 0
         launchers = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
         launched = any(name in os.environ for name in launchers)
         self.launcher = os.getppid() if launched else None
-        self._handled = handled(self._ask, signal.SIGTERM, signal.SIGINT)
-        self._handled.__enter__()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._handled.__exit__(None, None, None)
-
-    def _ask(self, number: int, _: FrameType | None) -> None:
+    def ask(self, number: int, _: FrameType | None) -> None:
         self.signal = number
 
     def __call__(self) -> bool:

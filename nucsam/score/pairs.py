@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nucsam.config import compiled
+from nucsam.console import with_bar
 from nucsam.data import folders
 from nucsam.data.draw import overlay, write_png
 from nucsam.data.images import IMAGES, LABELS, read_image, read_label
 from nucsam.data.samples import attempt, check_same_size, read_nuclei, read_vague
 from nucsam.errors import UserError
 from nucsam.files import shortened
-from nucsam.progress import with_bar
 from nucsam.score.metrics import Protocol, protocol_named, score_maps
 from nucsam.score.tables import image_row, scored
 
@@ -53,16 +53,12 @@ def _label_files(folder: Path, suffixes: Sequence[str]) -> dict[str, _File]:
     """Name -> file, of a folder and of its sub-folders, which are organs."""
     if not folder.is_dir():
         raise UserError(f"{folder}: expected a folder of label maps")
-    subfolders = folders.list_folder(folder, folders_only=True)
-    organs = {"": folder} | {path.name: path for path in subfolders}
     problems: list[str] = []
-    files = [
-        _File(organ, stem, path)
-        for organ, place in organs.items()
-        for stem, path in folders.files_by_stem(
-            folders.list_folder(place), suffixes, problems
-        ).items()
-    ]
+    files: list[_File] = []
+    for place in (folder, *folders.list_folder(folder, folders_only=True)):
+        by_stem = folders.files_by_stem(folders.list_folder(place), suffixes, problems)
+        organ = "" if place is folder else place.name
+        files += [_File(organ, stem, path) for stem, path in by_stem.items()]
     if not files:
         kinds = ", ".join(suffixes)
         raise UserError(f"{folder}: found no {kinds} file in it or in its sub-folders")
@@ -79,12 +75,9 @@ def _label_files(folder: Path, suffixes: Sequence[str]) -> dict[str, _File]:
 
 def _by_any_name(files: dict[str, _File]) -> dict[str, _File]:
     """File by its name, by ORGAN_STEM, which the other folder may need, and without `_masks`."""
-    bare = Counter(map(folders.bare_stem, files))
-    short = {
-        folders.bare_stem(name): file
-        for name, file in files.items()
-        if bare[folders.bare_stem(name)] == 1
-    }
+    bare = {name: folders.bare_stem(name) for name in files}
+    alike = Counter(bare.values())
+    short = {bare[name]: file for name, file in files.items() if alike[bare[name]] == 1}
     return short | {file.long_name: file for file in files.values()} | files
 
 
@@ -120,24 +113,21 @@ def find_pairs(
     truths, predictions = _truth_files(Path(truth)), _label_files(Path(pred), LABELS)
     masks = _label_files(Path(vague), IMAGES) if vague else {}
     predicted, unsure = _by_any_name(predictions), _by_any_name(masks)
-    matched = {}
-    for name in truths:
+    pairs, missing, used = [], [], set()
+    for name, file in sorted(truths.items()):
         bare = folders.bare_stem(name)
-        file = predicted.get(name) or (None if bare in truths else predicted.get(bare))
-        if file:
-            matched[name] = file
-    missing = sorted(truths.keys() - matched.keys())
-    used = set(matched.values())
-    extra = sorted(name for name, file in predictions.items() if file not in used)
-    if not used:
-        names = f"found {shortened(extra)}, expected {shortened(missing)}"
-        raise UserError(f"no file of {pred} has the stem of one in {truth}: {names}")
-    pairs = []
-    for name in sorted(matched):
-        file = truths[name]
+        found = predicted.get(name) or (None if bare in truths else predicted.get(bare))
+        if found is None:
+            missing.append(name)
+            continue
+        used.add(found)
         place = folders.first_group(pattern, name) or file.organ
         mask = unsure[name].path if name in unsure else file.vague
-        pairs.append(Pair(name, place, file.path, matched[name].path, mask, file.image))
+        pairs.append(Pair(name, place, file.path, found.path, mask, file.image))
+    extra = sorted(name for name, file in predictions.items() if file not in used)
+    if not pairs:
+        names = f"found {shortened(extra)}, expected {shortened(missing)}"
+        raise UserError(f"no file of {pred} has the stem of one in {truth}: {names}")
     return pairs, missing, extra
 
 
