@@ -62,7 +62,6 @@ from nucsam.export.merged import export_run
 from nucsam.files import shortened, without_nan, write_text
 from nucsam.folds import runner
 from nucsam.folds.jobs import Job
-from nucsam.folds.table import markdown_section
 from nucsam.model import network
 from nucsam.predict.devices import uses_gpu
 from nucsam.run import checkpoint
@@ -654,8 +653,8 @@ def markdown(plan: Plan, rows: Sequence[dict[str, Any]], verdicts: Sequence[dict
         cells.append([goal["goal"], peer, _signed(goal["difference"]), _verdict(goal)])
     return "\n".join(
         [
-            markdown_section("Accuracy", head, [_cells(plan, row) for row in rows], notes),
-            markdown_section("Goals", "goal|best beside|difference|", cells),
+            _section("Accuracy", head, [_cells(plan, row) for row in rows], notes),
+            _section("Goals", "goal|best beside|difference|", cells),
             "## Settings",
             "",
             *(f"- {text}" for text in settings_lines(plan)),
@@ -677,6 +676,16 @@ def settings_lines(plan: Plan) -> list[str]:
             text = f"runs of `{MODELS[name].tta}`, test-time augmentation"
         lines.append(f"`{name}`: {text}")
     return lines
+
+
+def _section(
+    title: str, columns: str, rows: Sequence[Sequence[str]], notes: Sequence[str] = ()
+) -> str:
+    """A heading, a table and remarks in Markdown; | separates the titles of the columns."""
+    titles = columns.split("|")
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *cells)]
+    return "\n".join([f"## {title}", "", *lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
 def _differences(a: Config, b: Config) -> str:

@@ -11,7 +11,6 @@ from nucsam.folds.jobs import plan, variants
 from nucsam.folds.published import CAVEATS, PUBLISHED, is_nuinsseg
 from nucsam.folds.table import (
     cross_validation,
-    markdown_section,
     table_csv,
     table_latex,
     table_rows,
@@ -146,8 +145,3 @@ def test_a_table_without_any_fold_says_so(tmp_path, tiny):
     marks = "**RANDOM BASE WEIGHTS**; **INCOMPLETE: fold 0, 1, 2 of 3 missing**"
     assert f"| `tiny`; {marks}; no fold done | – | – | – | – |" in scores
     assert "| `tiny` | 2; kept none, " in how and "| – | – |" in how
-
-
-def test_markdown_section():
-    text = markdown_section("Title", "a|b", [["1", "x|y"]], ["note"])
-    assert text == "## Title\n\n| a | b |\n| --- | --- |\n| 1 | x\\|y |\n\n- note\n"

@@ -6,7 +6,23 @@ from typing import Any
 
 from nucsam.files import printable
 from nucsam.folds.jobs import Job
-from nucsam.score.tables import COLUMNS
+from nucsam.score.tables import COLUMNS, percent
+
+LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"±": r"$\pm$", percent(None): "--"}
+)
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this package, filled in."""
+    from jinja2 import Environment, PackageLoader
+
+    loader = PackageLoader("nucsam.folds")
+    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["latex"] = lambda text: text.translate(LATEX)
+    return environment.get_template(template).render(**values)
 
 
 def methods_section(jobs: Sequence[Job], *, nuinsseg: bool) -> str:
@@ -21,14 +37,10 @@ def methods_section(jobs: Sequence[Job], *, nuinsseg: bool) -> str:
     Returns:
         The section; "" where no fold is finished.
     """
-    from jinja2 import Environment, PackageLoader
-
     scores = {job: job.scores() for job in jobs}
     done = {job: document for job, document in scores.items() if document}
     if not done:
         return ""
-    options = {"trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=PackageLoader("nucsam.folds"), **options)
     cited: list[str] = []
 
     def cite(key: str) -> str:
@@ -36,7 +48,8 @@ def methods_section(jobs: Sequence[Job], *, nuinsseg: bool) -> str:
             cited.append(key)
         return f"[{cited.index(key) + 1}]"
 
-    text = environment.get_template("methods.md").render(
+    text = render(
+        "methods.md",
         c=jobs[0].config,
         label=jobs[0].variant,
         nuinsseg=nuinsseg,

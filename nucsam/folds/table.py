@@ -1,22 +1,19 @@
 """The cross-validation table: statistics over folds, as Markdown, CSV and LaTeX."""
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nucsam.files import to_csv
 from nucsam.folds.jobs import Job
+from nucsam.folds.methods import render
 from nucsam.folds.published import CAVEATS, PUBLISHED, is_nuinsseg
 from nucsam.score.tables import COLUMNS, HEADLINE, over_folds, percent
 
-TITLES = "|".join(COLUMNS[name] for name in HEADLINE)
-MEAN, PUBLISHED_ROW = "mean", "published"  # what stands in place of a fold
+TITLES = [COLUMNS[name] for name in HEADLINE]
+MEAN, PUBLISHED_ROW = "mean", "published"  # in place of a fold, also in the templates
 UNDEFINED = percent(None)
-LATEX = str.maketrans(
-    {character: f"\\{character}" for character in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    | {"±": r"$\pm$", UNDEFINED: "--"}
-)
 
 
 def cross_validation(jobs: Sequence[Job], name: str) -> dict[str, Any]:
@@ -114,7 +111,7 @@ class TableRow(NamedTuple):
     @property
     def cells(self) -> list[str]:
         """The scores, each with its deviation where there is one."""
-        return [_with_deviation(*pair) for pair in self.scores]
+        return _cells(self.scores)
 
 
 def table_rows(table: dict[str, Any]) -> list[TableRow]:
@@ -136,46 +133,14 @@ def table_rows(table: dict[str, Any]) -> list[TableRow]:
 
 def table_sections(table: dict[str, Any]) -> list[str]:
     """table.md in sections: means, folds, how the models were made, and each variant's organs."""
-    means, folds = [], []
-    for row in table_rows(table):
-        marks = (f"**{mark}**" for mark in row.marks)
-        title = "; ".join([f"`{row.model}`", *marks, row.protocol])
-        if row.fold == PUBLISHED_ROW:
-            means.append([f"published: {row.model}", *row.cells, row.trained])
-        elif row.fold == MEAN:
-            means.append([title, *row.cells, row.trained])
-        else:
-            folds.append([title, row.fold, row.images, *row.cells])
-    protocols = [rules for variant in table["variants"] for rules in variant["protocols"]]
-    average = "Percent: mean over a fold's images, then over folds ± standard deviation over folds."
-    notes = [average, *dict.fromkeys(rules["rules"] for rules in protocols), *table["caveats"]]
-    title, columns = f"Cross-validation: {table['name']}", f"model|{TITLES}|trained"
-    sections = [markdown_section(title, columns, means, notes)]
-    if folds:
-        sections.append(markdown_section("Test scores", f"model|fold|images|{TITLES}", folds))
-    how = "model|epochs|base weights|parameters in all|split|seed"
-    sections.append(markdown_section("How", how, [_how(row) for row in table["variants"]]))
-    return sections + _organ_sections(table)
-
-
-def _organ_sections(table: dict[str, Any]) -> list[str]:
-    sections = []
-    for variant in table["variants"]:
-        marks = "".join(f"; **{mark}**" for mark in _marks(variant))
-        for scored in variant["protocols"]:
-            rows = []
-            for organ, group in scored["organs"].items():
-                counts = str(group["images"]), str(group["folds"])
-                rows.append([organ, *counts, *(_with_deviation(*pair) for pair in _scores(group))])
-            title = f"Per organ: `{variant['variant']}`{marks}; {scored['protocol']}"
-            if rows:
-                sections.append(markdown_section(title, f"organ|images|folds|{TITLES}", rows))
-    return sections
+    values = {"rows": table_rows(table), "count": _count, "marks": _marks, "scores": _scores}
+    text = render("table.md", table=table, titles=TITLES, cells=_cells, **values)
+    return re.split(r"\n(?=## )", text.lstrip())
 
 
 def table_csv(rows: Sequence[TableRow]) -> str:
     """table.csv: scores in percent, empty where undefined."""
-    scores = [f"{title}{kind} (%)" for title in TITLES.split("|") for kind in ("", " std")]
+    scores = [f"{title}{kind} (%)" for title in TITLES for kind in ("", " std")]
     lines = [["model", "protocol", "fold", "images", *scores, "trained", "marks"]]
     for row in rows:
         place = row.model, row.protocol, row.fold, row.images
@@ -187,19 +152,7 @@ def table_csv(rows: Sequence[TableRow]) -> str:
 
 def table_latex(rows: Sequence[TableRow]) -> str:
     """table.tex: a tabular in percent; a document needs the package booktabs."""
-    lines = [["model", "protocol", "fold", "images", *TITLES.split("|"), "trained"]]
-    for row in rows:
-        model = "; ".join((row.model, *row.marks))
-        lines.append([model, row.protocol, row.fold, row.images, *row.cells, row.trained])
-    head, *body = [" & ".join(cell.translate(LATEX) for cell in line) + r" \\" for line in lines]
-    parts = []
-    for row, line in zip(rows, body):
-        parts.append(line)
-        if row.fold == MEAN and row is not rows[-1]:
-            parts.append(r"\midrule")
-    note = "% Percent; a document needs the package booktabs."
-    start = [note, r"\begin{tabular}{lllrrrrr}", r"\toprule", head, r"\midrule"]
-    return "\n".join([*start, *parts, r"\bottomrule", r"\end{tabular}", ""])
+    return render("table.tex", rows=rows, titles=TITLES)
 
 
 def _marks(row: dict[str, Any]) -> tuple[str, ...]:
@@ -224,40 +177,9 @@ def _scores(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple(scores)
 
 
-def _with_deviation(mean: str, std: str) -> str:
-    return f"{mean} ± {std}" if std else mean
-
-
-def _how(row: dict[str, Any]) -> list[str]:
-    split = row["split"]
-    best = ", ".join(f"{epoch} in fold {fold}" for fold, epoch in row["best_epochs"].items())
-    return [
-        f"`{row['variant']}`",
-        f"{row['epochs']}; kept {best or 'none'}, chosen by {row['epoch_chosen_by']}",
-        "; ".join(row["base"]) or "–",
-        _count(row["parameters"]),
-        f"{row['folds']} {split['scheme']} folds, seed {split['seed']}, "
-        f"group {split['group'] or 'none'}",
-        str(row["seed"]),
-    ]
+def _cells(scores: Iterable[tuple[str, str]]) -> list[str]:
+    return [f"{mean} ± {std}" if std else mean for mean, std in scores]
 
 
 def _count(number: int | None) -> str:
     return f"{number:,}" if number else UNDEFINED
-
-
-def markdown_section(
-    title: str, columns: str, rows: Sequence[Sequence[str]], notes: Sequence[str] = ()
-) -> str:
-    """A heading, a table and remarks in Markdown.
-
-    Args:
-        title: of the heading.
-        columns: their titles, separated by |.
-        rows: cells of each row.
-        notes: remarks below the table.
-    """
-    titles = columns.split("|")
-    cells = [[cell.replace("|", r"\|") for cell in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *cells)]
-    return "\n".join([f"## {title}", "", *lines, "", *(f"- {note}" for note in notes)]) + "\n"
