@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from nucsam.console import with_bar
 from nucsam.data import geojson, published, rois
 from nucsam.data.folders import Record, format_size, raise_problems
 from nucsam.data.images import open_image, read_image, read_label, read_mask, read_metadata
 from nucsam.data.labels import components, not_instances
 from nucsam.data.rois import Outlines, Place
 from nucsam.errors import UserError
+from nucsam.progress import with_bar
 
 MIN_SIDE = 64  # px, the least that the encoder takes
 TRIES = 16  # places of a crop until one has a pixel that counts

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from nucsam import download
-from nucsam.console import with_bar
 from nucsam.data.folders import is_data_set, list_folder
 from nucsam.errors import UserError
+from nucsam.progress import with_bar
 
 ZENODO = "https://zenodo.org"
 RECORDS = {"nuinsseg": 10518968, "tnbc": 1175282}  # at Zenodo

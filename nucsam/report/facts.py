@@ -1,15 +1,13 @@
-"""What a report says of runs: scores of folds, findings, notices, cost."""
+"""What a report says of runs: scores of folds, findings, cost."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import NormalDist, fmean, median, stdev
 from typing import Any, NamedTuple
 
 from nucsam.files import without_nan
 from nucsam.run.directory import RunRecord
-from nucsam.run.learning import advice, learnt_nothing
 from nucsam.score.tables import COLUMNS, FEWEST, HEADLINE, over_folds, percent
 
 SHOWN = {name: COLUMNS[name] for name in HEADLINE}
@@ -18,24 +16,12 @@ POINT = 0.01  # of AJI: scores without error bars must differ by more to be spok
 Row = dict[str, Any]  # one scored image of `RunRecord.rows`
 
 
-# ---- groups ----
-
-
-def grouped(items: Iterable[Any], key: Callable[[Any], str]) -> dict[str, list[Any]]:
-    """Key -> its items, keys and items in the order of `items`."""
-    groups = defaultdict(list)
-    for item in items:
-        groups[key(item)].append(item)
-    return dict(groups)
-
-
 def by_organ(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Organ, or "all images" where a data set names none, -> its images."""
-    return grouped(rows, lambda row: row["organ"] or "all images")
-
-
-def by_variant(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
-    return grouped(runs, lambda run: run.variant)
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["organ"] or "all images"].append(row)
+    return dict(groups)
 
 
 # ---- facts ----
@@ -63,55 +49,6 @@ def summary(runs: Sequence[RunRecord]) -> dict[str, Any]:
         **without_nan(over_folds([run.scores["headline"] for run in scored])),
         "interval": interval,
     }
-
-
-def notices(folder: Path, runs: Sequence[RunRecord]) -> list[str]:
-    """What a reader must know before any number: what is missing, and what the scores hide.
-
-    Args:
-        folder: of the run, or of the cross-validation.
-        runs: the folds of every variant.
-    """
-    cross = runs[0].folder != folder
-    scored = [run for run in runs if run.scores]
-    texts = [_unfinished(run, cross) for run in runs if not run.scores]
-    if cross:
-        for variant, folds in by_variant(runs).items():
-            total = folds[0].config.data.folds
-            if len(folds) < total:
-                name = variant or "The cross-validation"
-                texts.append(f"{name} has {len(folds)} of {total} folds so far.")
-    if any(run.config.data.select == "test" for run in scored):
-        texts.append("The test images chose the epoch to keep, so their scores flatter the model.")
-    if any(run.scores["images_of"] == "inner" for run in scored):
-        texts.append(
-            "There are no test images. The scores are those of the inner split, which chose the "
-            "epoch to keep, so they flatter the model."
-        )
-    for run in scored:
-        if sentence := learnt_nothing(run.scores):
-            name = f"{_name(run)}: " if cross else ""
-            last = run.epochs[-1] if run.epochs else run.scores
-            texts.append(
-                f"{name}{sentence} {advice(run.config, last['epoch'], last.get('step', 0))}."
-            )
-    if any(run.config.model.weights == "none" for run in runs):
-        texts.append("The base weights are random: the scores say nothing about MobileSAM.")
-    return texts
-
-
-def _name(run: RunRecord) -> str:
-    return f"{run.variant}, {run.name}".removeprefix(", ")
-
-
-def _unfinished(run: RunRecord, cross: bool) -> str:
-    name = _name(run) if cross else "This run"
-    done = run.epochs[-1]["epoch"] if run.epochs else 0
-    return (
-        f"{name} is unfinished: {done} of {run.config.train.epochs} epochs are done, and the test "
-        "images are not scored. The same command with --resume continues it; nucsam evaluate "
-        "scores its best epoch so far."
-    )
 
 
 def training_cost(runs: Sequence[RunRecord]) -> dict[str, float]:

@@ -7,6 +7,8 @@ the extra `report` (matplotlib, jinja2).
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from nucsam.report import facts
 from nucsam.report.charts import Chart, run_charts, svg, write_chart
 from nucsam.report.gallery import SHAPES, make_gallery, picks, scaled
 from nucsam.run.directory import RunDirectory, RunRecord, read_runs
+from nucsam.run.learning import advice, learnt_nothing
 from nucsam.score.metrics import OUTCOMES
 from nucsam.score.tables import percent
 
@@ -46,25 +49,20 @@ def write_report(
     """
     check_packages("report", "matplotlib", "jinja2")
     all_runs = read_runs(folder)
-    runs = max(
-        facts.by_variant(all_runs).values(),
-        key=lambda runs: facts.summary(runs)["mean"]["aji"] or -1,
-    )
+    variants = [list(runs) for _, runs in groupby(all_runs, attrgetter("variant"))]
+    runs = max(variants, key=lambda runs: facts.summary(runs)["mean"]["aji"] or -1)
     charts = run_charts(runs)
-    notices = facts.notices(folder, all_runs)
-    pictures = []
+    pictures, no_pictures = [], ""
     try:
         pictures = make_gallery(picks(_rows(runs), every_image), runs, root)
     except (UserError, OSError) as error:
-        notices.append(
-            f"The page has no pictures: {error}. If the images have moved, run "
-            f"nucsam report {folder} --data FOLDER."
-        )
+        no_pictures = f"{error}. If the images have moved, run nucsam report {folder} --data FOLDER"
     commands = [Path(word) for run in runs for word in run.environment.get("command", [])]
     text = _render(
         [folder, Path(runs[0].config.data.root), Path(root), *filter(Path.is_absolute, commands)],
         **_contents(folder, runs, all_runs, pictures),
-        notices=notices,
+        summaries=[facts.summary(folds) for folds in variants],
+        no_pictures=no_pictures,
         charts={name: svg(chart, name) for name, chart in charts.items()},
         pictures=pictures,
     )
@@ -106,7 +104,6 @@ def _contents(
     return {
         "title": folder.resolve().name,
         "cross": all_runs[0].folder != folder,
-        "summaries": [facts.summary(folds) for folds in facts.by_variant(all_runs).values()],
         "best": facts.summary(runs),
         "runs": runs,
         "all_runs": all_runs,
@@ -149,6 +146,7 @@ def _render(private: Sequence[Path], **values: Any) -> str:
     environment.filters["local"] = lambda text: without_folders(str(text), private)
     shapes = {name: scaled(shape, SWATCH) for name, shape in SHAPES.items()}
     template = environment.get_template("report.html")
+    values |= {"advice": advice, "learnt_nothing": learnt_nothing}
     return template.render(shown=facts.SHOWN, outcomes=OUTCOMES, shapes=shapes, **values)
 
 

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nucsam.config import compiled
-from nucsam.console import with_bar
 from nucsam.data import folders
 from nucsam.data.draw import overlay, write_png
 from nucsam.data.images import IMAGES, LABELS, read_image, read_label
 from nucsam.data.samples import attempt, check_same_size, read_nuclei, read_vague
 from nucsam.errors import UserError
 from nucsam.files import shortened
+from nucsam.progress import with_bar
 from nucsam.score.metrics import Protocol, protocol_named, score_maps
 from nucsam.score.tables import image_row, scored
 
