@@ -1,6 +1,6 @@
 """The methods section of a report: what the runs of a cross-validation did, with citations."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,65 +48,38 @@ def methods_section(jobs: Sequence[Job], *, nuinsseg: bool) -> str:
             cited.append(key)
         return f"[{cited.index(key) + 1}]"
 
+    config = jobs[0].config
+    environments = [job.directory.read_environment() for job in done]
+    step_images = config.train.batch * config.train.accumulate  # of a process
     text = render(
         "methods.md",
-        c=jobs[0].config,
+        c=config,
         label=jobs[0].variant,
         nuinsseg=nuinsseg,
-        missing=[job.fold for job in jobs if job not in done],
+        folder=Path(config.data.root).name,
+        base=Path(config.model.weights).name,
+        metric=COLUMNS[config.train.best],
+        inventory=list(next(iter(done)).directory.read_images().values()),
+        environments=environments,
+        alike=all(_made(environment) == _made(environments[0]) for environment in environments),
+        batches=[step_images * environment.get("processes", 1) for environment in environments],
+        counts=[environment.get("images", {}) for environment in environments],
+        done={job.fold: document for job, document in done.items()},
+        span=_span,
         cite=cite,
         cited=cited,
-        **_of_training(list(done)),
-        **_of_scores(done),
     )
     paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
     return printable("\n\n".join(filter(None, paragraphs)) + "\n")
 
 
-def _of_training(jobs: Sequence[Job]) -> dict[str, Any]:
-    """What the template says of images, parameters and training, from the files of the runs."""
-    c = jobs[0].config
-    environments = [job.directory.read_environment() for job in jobs]
-    first = environments[0]
-    images = [environment.get("images", {}) for environment in environments]
-    inventory = jobs[0].directory.read_images().values()
-    processes = [environment.get("processes", 1) for environment in environments]
+def _made(environment: dict[str, Any]) -> list[Any]:
+    """On what a run was trained."""
     keys = ("precision", "device", "processes", "nucsam", "packages")
-    made = [{key: environment.get(key) for key in keys} for environment in environments]
-    return {
-        "folder": Path(c.data.root).name,
-        "images": sum(images[0].values()),
-        "organs": len({image["organ"] for image in inventory} - {""}),
-        "groups": len({image["group"] for image in inventory}),
-        "inner": round(1 / c.data.inner),
-        "train": _span(counts.get("train") for counts in images),
-        "validation": _span(counts.get("inner") for counts in images),
-        "test": _span(counts.get("test") for counts in images),
-        "base": Path(c.model.weights).name,
-        "steps": _span(environment.get("steps") for environment in environments),
-        "batch": _span(c.train.batch * c.train.accumulate * count for count in processes),
-        "side": round(c.data.crop * c.data.scale),
-        "run": first,
-        "alike": made.count(made[0]) == len(made),
-        "metric": COLUMNS[c.train.best],
-    }
+    return [environment.get(key) for key in keys]
 
 
-def _of_scores(done: Mapping[Job, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the template says of test images and scoring."""
-    summaries = [document["scores"][0]["summary"] for document in done.values()]
-    protocols = max((document["scores"] for document in done.values()), key=len)
-    return {
-        "finished": len(done),
-        "tested": sum(summary["images"] for summary in summaries),
-        "nuclei": sum(summary["nuclei"] for summary in summaries),
-        "kept": ", ".join(f"{d['epoch']} in fold {job.fold}" for job, d in done.items()),
-        "rules": [protocol["rules"].partition(": ")[2] for protocol in protocols],
-        "vague": len(protocols) > 1,
-    }
-
-
-def _span(counts: Iterable[int | None]) -> str:
+def _span(counts: Iterable[Any]) -> str:
     """The values of the folds: "41" or "41 to 42"; "" where a run does not say."""
-    values = sorted({count for count in counts if count is not None})
+    values = sorted({count for count in counts if isinstance(count, int)})
     return " to ".join(f"{value:,}" for value in dict.fromkeys(values[:1] + values[-1:]))
