@@ -64,9 +64,8 @@ def read_image(path: str | Path) -> np.ndarray:
         return image[:, :]
     pixels, _ = _read_picture(path, ANY, colour=True)
     if pixels.dtype == np.uint16:
-        pixels = slides.to_bytes(
-            pixels, slides.used_bits(np.bincount(pixels.ravel(), minlength=2**16))
-        )
+        counts = np.bincount(pixels.ravel(), minlength=2**16)
+        pixels = slides.to_bytes(pixels, slides.used_bits(counts))
     if pixels.ndim == 2:
         pixels = np.stack([pixels] * 3, -1)
     return np.ascontiguousarray(pixels)
@@ -232,12 +231,10 @@ def _read_picture(
 
 def _decode_picture(path: Path, image, colour: bool) -> tuple[np.ndarray, np.ndarray | None]:
     """Pixels and alpha of an open Pillow image, which gives PNGs of 16 bits only 8."""
-    head = b""
+    bits, alpha = 8, None
     if image.format == "PNG":
         with path.open("rb") as file:
-            head = file.read(26)
-    bits = head[24] if head else 8
-    alpha = None
+            bits = file.read(25)[24]  # of the header
     if bits == 16:
         pixels = import_module("imagecodecs").png_decode(path.read_bytes())
     elif colour:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -223,10 +223,8 @@ def read_imagej(path: str | Path) -> tuple[list[Shape], Counter]:
             if roi.roitype not in flat or roi.subtype in marks:
                 unused[f"{roi.roitype.name.lower()} ROI"] += 1
                 continue
-            rings = [
-                *filter(lambda ring: ring is not None, map(closed, roi.coordinates(multi=True)))
-            ]
-            if rings:
+            rings = map(closed, roi.coordinates(multi=True))
+            if rings := [ring for ring in rings if ring is not None]:
                 shapes.append(Shape([rings], "roi", roi.name or ""))
             else:
                 unused["empty ROI"] += 1
@@ -355,15 +353,12 @@ def _hold_others(shapes: Sequence[Shape]) -> list[bool]:
     return holding
 
 
-def _holds(shape: Shape, others: Sequence[Shape]) -> bool:
-    inner = 0
-    for other in others:
-        if _contains(shape, other):
-            inner += 1
-            nucleus = shape.kind != "roi" and other.area >= CORE * shape.area
-            if inner > 1 or nucleus or shape.kind == "annotation":
-                return True
-    return False
+def _holds(shape: Shape, others: Iterable[Shape]) -> bool:
+    inner = [*islice((other for other in others if _contains(shape, other)), 2)]
+    if len(inner) != 1:
+        return bool(inner)
+    nucleus = shape.kind != "roi" and inner[0].area >= CORE * shape.area
+    return nucleus or shape.kind == "annotation"
 
 
 def _contains(shape: Shape, other: Shape) -> bool:

@@ -183,13 +183,8 @@ def read_sample(record: Record) -> Sample:
         counted = np.bincount(label[~rest], minlength=label.max() + 1) > 0
         label = np.where(counted[label], label, 0)
         vague = rest if vague is None else rest | vague
-    return Sample(
-        image,
-        relabel_sequential(label)[0],
-        vague,
-        partial=rest is not None,
-        problem=problem,
-    )
+    label = relabel_sequential(label)[0]
+    return Sample(image, label, vague, partial=rest is not None, problem=problem)
 
 
 def _read_files(record: Record) -> tuple[np.ndarray, ...]:

@@ -49,11 +49,8 @@ def picks(
     if not ranked:
         return []
     size = 2 if len(ranked) >= 9 else 1
-    middle = (len(ranked) - size) // 2
-    kinds: dict[int, str] = {}
-    for kind, first in (("worst", 0), ("best", len(ranked) - size), ("median", middle)):
-        for index in range(first, first + size):
-            kinds.setdefault(index, kind)
+    firsts = {"median": (len(ranked) - size) // 2, "best": len(ranked) - size, "worst": 0}
+    kinds = {first + k: kind for kind, first in firsts.items() for k in range(size)}
     shown = range(len(ranked)) if every else sorted(kinds)
     return [(kinds.get(index, ""), index + 1, ranked[index]) for index in shown]
 

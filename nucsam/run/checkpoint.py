@@ -86,7 +86,8 @@ def load_adapter(path: Path, model: Nucsam, base: Base) -> dict[str, Any]:
     Raises:
         UserError: the adapter was trained on another base, or does not fit the model.
     """
-    weights, metadata = _read_adapter(path)
+    weights, metadata = read_tensors(path, "adapter")
+    check_metadata(path, metadata)
     trained_on = metadata["base"]
     if trained_on["sha256"] != base.sha256:
         raise UserError(
@@ -107,7 +108,7 @@ def open_adapter(path: Path, weights: str = "auto") -> tuple[Nucsam, Config, Bas
     Returns:
         As `open_run`.
     """
-    _, metadata = _read_adapter(path)
+    _, metadata = read_tensors(path, "adapter")
     config = check_metadata(path, metadata)
     base = load_base(weights)
     net = build_model(config.model, base, seed=config.train.seed)
@@ -132,12 +133,6 @@ def put_weights(model: Nucsam, weights: Mapping[str, Tensor], source: Path) -> N
     with torch.no_grad():
         for name, parameter in targets.items():
             parameter.copy_(weights[name])
-
-
-def _read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    weights, metadata = read_tensors(path, "adapter")
-    check_metadata(path, metadata)
-    return weights, metadata
 
 
 # ---- base, and the model of a run ----
