@@ -1,6 +1,8 @@
 """The one exception that is the user's to mend."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -12,18 +14,27 @@ class UserError(ValueError):
     """
 
 
-def unreadable(path: object, error: Exception, expected: str) -> UserError:
-    """What to tell the user of an exception that reading a file has raised.
+@contextmanager
+def reading(
+    path: object, expected: str, kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Context of reading a file, in which an exception becomes a UserError that names the file.
 
     Args:
         path: the file.
-        error: the exception; a UserError only gets the name of the file, if it lacks it.
         expected: what the file should be.
+        kinds: of exceptions; a damaged file makes decoders raise nearly anything. A UserError only
+            gets the name of the file, if it lacks it.
     """
-    if isinstance(error, UserError):
-        return error if str(path) in str(error) else UserError(f"{path}: {error}")
-    reason = f"{type(error).__name__}: {error}"
-    return UserError(f"{path}: cannot be read ({reason}), expected {expected}")
+    try:
+        yield
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
+    except kinds as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: cannot be read ({reason}), expected {expected}") from error
 
 
 def check_packages(extra: str, *names: str) -> None:

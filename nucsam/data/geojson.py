@@ -10,7 +10,6 @@ import json
 import math
 import re
 import uuid
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from nucsam.data.rois import MOST_BYTES, Outlines, Polygon, Shape, check_bytes, closed, read_bytes
-from nucsam.errors import UserError, unreadable
+from nucsam.errors import UserError, reading
 from nucsam.files import atomic
 
 CLASS = {"name": "Nucleus", "color": [0, 200, 80]}  # RGB
@@ -235,14 +234,12 @@ def _polygons(rings: list[tuple[np.ndarray, np.ndarray]]) -> list[Rings]:
 def _read_features(path: str | Path) -> Iterator[tuple[int, Any]]:
     """Yield each Feature with the number of its place in the file, then its child objects."""
     data = read_bytes(path, "GeoJSON")
-    try:
+    with reading(path, "GeoJSON"):
         if data.startswith(GZIP):
             with gzip.open(io.BytesIO(data)) as file:
                 data = file.read(MOST_BYTES + 1)
         check_bytes(len(data))
         document = json.loads(data)
-    except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
-        raise unreadable(path, error, "GeoJSON") from None
     if isinstance(document, dict):
         document = document.get("features", [document])
     if not isinstance(document, list):

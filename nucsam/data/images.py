@@ -16,7 +16,7 @@ import numpy as np
 import tifffile
 
 from nucsam.data import published, slides
-from nucsam.data.slides import SCANNERS, TIFF, Windows, check_size, damaged, turned
+from nucsam.data.slides import SCANNERS, TIFF, Windows, check_size, decoding, turned
 from nucsam.errors import UserError
 from nucsam.files import atomic, check_no_device
 
@@ -175,10 +175,8 @@ def _stored(path: Path, suffixes: Sequence[str]) -> tuple[np.ndarray, np.ndarray
     suffix = _suffix(path, suffixes)
     if suffix in PICTURES:
         return _read_picture(path, ("PNG",) if suffixes is LABELS else ANY, colour=False)
-    try:
+    with decoding(path):
         return _read_npy(path) if suffix == ".npy" else _read_tiff(path)
-    except Exception as error:  # a damaged file makes decoders raise nearly anything
-        raise damaged(path, error) from error
 
 
 def _read_npy(path: Path) -> tuple[np.ndarray, None]:
@@ -212,20 +210,19 @@ def _read_picture(
     """
     from PIL import Image
 
-    try:
-        with Image.open(path, formats=formats) as image:
-            check_size(path, image.size[::-1])
-            image.verify()  # the checksums of a PNG, which reading its pixels skips
+    with decoding(path):
+        try:
+            with Image.open(path, formats=formats) as image:
+                check_size(path, image.size[::-1])
+                image.verify()  # the checksums of a PNG, which reading its pixels skips
+        except Image.DecompressionBombError as error:
+            expected = "expected a tiled TIFF, which is read by windows"
+            raise UserError(f"found too many px ({error}), {expected}") from error
         with Image.open(path, formats=formats) as image:
             if image.format == "PNG" and image.n_frames > 1:
                 raise UserError(f"found {image.n_frames} frames, expected one image")
             pixels, alpha = _decode_picture(path, image, colour)
             orientation = _orientation(image)
-    except Image.DecompressionBombError as error:
-        expected = "expected a tiled TIFF, which is read by windows"
-        raise UserError(f"{path}: found too many px ({error}), {expected}") from error
-    except Exception as error:  # a damaged file makes decoders raise nearly anything
-        raise damaged(path, error) from error
     return turned(pixels, orientation), None if alpha is None else turned(alpha, orientation)
 
 
@@ -291,11 +288,8 @@ def read_metadata(path: Path) -> tuple[float | None, list[str]]:
     elif suffix in PICTURES:
         from PIL import Image
 
-        try:
-            with Image.open(path) as image:
-                orientation = _orientation(image)
-        except Exception as error:  # a damaged file makes decoders raise nearly anything
-            raise damaged(path, error) from error
+        with decoding(path), Image.open(path) as image:
+            orientation = _orientation(image)
     remarks = []
     if orientation in range(2, 9):
         turn = f"orientation tag {orientation} turns the image"

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from nucsam.data.slides import check_size
-from nucsam.errors import UserError, unreadable
+from nucsam.errors import UserError, reading
 
 # Folders below one that has images, as regular expressions. A sub-folder with a digit in its name
 # is a patient: no split separates its images. Any other sub-folder is an organ.
@@ -120,10 +120,8 @@ def stack_images(root: Path) -> Iterator[tuple[str, str, Path, Path]]:
 
 
 def _array(path: Path) -> np.ndarray:
-    try:
+    with reading(path, "a NumPy array"):
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # a damaged file makes NumPy raise nearly anything
-        raise unreadable(path, error, "a NumPy array") from error
 
 
 def is_split_mask(path: Path) -> bool:
@@ -182,14 +180,12 @@ def read_instances(path: Path) -> np.ndarray | None:
 def _read_mat(path: Path) -> np.ndarray:
     from scipy.io import loadmat, whosmat
 
-    try:
+    with reading(path, "a whole .mat file; convert it to TIFF"):
         shapes = {name: shape for name, shape, _ in whosmat(path)}  # takes no memory
         if "inst_map" not in shapes:
             raise UserError("found no inst_map, expected one id per nucleus in it")
         check_size(path, shapes["inst_map"])
         label = loadmat(path, variable_names=["inst_map"])["inst_map"]
-    except Exception as error:  # a damaged file makes scipy raise nearly anything
-        raise unreadable(path, error, "a whole .mat file; convert it to TIFF") from error
     ids = np.rint(label).astype(np.int32)
     if ids.ndim != 2 or not np.array_equal(ids, label) or ids.min(initial=0) < 0:
         found = f"inst_map of {label.dtype} of shape {label.shape}"

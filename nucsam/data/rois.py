@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from nucsam.errors import UserError, unreadable
+from nucsam.errors import UserError, reading
 from nucsam.files import check_no_device
 
 SUFFIXES = (".geojson", ".json", ".geojson.gz", ".zip", ".roi", ".xml")
@@ -188,12 +188,10 @@ def read_bytes(path: str | Path, expected: str) -> bytes:
     Raises:
         UserError: there is no such file, or it cannot be read.
     """
-    try:
+    with reading(path, expected, (OSError, ValueError)):  # ValueError: a null byte in the name
         check_no_device(Path(path))
         check_bytes(Path(path).stat().st_size)
         return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise unreadable(path, error, expected) from None
 
 
 def check_bytes(count: int) -> None:
@@ -217,7 +215,7 @@ def read_imagej(path: str | Path) -> tuple[list[Shape], Counter]:
     flat = (ROI_TYPE.POLYGON, ROI_TYPE.RECT, ROI_TYPE.OVAL, ROI_TYPE.FREEHAND, ROI_TYPE.TRACED)
     marks = (ROI_SUBTYPE.TEXT, ROI_SUBTYPE.ARROW, ROI_SUBTYPE.IMAGE)
     shapes, unused = [], Counter()
-    try:
+    with reading(path, expected):
         for member in _zip_members(data) if zipfile.is_zipfile(io.BytesIO(data)) else [data]:
             roi = ImagejRoi.frombytes(member)
             if roi.roitype not in flat or roi.subtype in marks:
@@ -228,8 +226,6 @@ def read_imagej(path: str | Path) -> tuple[list[Shape], Counter]:
                 shapes.append(Shape([rings], "roi", roi.name or ""))
             else:
                 unused["empty ROI"] += 1
-    except Exception as error:  # damaged bytes make the decoders raise nearly anything
-        raise unreadable(path, error, expected) from None
     return shapes, unused
 
 
@@ -249,7 +245,7 @@ def read_aperio(path: str | Path) -> tuple[list[Shape], Counter]:
     """
     expected = "Aperio's XML: Annotations, Annotation, Regions, Region, Vertices, Vertex"
     data = read_bytes(path, expected)
-    try:
+    with reading(path, expected, (ElementTree.ParseError, TypeError, ValueError)):
         root = ElementTree.fromstring(data)
         if root.tag != "Annotations":
             raise UserError(f"found the element {root.tag}, expected {expected}")
@@ -265,8 +261,6 @@ def read_aperio(path: str | Path) -> tuple[list[Shape], Counter]:
                     shapes.append(Shape([[ring]], "roi", name))
                 else:
                     unused["region without an area"] += 1
-    except (ElementTree.ParseError, TypeError, ValueError) as error:
-        raise unreadable(path, error, expected) from None
     return shapes, unused
 
 

@@ -11,7 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import lru_cache
 from importlib import import_module
 from operator import add
@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 import numpy as np
 import tifffile
 
-from nucsam.errors import UserError, unreadable
+from nucsam.errors import UserError, reading
 
 TIFF = (".tif", ".tiff", ".svs")
 SCANNERS = (".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide", ".dcm")
@@ -121,23 +121,21 @@ def open_tiff(path: Path) -> tuple[tifffile.TiffFile, tifffile.TiffPageSeries]:
     Raises:
         UserError: the file is damaged, or holds no image, several or a stack.
     """
-    try:
+    with decoding(path):
         tiff = tifffile.TiffFile(path)
         try:
             return tiff, _only_image(tiff)
         except (AttributeError, LookupError):  # of OME-XML that does not describe the file
             tiff = tifffile.TiffFile(path, is_ome=False)
             return tiff, _only_image(tiff)
-    except Exception as error:  # a damaged file makes tifffile raise nearly anything
-        raise damaged(path, error) from error
 
 
-def damaged(path: Path, error: Exception) -> UserError:
-    """What to tell the user of an exception that reading an image or a label has raised."""
+def decoding(path: Path) -> AbstractContextManager[None]:
+    """Context of reading an image or a label, as of `reading`."""
     expected = f"a whole {path.suffix} file"
     if path.suffix.lower() in (*SCANNERS, ".svs"):
         expected += "; if the scanner's own program opens it, convert it to TIFF"
-    return unreadable(path, error, expected)
+    return reading(path, expected)
 
 
 def check_size(path: Path, shape: Sequence[int]) -> None:
@@ -288,19 +286,18 @@ def _decoder(
 
     @lru_cache(max(1, CACHE // segment_bytes))
     def decode(plane: int, row: int, column: int) -> np.ndarray | None:
-        try:
+        with decoding(path):
             plane_page, first = planes[plane]
             index = first + row * across + column
             offset, count = plane_page.dataoffsets[index], plane_page.databytecounts[index]
             data, _ = next(file.read_segments([offset], [count]))
             if data is None:
                 return None
-            return page.decode(data, index, jpegtables=plane_page.jpegtables)[0][0]
-        except (ValueError, NotImplementedError) as error:  # which may be no fault of the file
-            expected = "expected a common compression; save it as TIFF with deflate"
-            raise UserError(f"{path}: cannot be decoded ({error}), {expected}") from error
-        except Exception as error:  # a damaged file makes decoders raise nearly anything
-            raise damaged(path, error) from error
+            try:
+                return page.decode(data, index, jpegtables=plane_page.jpegtables)[0][0]
+            except (ValueError, NotImplementedError) as error:  # which may be no fault of the file
+                expected = "expected a common compression; save it as TIFF with deflate"
+                raise UserError(f"{path}: cannot be decoded ({error}), {expected}") from error
 
     return decode
 
@@ -333,7 +330,7 @@ class TiffWindows(Windows):
         tiff, series = open_tiff(path)
         page = series.keyframe
         blank = 255 if page.dtype == np.uint8 and page.photometric in (1, 2, 6) else 0
-        try:
+        with decoding(path):
             if page.dtype is None or page.dtype.kind not in "uib":
                 raise UserError(f"found values of {page.dtype}, expected 8 or 16 bits")
             levels = sorted(series.levels, key=_area, reverse=True)
@@ -344,8 +341,6 @@ class TiffWindows(Windows):
             self.sizes = [level.size for level in self._levels]
             self.shape = (*self.sizes[0], 3)
             self._bits = _tiff_bits(tiff, self._levels[0])
-        except Exception as error:  # a damaged file makes tifffile raise nearly anything
-            raise damaged(path, error) from error
 
     def _read(self, level: int, rows: slice, columns: slice) -> np.ndarray:
         pixels = self._levels[level]
@@ -447,10 +442,8 @@ class ScannerWindows(Windows):
         size = columns.stop - columns.start, rows.stop - rows.start
         if 0 in size:
             return np.zeros((*size[::-1], 3), np.uint8)
-        try:
+        with decoding(self.path):
             pixels = np.asarray(self._slide.read_region(corner, level, size))
-        except Exception as error:  # openslide.OpenSlideError, of a damaged file
-            raise damaged(self.path, error) from error
         alpha = pixels[..., 3:].astype(np.uint16)
         return ((pixels[..., :3] * alpha + 255 * (255 - alpha)) // 255).astype(np.uint8)
 
@@ -466,10 +459,8 @@ def open_slide(path: Path):
     except ImportError as error:
         need = f"a {path.suffix} slide needs OpenSlide: pip install 'nucsam[slides]' adds it"
         raise UserError(f"{path}: {need} ({error})") from error
-    try:
+    with decoding(path):
         return openslide.OpenSlide(path)
-    except (openslide.OpenSlideError, OSError) as error:
-        raise damaged(path, error) from error
 
 
 def slide_mpp(path: Path) -> float | None:
