@@ -173,7 +173,7 @@ def canvas(monkeypatch):
     pixels[110:130, 90:130] = [0, 0, 0, 128]
     slide = Canvas(Image.fromarray(pixels))
     monkeypatch.setattr(slides, "open_slide", lambda path: slide)
-    return ScannerWindows("a.mrxs")
+    return ScannerWindows(Path("a.mrxs"))
 
 
 def test_the_canvas_is_cut_to_what_was_scanned(canvas):
