@@ -31,35 +31,10 @@ def fold(number):
     return override({}, [f"data.fold={number}"])
 
 
-def sentences(images, epochs=()):
-    return [finding.text for finding in findings([record(images, epochs)], {})]
-
-
-@pytest.mark.parametrize(
-    "values, expected",
-    [
-        ([(1, 0.2), (10, 0.3)], ["The last epoch, 10, is the best (AJI 30.0 on the inner split)"]),
-        ([(1, 0.2), (9, 0.3), (10, 0.2)], []),
-        ([(4, 0.2), (6, 0.5), (10, 0.3)], ["The best epoch is 6 of 10 (AJI 50.0 on the inner"]),
-        ([(0, 0.5), (10, 0.3)], ["The best epoch is 0 of 10", "worse: AJI 50.0 at epoch 0, 30.0"]),
-        ([(1, 0.5), (10, 0.3)], ["The best epoch is 1 of 10"]),
-        ([(1, 0.2)], []),
-    ],
-)
-def test_findings_of_the_training(values, expected):
-    epochs = [{"epoch": epoch, "aji": aji} for epoch, aji in values] + [{"epoch": 11}]
-    texts = sentences([], epochs)
-    assert len(texts) == len(expected)
-    assert all(words in text for words, text in zip(expected, texts))
-
-
-def test_a_finding_points_to_its_place_and_its_fold():
-    epochs = [{"epoch": 1, "aji": 0.1}, {"epoch": 2, "aji": 0.2}]
-    runs = [record([image("a", 0.2)], epochs, fold(0)), record([image("b", 0.5)], [], fold(1))]
-    *_, worst, training = findings(runs, {"a": "image-0"})
-    assert worst.place == "image-0" and training.place == "curves"
-    assert training.text.startswith("Fold 0: The last epoch, 2, ")
-    assert findings(runs, {})[-2].place == "images"
+def test_a_finding_points_to_its_place():
+    runs = [record([image("a", 0.2)], [], fold(0)), record([image("b", 0.5)], [], fold(1))]
+    assert findings(runs, {"a": "image-0"})[-1].place == "image-0"
+    assert findings(runs, {})[-1].place == "images"
 
 
 def test_charts_of_one_run():

@@ -86,7 +86,7 @@ def organ_table(rows: Iterable[Row]) -> list[dict[str, Any]]:
     ]
 
 
-# ---- findings: sentences made from the scores and the training curves ----
+# ---- findings: sentences made from the scores ----
 
 
 class Finding(NamedTuple):
@@ -95,7 +95,7 @@ class Finding(NamedTuple):
 
 
 def findings(runs: Sequence[RunRecord], places: dict[str, str]) -> list[Finding]:
-    """Sentences about results: of the images first, then of each run's training.
+    """Sentences about the scores of images.
 
     A sentence says that one thing is more than another only where `differs` or `_worst_organ` says
     that chance seldom makes such a difference.
@@ -117,9 +117,6 @@ def findings(runs: Sequence[RunRecord], places: dict[str, str]) -> list[Finding]
                 f"the median over images is {percent(middle)}."
             )
             sentences.append(Finding(text, places.get(worst["name"], "images")))
-    for run in runs:
-        start = f"{run.name.capitalize()}: " if len(runs) > 1 else ""
-        sentences += [Finding(start + text, "curves") for text in _training(run)]
     return sentences
 
 
@@ -196,26 +193,3 @@ def _touching(rows: list[Row]) -> Iterator[Finding]:
 def _outcomes(rows: list[Row], name: str) -> list[int]:
     """How many nuclei of each image have an outcome."""
     return [row["outcomes"][name] for row in rows]
-
-
-def _training(run: RunRecord) -> Iterator[str]:
-    metric = run.config.train.best
-    epochs = [epoch for epoch in run.epochs if metric in epoch]
-    if len(epochs) < 2:
-        return
-    first, last = epochs[0], epochs[-1]
-    best = max(epochs, key=lambda epoch: epoch[metric])
-    score = f"{SHOWN[metric]} {percent(best[metric])} on the {run.config.data.select} split"
-    others = max(epoch[metric] for epoch in epochs if epoch is not best)
-    if best is last and best[metric] > others + POINT:
-        yield f"The last epoch, {last['epoch']}, is the best ({score}): longer training may help."
-    elif best["epoch"] <= 0.6 * last["epoch"] and best[metric] > last[metric] + POINT:
-        yield (
-            f"The best epoch is {best['epoch']} of {last['epoch']} ({score}): "
-            "later epochs did not help."
-        )
-    if first["epoch"] == 0 and last[metric] < first[metric] - POINT:
-        yield (
-            f"Training made the model worse: {SHOWN[metric]} {percent(first[metric])} at epoch 0, "
-            f"{percent(last[metric])} at the end."
-        )
