@@ -63,20 +63,6 @@ def training_cost(runs: Sequence[RunRecord]) -> dict[str, float]:
     }
 
 
-def other_protocols(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """Scores by each protocol after the first: its `name`, its `rules`, and the `mean` over folds.
-
-    A fold without vague areas has scores by the first protocol only: others change nothing.
-    """
-    folds = [run.scores["scores"] for run in runs if run.scores]
-    results = []
-    for k, scored in enumerate(max(folds, key=len, default=[])[1:], 1):
-        means = [(scores[k:] or scores)[0]["summary"]["mean"] for scores in folds]
-        result = {"name": scored["protocol"]["name"], "rules": scored["rules"]}
-        results.append(result | {"mean": over_folds(means)["mean"]})
-    return results
-
-
 def organ_table(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """A row per organ: its name, number of images, and mean of each metric, 0..1."""
     return [

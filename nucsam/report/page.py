@@ -111,7 +111,6 @@ def _contents(
         "organs": facts.organ_table(rows),
         "rows": rows,
         "places": places,
-        "others": facts.other_protocols(runs),
         "cost": facts.training_cost(runs),
         "changed": differences(Config(), runs[0].config),
         "toml": RunDirectory(runs[0].folder).config_file.read_text(encoding="utf-8"),
