@@ -15,8 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -43,7 +42,7 @@ from nucsam.folds.table import (
 )
 from nucsam.processes import ask_to_stop, child_options, handled, is_first
 from nucsam.run.directory import RunDirectory
-from nucsam.score.tables import COLUMNS, HEADLINE, percent, write_json
+from nucsam.score.tables import COLUMNS, percent, write_json
 
 POLL = 0.5  # s between looks at a child and at the other jobs
 
@@ -64,7 +63,7 @@ class Board:
         self.shown = shown
         self.console = PlainConsole()
         self.done: set[Job] = set()
-        self._told: dict[Job, tuple[str, int | None]] = {}
+        self._told: dict[Job, tuple[str, int]] = {}
 
     def say(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style, soft_wrap=True)
@@ -101,50 +100,25 @@ class Board:
         if not self.shown:
             return
         for job in self.jobs:
-            state, note = self.state(job), job.note()
-            epochs, validated, speed = _progress(job)
-            news = (state, validated.get("epoch"))
-            if news == self._told.get(job, ("waiting", None)):
+            state, note, epochs = self.state(job), job.note(), job.directory.epochs_done()
+            if (state, epochs) == self._told.get(job, ("waiting", 0)):
                 continue
-            self._told[job] = news
+            self._told[job] = (state, epochs)
             if state == "failed":
                 self.say(_failure(job, note), "red")
                 continue
             where = f" on {note['where']}" if state == "running" and note else ""
-            texts = [f"{job.name}: {state}{where}, epoch {epochs} of {job.config.train.epochs}"]
+            text = f"{job.name}: {state}{where}, epoch {epochs} of {job.config.train.epochs}"
             if scores := job.scores() if state == "done" else None:
-                texts += [_scores(scores["images_of"], scores["headline"])]
-            elif validated:
-                texts += [_scores(job.config.data.select, validated)]
-            if validated:
-                texts += [f"{speed} images/s", _duration(note)]
-            self.say(", ".join(texts))
+                means = [f"{COLUMNS[k]} {percent(v)}" for k, v in scores["headline"].items()]
+                text += f", {scores['images_of']} {', '.join(means)}"
+            self.say(text)
 
 
 def _failures(job: Job) -> int:
     """How many attempts at a job have failed: counted, because a clock can be set back."""
     failures = job.note().get("failures")
     return failures if isinstance(failures, int) else 0
-
-
-def _progress(job: Job) -> tuple[int, dict[str, Any], str]:
-    """Epochs done, the last measurements with scores, and the last images/s."""
-    lines = job.directory.read_metrics()
-    if not lines:
-        return 0, {}, ""
-    validated = next((line for line in reversed(lines) if HEADLINE[0] in line), {})
-    speed = lines[-1].get("images_per_second")
-    return lines[-1]["epoch"], validated, f"{speed:.1f}" if speed else ""
-
-
-def _scores(split: str, means: Mapping[str, float | None]) -> str:
-    numbers = [f"{COLUMNS[name]} {percent(means[name])}" for name in HEADLINE]
-    return f"{split} {', '.join(numbers)}"
-
-
-def _duration(note: dict[str, Any]) -> str:
-    seconds = note.get("ended", time.time()) - note["began"] if note else 0
-    return str(timedelta(seconds=int(seconds)))
 
 
 def _failure(job: Job, note: dict[str, Any]) -> str:
