@@ -217,9 +217,9 @@ def evaluate_command(
 ) -> None:
     """Score a run's test images, or --pred against --truth: label maps with the same stems.
 
-    --untrained of a finished run prints one table, before and after. It and --data go with RUN
-    alone. --vague, --connected, --region-class and --workers go with --truth and --pred alone: a
-    run's data set and configuration say how it is scored.
+    --untrained of a finished run prints one table, before and after. It, --data and --overlays go
+    with RUN alone. --vague, --connected, --region-class and --workers go with --truth and --pred
+    alone: a run's data set and configuration say how it is scored.
     """
     from nucsam.console import PlainConsole
     from nucsam.score import pairs, tables
@@ -227,19 +227,20 @@ def evaluate_command(
     if run is None and (truth is None or pred is None):
         raise UserError("evaluate: expected either RUN, or both --truth and --pred")
     if run is None:
-        _refuse({"--untrained": untrained, "--data": data}, "--truth and --pred")
+        of_runs = {"--untrained": untrained, "--data": data, "--overlays": overlays}
+        _refuse(of_runs, "--truth and --pred")
     else:
         maps = {"--truth": truth, "--pred": pred, "--vague": vague, "--connected": connected}
         _refuse(maps | {"--region-class": region_class, "--workers": workers}, "RUN")
     console = PlainConsole(stderr=as_json == "-")
     strict = False if at_least else None
     rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone}
-    both = {"organ": organ, "overlays": overlays, **rules}
+    both = {"organ": organ, **rules}
     if run is not None:
         from nucsam.run.directory import RunDirectory
         from nucsam.score.runs import score_run, scores_sentence  # imports torch
 
-        results = score_run(run, untrained=untrained, root=data, **both)
+        results = score_run(run, untrained=untrained, root=data, overlays=overlays, **both)
         trained = RunDirectory(run).trained_scores(results) if untrained else None
         if not trained:
             console.print(scores_sentence(results), style="bold")

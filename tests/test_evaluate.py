@@ -254,18 +254,6 @@ def test_a_data_set_is_a_truth(tmp_path):
     assert without["protocol"]["name"] == "nuinsseg-no-vague"
 
 
-def test_overlays_show_the_images_of_a_data_set(folder, tmp_path):
-    """A flat folder of label maps has no images, so that its overlays are refused."""
-    for path in folder.glob("*/label masks modify/*.tif"):
-        write(tmp_path / "pred" / path.name, tifffile.imread(path))
-    pictures = tmp_path / "pictures"
-    score_folders(folder, tmp_path / "pred", overlays=pictures, workers=1)
-    assert len(list(pictures.glob("*.png"))) == 12
-    with pytest.raises(UserError, match="overlays"):
-        score_folders(tmp_path / "pred", tmp_path / "pred", overlays=tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-
-
 def test_annotations_are_a_truth(tmp_path):
     truth, pred = maps(0)
     write(tmp_path / "truth" / "images" / "a.png", np.zeros((64, 64, 3), np.uint8))

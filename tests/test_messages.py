@@ -278,11 +278,8 @@ $ evaluate --pred plain/labels  # nothing to score
 evaluate: expected either RUN, or both --truth and --pred
 $ evaluate run --vague flat --connected --workers 0  # options for label maps
 evaluate: found --vague, --connected, --workers, expected RUN without (see --help)
-$ evaluate SAME --untrained --data plain  # options for a run
-evaluate: found --untrained, --data, expected --truth and --pred without (see --help)
-$ evaluate SAME --overlays OUT/o  # pictures without images
-overlays: found label maps without images in plain/labels, expected truth to be a data set with
-images
+$ evaluate SAME --untrained --data plain --overlays OUT/o  # options for a run
+evaluate: found --untrained, --data, --overlays, expected --truth and --pred without (see --help)
 $ evaluate --truth plain/labels --pred page.pt  # no folder of predictions
 page.pt: expected a folder of label maps
 $ evaluate --truth plain/labels --pred old  # a folder without label maps

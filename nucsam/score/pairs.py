@@ -15,9 +15,8 @@ import numpy as np
 
 from nucsam.config import compiled
 from nucsam.data import folders
-from nucsam.data.draw import overlay, write_png
-from nucsam.data.images import IMAGES, LABELS, read_image, read_label
-from nucsam.data.samples import attempt, check_same_size, read_nuclei, read_vague
+from nucsam.data.images import IMAGES, LABELS, read_label
+from nucsam.data.samples import attempt, read_nuclei, read_vague
 from nucsam.errors import UserError
 from nucsam.files import shortened
 from nucsam.progress import with_bar
@@ -34,7 +33,6 @@ class Pair:
     truth: Path
     pred: Path
     vague: Path | None
-    image: Path | None = None  # where the truth is a data set
 
 
 class _File(NamedTuple):
@@ -42,7 +40,6 @@ class _File(NamedTuple):
     stem: str
     path: Path
     vague: Path | None = None
-    image: Path | None = None
 
     @property
     def long_name(self) -> str:
@@ -85,7 +82,7 @@ def _truth_files(folder: Path) -> dict[str, _File]:
     """Name -> file, of a data set as `nucsam train` takes it or of a folder of label maps."""
     if folders.is_data_set(folder):
         records = folders.find_records(folder)
-        return {r.name: _File(r.organ, r.name, r.label, r.vague, r.image) for r in records}
+        return {r.name: _File(r.organ, r.name, r.label, r.vague) for r in records}
     return _label_files(folder, LABELS)
 
 
@@ -123,7 +120,7 @@ def find_pairs(
         used.add(found)
         place = folders.first_group(pattern, name) or file.organ
         mask = unsure[name].path if name in unsure else file.vague
-        pairs.append(Pair(name, place, file.path, found.path, mask, file.image))
+        pairs.append(Pair(name, place, file.path, found.path, mask))
     extra = sorted(name for name, file in predictions.items() if file not in used)
     if not pairs:
         names = f"found {shortened(extra)}, expected {shortened(missing)}"
@@ -136,9 +133,8 @@ def score_pair(
     protocols: Sequence[Protocol],
     connected: bool = False,
     region_class: str = "",
-    overlays: Path | None = None,
 ) -> list[dict]:
-    """A row of one image for each protocol, and its picture in the folder `overlays`.
+    """A row of one image for each protocol.
 
     Nothing counts where nobody annotated.
 
@@ -162,10 +158,6 @@ def score_pair(
         ours = [warning.message for warning in caught if warning.category is UserWarning]
         warned = [f"{pair.name}: {message}" for message in ours]
         rows.append(image_row(pair.name, pair.organ, score, warned))
-    if overlays is not None:
-        image = read_image(pair.image)
-        check_same_size(pair.image, image, pred.shape, pair.pred)
-        write_png(overlays / f"{pair.name}.png", overlay(image, truth, pred))
     return rows
 
 
@@ -199,7 +191,6 @@ def score_folders(
     organ: str = "",
     region_class: str = "",
     workers: int = 0,
-    overlays: Path | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Score a folder of predicted label maps against a folder of true ones.
@@ -210,8 +201,6 @@ def score_folders(
         connected: as of `score_maps`.
         region_class: as of `nucsam.data.rois.Outlines`.
         workers: processes; 0 = one for each core, at most 8, and only one for a few images.
-        overlays: folder for one PNG per image, with contours of both maps. The truth must be a data
-            set, which has images.
 
     Returns:
         {"scores": [a `scored` dict for each protocol], "missing": names, "extra": names,
@@ -226,13 +215,7 @@ def score_folders(
     if workers < 0:
         raise UserError(f"workers: found {workers}, expected 0 or more")
     workers = workers or min(os.cpu_count() or 1, 8, 1 + len(pairs) // 16)
-    if overlays is not None:
-        if not pairs[0].image:
-            found = f"label maps without images in {truth}"
-            raise UserError(f"overlays: found {found}, expected truth to be a data set with images")
-        overlays.mkdir(parents=True, exist_ok=True)
-    settings = {"connected": connected, "region_class": region_class, "overlays": overlays}
-    score = partial(score_pair, protocols=protocols, **settings)
+    score = partial(score_pair, protocols=protocols, connected=connected, region_class=region_class)
     results = list(with_bar(_score_all(score, pairs, workers), len(pairs), "Scoring"))
     problems = [str(result) for result in results if isinstance(result, UserError)]
     folders.raise_problems(f"{len(pairs)} images", problems)
