@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import nucsam
 
 ROOT = Path(__file__).parents[1]
@@ -138,51 +136,44 @@ def child(code: str) -> list[str]:
     ).stdout.splitlines()
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "data",
-        "model.instances",
-        "score.metrics",
-        "score.pairs",
-        "predict.writers",
-        "predict.models",
-        "predict.images",
-        "folds.runner",
-    ],
-)
-def test_modules_without_torch(module):
-    assert child(f"import sys, nucsam.{module}; print('torch' in sys.modules)") == ["False"]
+LIGHT = """
+    data model.instances score.metrics score.pairs predict.writers predict.models predict.images
+    folds.runner
+"""
 
 
-def test_modules_with_torch_are_noticed():
-    assert child("import sys, nucsam.model.targets; print('torch' in sys.modules)") == ["True"]
+def test_modules_without_torch():
+    """In one child, one after the other; the last one, which needs it, shows that it is seen."""
+    code = "import sys\n"
+    for module in (*LIGHT.split(), "model.targets"):
+        code += f"import nucsam.{module}; print('{module}', 'torch' in sys.modules)\n"
+    assert child(code) == [*(f"{module} False" for module in LIGHT.split()), "model.targets True"]
 
 
 COMMAND = """
 import runpy, sys
-sys.argv = ["nucsam", *{arguments}]
-try:
-    runpy.run_module("nucsam", run_name="__main__")
-except SystemExit as end:
-    print("exit", end.code)
-heavy = "torch numpy scipy skimage accelerate mobile_sam timm PIL tifffile".split()
-print("loaded", *[name for name in heavy if name in sys.modules])
+for arguments in {commands}:
+    sys.argv = ["nucsam", *arguments]
+    try:
+        runpy.run_module("nucsam", run_name="__main__")
+    except SystemExit as end:
+        print("exit", end.code)
+    heavy = "torch numpy scipy skimage accelerate mobile_sam timm PIL tifffile".split()
+    print("loaded", *[name for name in heavy if name in sys.modules])
 """
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["predict", "--help"]]
-)
-def test_help_imports_nothing_heavy(arguments):
-    lines = child(COMMAND.format(arguments=arguments))
-    assert lines[-2:] == ["exit 0", "loaded"]
-    assert any("Usage: nucsam" in line for line in lines)
+def test_help_imports_nothing_heavy():
+    commands = [["--help"], ["train", "--help"], ["evaluate", "--help"], ["predict", "--help"]]
+    lines = child(COMMAND.format(commands=commands))
+    ends = [lines[k : k + 2] for k, line in enumerate(lines) if line.startswith("exit")]
+    assert ends == [["exit 0", "loaded"]] * 4
+    assert sum("Usage: nucsam" in line for line in lines) == 4
 
 
 def test_a_command_imports_what_it_needs(tmp_path):
     arguments = ["synth", str(tmp_path / "data"), "--images", "1", "--size", "64"]
-    *_, status, loaded = child(COMMAND.format(arguments=arguments))
+    *_, status, loaded = child(COMMAND.format(commands=[arguments]))
     assert status == "exit 0"
     assert {"numpy", "scipy"} <= set(loaded.split())
     assert "torch" not in loaded

@@ -176,6 +176,12 @@ class Page(HTMLParser):
         return [tag[key] for _, tag in self.tags for key in keys if key in tag]
 
 
+@pytest.fixture
+def no_charts(monkeypatch):
+    """For tests that read the words of a page: its charts take most of its time."""
+    monkeypatch.setattr("nucsam.report.page.run_charts", lambda runs: {})
+
+
 def written(folder, **options):
     paths = write_report(folder, **options)
     assert paths == [folder / "report.html"] and not list(folder.rglob("*.partial"))
@@ -238,14 +244,14 @@ def test_the_page_is_whole_and_loads_nothing(finished):
     assert not re.search("#[0-9a-f]{6}", " ".join(page.values("style")))  # both themes
 
 
-def test_every_image_is_in_the_gallery_on_demand(one):
+def test_every_image_is_in_the_gallery_on_demand(one, no_charts):
     page = written(one, every_image=True)
     names = {image["name"] for image in read_scores(one)["scores"][0]["images"]}
     assert page.count("article") == len(names) == 4 and "--every-image" not in page.text
     assert "--every-image" in written(one).text
 
 
-def test_a_page_names_no_folder_of_this_machine(one, folder, tmp_path):
+def test_a_page_names_no_folder_of_this_machine(one, folder, tmp_path, no_charts):
     """The data lie in a folder with a space, and a notice names the base weights' file."""
     change_config(one, "data", root="/home/Anna M/slides/set")
     change_config(one, "model", weights=str(tmp_path / "base.pt"))
@@ -259,7 +265,7 @@ def test_a_page_names_no_folder_of_this_machine(one, folder, tmp_path):
         assert text not in page.source
 
 
-def test_a_cross_validation_and_its_variants(finished, tmp_path):
+def test_a_cross_validation_and_its_variants(finished, tmp_path, no_charts):
     out = shutil.copytree(finished, tmp_path / "cv")
     page = Page(out / "report.html")
     assert "has 2 of 3 folds so far" in page.text
@@ -279,7 +285,7 @@ def test_a_cross_validation_and_its_variants(finished, tmp_path):
     assert len(page.values("data-organ")) == 8  # those of one variant
 
 
-def test_scores_that_flatter_are_marked(one):
+def test_scores_that_flatter_are_marked(one, no_charts):
     change_config(one, "data", select="test")
     scores = read_scores(one) | {"images_of": "inner"}
     scores["split"]["select"] = "test"
@@ -289,7 +295,7 @@ def test_scores_that_flatter_are_marked(one):
     assert text.count("flatter the model") == 2
 
 
-def test_an_interval_needs_six_images(one):
+def test_an_interval_needs_six_images(one, no_charts):
     scores = read_scores(one)
     scored = scores["scores"][0]
     scored["images"] += [{**image, "name": image["name"] + "x"} for image in scored["images"]]
@@ -314,7 +320,7 @@ def test_the_table_counts_nuclei_as_the_captions_do(finished):
             assert f"truth {truth}" in page.text
 
 
-def test_a_model_that_learnt_nothing_is_said_to(one):
+def test_a_model_that_learnt_nothing_is_said_to(one, no_charts):
     scores = read_scores(one)
     scores["scores"][0]["summary"]["predicted"] = 0
     (one / "scores.json").write_text(json.dumps(scores))
@@ -377,7 +383,7 @@ def test_an_unfinished_run_shows_what_there_is(one):
     assert "unfinished: 0 of 4 epochs" in page.text and "No epoch is done" in page.text
 
 
-def test_moved_images(one, folder, tmp_path):
+def test_moved_images(one, folder, tmp_path, no_charts):
     change_config(one, "data", root=str(tmp_path / "gone"))
     page = written(one)
     assert "no pictures: gone: " in page.text and "All images" in page.text
@@ -390,7 +396,7 @@ def test_moved_images(one, folder, tmp_path):
     assert "no pictures: other: " in written(one, root=str(other)).text
 
 
-def test_weights_that_are_not_those_scored_are_marked(one):
+def test_weights_that_are_not_those_scored_are_marked(one, no_charts):
     text = (one / "scores.json").read_text()
     (one / "scores.json").write_text(re.sub(r'"aji": 0\.\d+', '"aji": 0.87654', text))
     assert "predicted again" in written(one).text
