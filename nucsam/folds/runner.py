@@ -88,11 +88,10 @@ class Board:
     def claim(self) -> tuple[Job, Claim] | None:
         """The next job that waits, and the claim on it."""
         for job in self.jobs:
-            claim = Claim.take(job.lock) if self.outcome(job) == "waiting" else None
-            if claim and self.outcome(job) == "waiting":
-                return job, claim
-            if claim:  # another process ended it meanwhile
-                claim.release()
+            if self.outcome(job) == "waiting" and (claim := Claim.take(job.lock)):
+                if self.outcome(job) == "waiting":
+                    return job, claim
+                claim.release()  # another process has ended it meanwhile
         return None
 
     def refresh(self) -> None:

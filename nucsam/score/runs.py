@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +70,19 @@ def score_images(
     predictor = scoring_predictor(net, config, mpp=mpp, tta=tta)
     images = (samples[i].image for i in share)
     labels = predictor.predict_many(images, [samples.mpps[i] for i in share])
-    for index, label in zip(share, labels):
+    for place, index, label in zip(places, share, labels):
         record, sample = samples.records[index], samples[index]
         truth, pred = sample.counted(sample.label), sample.counted(label)
         for protocol in protocols:
             score = score_maps(truth, pred, vague=sample.vague, protocol=protocol)
-            rows.append((index, image_row(record.name, record.organ, score)))
+            rows.append((place, image_row(record.name, record.organ, score)))
         if overlays is not None:
             picture = overlay(sample.image, sample.label, label)
             write_png(overlays / f"{record.name}.png", picture)
     net.train(was_training)
     if accelerator.num_processes > 1:
         rows = gather_object(rows)
-    place = {index: k for k, index in enumerate(indices)}
-    rows = [row for _, row in sorted(rows, key=lambda pair: place[pair[0]])]
+    rows = [row for _, row in sorted(rows, key=itemgetter(0))]
     return [scored(rows[k :: len(protocols)], protocol) for k, protocol in enumerate(protocols)]
 
 

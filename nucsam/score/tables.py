@@ -228,8 +228,8 @@ def write_csv(path: str | Path, results: dict) -> None:
     lines = []
     for result in results["scores"]:
         for row in result["images"]:
-            line = {"name": row["name"], "organ": row["organ"]}
-            line["protocol"] = result["protocol"]["name"]
+            protocol = result["protocol"]["name"]
+            line = {"name": row["name"], "organ": row["organ"], "protocol": protocol}
             line |= {metric: row[metric] for metric in METRICS}
             line |= {f"ap{50 + 5 * k}": value for k, value in enumerate(row["ap"])}
             line |= {"n_truth": row["n_truth"], "n_pred": row["n_pred"]}
