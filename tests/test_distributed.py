@@ -10,9 +10,12 @@ import time
 import psutil
 import pytest
 import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
 from conftest import TINY
 from safetensors.torch import load_file
 
+from nucsam.cli import run_command
 from nucsam.config import Data, load_config, override, to_toml
 from nucsam.data import folders, splits
 from nucsam.data.samples import Samples
@@ -90,6 +93,13 @@ def test_norm_of_two_processes_equals_batchnorm_over_both(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def train(*arguments):
+    """One process of a launch. Forked, it has imported everything, and knows of earlier runs."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["RANK"] = str(torch.distributed.get_rank())  # as a launcher tells it
+    assert run_command(["train", *arguments]) == 0
+
+
 @pytest.mark.parametrize("head, accumulate", [("instance", 1), ("instance", 2), ("sam", 1)])
 def test_two_processes_equal_one_with_twice_the_batch(config, tmp_path, head, accumulate):
     """With augmentation, vague areas and images without nuclei, after six optimizer steps."""
@@ -103,8 +113,8 @@ def test_two_processes_equal_one_with_twice_the_batch(config, tmp_path, head, ac
     # Adam's first steps move a weight by the whole rate even for a rounding error: warm up.
     schedule += [f"model.head={head}", "train.warmup=0.9"]
     fit(config("train.batch=2", *schedule), one)
-    run = launch(2, str(one / "config.toml"), "train.batch=1", "--out", str(two), cwd=tmp_path)
-    assert run.wait(300) == 0, run.stderr.read()
+    arguments = (str(one / "config.toml"), "train.batch=1", "--out", str(two))
+    debug_launcher(train, arguments, num_processes=2)
     lines = [
         [json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()]
         for r in (one, two)

@@ -117,7 +117,9 @@ def _read_map(path: Path) -> np.ndarray:
     return components(label) if published.is_split_mask(path) else label
 
 
-def by_region(records: Sequence[Record], region_class: str = "") -> list[Record]:
+def by_region(
+    records: Sequence[Record], region_class: str = "", connected: bool = False
+) -> list[Record]:
     """One record per region of each image that has regions and is read by windows.
 
     An image that cannot be read stays one record, so that `read_sample` says why. Regions keep the
@@ -126,13 +128,14 @@ def by_region(records: Sequence[Record], region_class: str = "") -> list[Record]
     Args:
         records: of `find_records`.
         region_class: as of `Outlines`.
+        connected: each connected component of a label map is a nucleus.
 
     Returns:
-        The records, with `region_class` set.
+        The records, with `region_class` and `connected` set.
     """
     parts = []
     for record in records:
-        record = replace(record, region_class=region_class)
+        record = replace(record, region_class=region_class, connected=connected)
         count = attempt(_count_regions, record)
         if not count or isinstance(count, UserError):
             parts.append(record)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -126,9 +126,13 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
     return Split(*(tuple(found.tolist()) for found in indices))
 
 
-def find_split(data: Data) -> tuple[list[Record], Split]:
-    """The images of a configuration and their split; training and scoring must agree on it."""
-    records = find_records(data.root, layout=data.layout, group=data.group)
-    records = [replace(record, connected=data.connected) for record in records]
-    records = by_region(records, data.region_class)
+def find_split(data: Data, root: str = "") -> tuple[list[Record], Split]:
+    """The images of a configuration and their split; training and scoring must agree on it.
+
+    Args:
+        data: the section `data` of the configuration.
+        root: folder of the images, if it has moved.
+    """
+    records = find_records(root or data.root, layout=data.layout, group=data.group)
+    records = by_region(records, data.region_class, data.connected)
     return records, split_records(records, data)

@@ -2,7 +2,6 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -78,8 +77,7 @@ def inspect_folder(
         round-robin from the organs.
     """
     scan = scan_folder(Path(root), layout, group)
-    records = [replace(record, connected=connected) for record in scan.records]
-    records, problems = by_region(records, region_class), scan.problems
+    records, problems = by_region(scan.records, region_class, connected), scan.problems
     images, organs = [], defaultdict(list)
     for record, contents in zip(records, read_each(_contents, records, "Reading images")):
         if isinstance(contents, UserError):

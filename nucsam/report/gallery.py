@@ -7,7 +7,6 @@ import base64
 import io
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,7 +72,8 @@ def make_gallery(
     """
     scored = {row["run"].folder: row["run"] for *_, row in picked}
     predictors = {folder: open_predictor(folder) for folder in scored}
-    records = {folder: find_records(run, root) for folder, run in scored.items()}
+    found = {folder: find_split(run.config.data, root)[0] for folder, run in scored.items()}
+    records = {folder: {r.name: r for r in records} for folder, records in found.items()}
     pictures = []
     for number, (kind, rank, row) in enumerate(picked):
         folder = row["run"].folder
@@ -86,12 +86,6 @@ def make_gallery(
         place = {"id": f"image-{number}", "kind": kind, "rank": rank}
         pictures.append(place | picture(row, predictors[folder], record))
     return pictures
-
-
-def find_records(run: RunRecord, root: str) -> dict[str, Record]:
-    """Image name -> record of the run's images, which are in `root` if they have moved."""
-    records, _ = find_split(replace(run.config.data, root=root or run.config.data.root))
-    return {record.name: record for record in records}
 
 
 def picture(row: dict[str, Any], predictor: Predictor, record: Record) -> dict[str, Any]:

@@ -150,14 +150,13 @@ def score_run(
 
 def _open_samples(run: RunDirectory, config: Config, root: str) -> tuple[Samples, Split]:
     """The images of a run, which are in `root` if they have moved, and their split."""
-    data = replace(config.data, root=root or config.data.root)
     try:
-        records, split = find_split(data)
+        records, split = find_split(config.data, root)
     except UserError as error:
         hint = "" if root else "; if the images have moved, name their folder"
         raise UserError(f"{error}{hint}") from None
-    samples = Samples(records, memory_gib=data.memory)
-    run.check_images(inventory(records, split, samples.digests), data.root)
+    samples = Samples(records, memory_gib=config.data.memory)
+    run.check_images(inventory(records, split, samples.digests), root or config.data.root)
     return samples, split
 
 
