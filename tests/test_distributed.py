@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,10 +11,10 @@ import time
 import psutil
 import pytest
 import torch
-from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from conftest import TINY
 from safetensors.torch import load_file
+from torch.multiprocessing import start_processes
 
 from nucsam.cli import run_command
 from nucsam.config import Data, load_config, override, to_toml
@@ -93,10 +94,12 @@ def test_norm_of_two_processes_equals_batchnorm_over_both(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def train(*arguments):
-    """One process of a launch. Forked, it has imported everything, and knows of earlier runs."""
+def train(rank, port, *arguments):
+    """One of two processes. Forked, it has imported everything, and knows of earlier runs."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ["RANK"] = str(torch.distributed.get_rank())  # as a launcher tells it
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(number) for name, number in told.items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
     assert run_command(["train", *arguments]) == 0
 
 
@@ -113,8 +116,11 @@ def test_two_processes_equal_one_with_twice_the_batch(config, tmp_path, head, ac
     # Adam's first steps move a weight by the whole rate even for a rounding error: warm up.
     schedule += [f"model.head={head}", "train.warmup=0.9"]
     fit(config("train.batch=2", *schedule), one)
-    arguments = (str(one / "config.toml"), "train.batch=1", "--out", str(two))
-    debug_launcher(train, arguments, num_processes=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (port, str(one / "config.toml"), "train.batch=1", "--out", str(two))
+    start_processes(train, arguments, nprocs=2, start_method="fork")
     lines = [
         [json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()]
         for r in (one, two)
