@@ -4,6 +4,7 @@ Commands import what they need when they run, so that `--help` is quick.
 """
 
 import errno
+import importlib.util
 import json
 import os
 import sys
@@ -53,7 +54,16 @@ def run_command(arguments: list[str]) -> int:
     try:
         app(arguments, prog_name="nucsam")
     except SystemExit as exit:
+        if isinstance(getattr(exit.__context__, "__cause__", None), KeyboardInterrupt):
+            print("nucsam: stopped by Ctrl-C", file=sys.stderr)  # typer says nothing
         return int(exit.code or 0)
+    except ModuleNotFoundError as error:
+        if importlib.util.find_spec("torch"):
+            raise
+        needs = f"needs {error.name}, which is not installed"
+        expected = "expected nucsam with its requirements: pip install nucsam, without --no-deps"
+        print(f"nucsam: {arguments[0]} {needs}; {expected}", file=sys.stderr)
+        return 2
     except (UserError, OSError) as error:
         names_file = isinstance(error, UserError) or error.filename
         if not names_file and error.errno != errno.ENOSPC:

@@ -296,6 +296,28 @@ def test_a_file_that_cannot_be_written_is_one_message_and_status_2(monkeypatch, 
     assert message.startswith("nucsam: ") and "a.png" in message and message.count("\n") == 1
 
 
+def test_ctrl_c_before_a_command_has_begun_is_said(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    raising(monkeypatch, interrupt)
+    assert run_command(["synth", "x"]) == 130
+    assert capsys.readouterr().err == "nucsam: stopped by Ctrl-C\n"
+
+
+def test_a_command_that_needs_torch_says_so_where_there_is_none(monkeypatch, capsys):
+    def fail():
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    raising(monkeypatch, fail)
+    with pytest.raises(ModuleNotFoundError):
+        run_command(["synth", "x"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run_command(["synth", "x"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("nucsam: synth needs torch") and "pip install" in message
+
+
 @pytest.mark.parametrize("arguments", [["synth"], ["synth", "x", "--images", "many"], ["trian"]])
 def test_a_wrong_command_line_meets_its_usage(capsys, arguments):
     assert run_command(arguments) == 2

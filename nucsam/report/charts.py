@@ -159,11 +159,15 @@ def curves(
         marker = MARKERS[k % len(MARKERS)] if len(epochs) < 40 else ""
         look = {"color": SERIES[k % 4], "linestyle": DASHES[k % 5], "marker": marker}
         axes.plot(epochs, values, label=label, markersize=4, **look)
+    last = max(max(epochs) for epochs, _ in series.values())
+    axes.set_xlim(0, last + max(1, 0.05 * last))  # one epoch needs an axis too
+    axes.locator_params(axis="x", integer=True)
     if mark:
         axes.axvline(mark, color=COLOURS["ink"], linewidth=0.8, linestyle=":")
-        top = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
-        axes.annotate("kept", (mark, 1), fontsize=8, **top)
-    axes.locator_params(axis="x", integer=True)
+        late = mark > np.mean(axes.get_xlim())
+        inside = {"xycoords": ("data", "axes fraction"), "ha": "right" if late else "left"}
+        offset = {"xytext": (-3 if late else 3, -2), "textcoords": "offset points", "va": "top"}
+        axes.annotate("kept", (mark, 1), fontsize=8, **inside, **offset)
     if len(series) > 1:
         figure.legend(loc="outside lower center", ncols=2 if len(series) < 7 else 3, fontsize=9)
     spans = (f"{name} {ys[0]:{form}} to {ys[-1]:{form}}" for name, (_, ys) in series.items())

@@ -153,8 +153,12 @@ def _matches(rows: list[Row]) -> Iterator[Finding]:
         verdict = f": more nuclei are {more} than are {less}"
     yield Finding(
         f"{sum(missed):,} of {nuclei:,} true nuclei ({_share(sum(missed), nuclei)}) are missed, "
-        f"and {sum(false):,} of {predicted:,} predicted ones ({_share(sum(false), predicted)}) "
-        f"are false{verdict}.",
+        + (
+            f"and {sum(false):,} of {predicted:,} predicted ones ({_share(sum(false), predicted)}) "
+            f"are false{verdict}."
+            if predicted
+            else "and none is predicted."
+        ),
         "gallery",
     )
 

@@ -57,9 +57,10 @@ def write_report(
         pictures = make_gallery(picks(_rows(runs), every_image), runs, root)
     except (UserError, OSError) as error:
         no_pictures = f"{error}. If the images have moved, run nucsam report {folder} --data FOLDER"
-    commands = [Path(word) for run in runs for word in run.environment.get("command", [])]
+    words = [Path(word) for run in runs for word in run.environment.get("command", [])]
+    commands = filter(Path.is_absolute, words)
     text = _render(
-        [folder, Path(runs[0].config.data.root), Path(root), *filter(Path.is_absolute, commands)],
+        [folder, *map(Path, filter(None, (runs[0].config.data.root, root))), *commands],
         **_contents(folder, runs, all_runs, pictures),
         summaries=[facts.summary(folds) for folds in variants],
         no_pictures=no_pictures,

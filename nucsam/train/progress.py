@@ -33,7 +33,7 @@ class StepBar(Progress):
 
     def show(self, step: int, text: str) -> None:
         speed = self.tasks[0].speed
-        rate = f"{speed * self.step_images:.1f} images/s" if speed else ""
+        rate = f"{speed * self.step_images:.3g} images/s" if speed else ""
         self.update(self.task, completed=step, description=text, rate=rate)
 
 
@@ -70,7 +70,7 @@ def print_start(facts: dict[str, Any], device: torch.device) -> None:
 
 def print_epoch(line: dict[str, Any]) -> None:
     """One line of metrics.jsonl for a person: loss, speed and, where validated, percent scores."""
-    speed = f"{line['images_per_second']:.1f} images/s"
+    speed = f"{line['images_per_second']:.3g} images/s"
     scores = [f"{name.upper()} {100 * line[name]:.1f}" for name in HEADLINE if name in line]
     text = f"epoch {line['epoch']}: loss {line['loss']:.3f}, {speed}"
     console.print(f"{text}; {', '.join(scores)}" if scores else text)

@@ -50,7 +50,7 @@ def rehearse(config: Config) -> dict[str, Any]:
     groups = len({record.group for record in training.samples.records})
     console.print(
         f"images in {groups} groups; about {facts['minutes']:.0f} min, with "
-        f"{facts['step_seconds']:.2g} s a step; {facts['memory_gib']:.1f} GiB of memory; "
+        f"{facts['step_seconds']:.1f} s a step; {facts['memory_gib']:.1f} GiB of memory; "
         "nothing is kept of this dry run"
     )
     for problem in facts["problems"]:
@@ -69,6 +69,7 @@ def _measure(training: Training) -> dict[str, float]:
         step(training, batches)
         training.check_losses()  # waits for the device
         times.append(time.monotonic())
+        console.print(f"  step: {times[-1] - times[-2]:.1f} s")
     image = training.select[:1], training.accelerator
     score_images(training.net, training.config, training.samples, *image, mpp=training.mpp)
     times.append(time.monotonic())
@@ -97,5 +98,12 @@ def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
     if training.steps < USUAL_STEPS:
         epochs = math.ceil(USUAL_STEPS / training.batches.steps)
         yield f"train.epochs: {epochs} epochs make the usual {USUAL_STEPS:,} steps"
-    if facts["minutes"] > LONG and training.accelerator.device.type == "cpu" and d.crop > 256:
-        yield f"data.crop: on this CPU, 256 takes about {(256 / d.crop) ** 2:.2g} times as long"
+    if facts["minutes"] > LONG and training.accelerator.device.type == "cpu":
+        if d.crop * d.scale > 256:
+            share = (256 / (d.crop * d.scale)) ** 2
+            yield (
+                f"data.crop: on a CPU, data.crop=256 data.scale=1 takes about {share:.2g} times as "
+                "long, for scores a few points lower"
+            )
+        epochs = int(60 * training.config.train.epochs / facts["minutes"])
+        yield f"train.epochs: an hour of this device is about {epochs} epochs as they are set"
