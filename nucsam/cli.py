@@ -20,6 +20,7 @@ from nucsam.errors import UserError
 from nucsam.files import printable
 
 app = typer.Typer(
+    rich_markup_mode="markdown",  # else the lines of a docstring stay lines
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -123,7 +124,7 @@ def train_command(
     The default configuration is nucsam's best, configs/nuinsseg.toml; with --resume, that of the
     run. train.epochs=N adds epochs to a finished run. `nucsam settings` lists all settings.
 
-    Several devices, fp16: accelerate launch --config_file launch/ddp.yaml -m nucsam.train ...
+    Several devices: accelerate launch --config_file launch/ddp.yaml -m nucsam.train ...
     """
     from nucsam.config import load_config
 
@@ -180,7 +181,7 @@ def settings_command(
     path, _ = configuration([text for text in arguments or [] if text not in words])
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for heading in ("setting", "default", path.stem, "meaning"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "setting")
     for row in setting_rows(load_config(path), " ".join(words)):
         table.add_row(*row)
     PlainConsole().print(table)

@@ -63,7 +63,7 @@ def test_every_number_is_of_the_runs(section):
         "We ran a 3-fold cross-validation.",
         "scikit-learn's KFold with shuffling and random state 19.",
         "The images form 6 groups, such as patients or source images; the split separates no",
-        "about one in 3, stratified by organ, formed an inner validation set.",
+        "a part, stratified by organ, formed an inner validation set.",
         "each fold used 5 to 6 images for training, 2 to 3 for validation and 4 for testing.",
         "The model is MobileSAM [1], a compact form of the Segment Anything Model [2], with its",
         r"match `image_encoder\..*\.attn\.(qkv|proj)`, of rank 4 and scale alpha / rank = 2.",

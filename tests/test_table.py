@@ -88,7 +88,7 @@ def test_table_in_markdown(table):
     assert f"| {mark}-no-vague | 1 | 1 | 75.00 | 37.50 | 18.75 |\n" in folds
     best = "1 in fold 0, 2 in fold 1, 2 in fold 2, chosen by dice on the test split"
     assert f"| `model.rank=4` | 2; kept {best} | mobile_sam.pt | 5,826,993 |" in how
-    assert "| 3 official folds, seed 19, group none | 0 |" in how
+    assert "| 3 folds of KFold, seed 19, group none | 0 |" in how
     assert [section.splitlines()[0] for section in organs] == [
         f"## Per organ: {mark}",
         f"## Per organ: {mark}-no-vague",
@@ -127,7 +127,7 @@ def test_csv_and_latex_hold_the_rows_of_the_table(table):
     scores = [f"{name}{kind} (%)" for name in ("Dice", "AJI", "PQ") for kind in ("", " std")]
     assert header == ["model", "protocol", "fold", "images", *scores, "trained", "marks"]
     numbers = ["60.00", "", "30.00", "", "15.00", ""]
-    assert first == ["model.rank=4", "nuinsseg", "0", "3", *numbers, "1,234,567", mark]
+    assert first == ["model.rank=4", "nuinsseg", "0", "3", *numbers, "1234567", mark]
     assert others[2][4:10] == ["70.00", "10.00", "35.00", "5.00", "17.50", "2.50"]
     assert others[-1][-1] == f"{mark}; {incomplete}" and len(others) + 1 == len(rows)
     lines = table_latex([row._replace(model="a_b & 5 %") for row in rows]).splitlines()

@@ -42,6 +42,7 @@ from nucsam.folds.table import (
 )
 from nucsam.processes import ask_to_stop, child_options, handled, is_first
 from nucsam.run.directory import RunDirectory
+from nucsam.run.learning import learnt_nothing
 from nucsam.score.tables import COLUMNS, percent, write_json
 
 POLL = 0.5  # s between looks at a child and at the other jobs
@@ -112,6 +113,8 @@ class Board:
                 means = [f"{COLUMNS[k]} {percent(v)}" for k, v in scores["headline"].items()]
                 text += f", {scores['images_of']} {', '.join(means)}"
             self.say(text)
+            if scores and (sentence := learnt_nothing(scores)):
+                self.say(f"{job.name}: {sentence}", "yellow")
 
 
 def _failures(job: Job) -> int:

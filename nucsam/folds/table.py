@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from nucsam.files import to_csv
@@ -40,6 +41,7 @@ def cross_validation(jobs: Sequence[Job], name: str) -> dict[str, Any]:
     comparable = is_nuinsseg(images, organs)
     return {
         "name": name,
+        "data": Path(jobs[0].config.data.root).resolve().name,
         "variants": variants,
         "published": [list(row) for row in PUBLISHED] if comparable else [],
         "caveats": list(CAVEATS) if comparable else [],
@@ -62,7 +64,7 @@ def _variant(label: str, jobs: Sequence[Job]) -> dict[str, Any]:
         "best_epochs": {fold: document["epoch"] for fold, document in done.items()},
         "epoch_chosen_by": f"{c.train.best} on the {c.data.select} split",
         "epoch_chosen_on_test": c.data.select == "test",
-        "base": list(dict.fromkeys(document["base"]["source"] for document in done.values())),
+        "base": sorted({Path(document["base"]["source"]).name for document in done.values()}),
         "random_base": c.model.weights == "none",
         "split": {"scheme": c.data.split, "group": c.data.group, "seed": c.data.seed},
         "seed": c.train.seed,
@@ -145,7 +147,7 @@ def table_csv(rows: Sequence[TableRow]) -> str:
     for row in rows:
         place = row.model, row.protocol, row.fold, row.images
         numbers = [text for pair in row.scores for text in pair]
-        cells = [*place, *numbers, row.trained, "; ".join(row.marks)]
+        cells = [*place, *numbers, row.trained.replace(",", ""), "; ".join(row.marks)]
         lines.append(["" if cell == UNDEFINED else cell for cell in cells])
     return to_csv(lines)
 

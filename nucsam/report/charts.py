@@ -34,10 +34,11 @@ COLOURS = {  # CSS variable of the page -> colour in a file
     "s2": "#c04a00",
     "s3": "#13805a",
     "s4": "#8440a8",
+    "s5": "#8a6a00",
 }
-SERIES = [COLOURS[name] for name in ("s1", "s2", "s3", "s4")]
+SERIES = [COLOURS[f"s{k}"] for k in range(1, 6)]  # five, as there are usually folds
 MARKERS = "os^DvPX"
-DASHES = ("-", "--", "-.", (0, (1, 1.5)), (0, (6, 2)))  # five, as there are usually folds
+DASHES = ("-", "--", "-.", (0, (1, 1.5)), (0, (6, 2)))
 
 STYLE = {
     "text.parse_math": False,  # a name may hold a $
@@ -157,7 +158,7 @@ def curves(
     axes.set_xlabel("epoch")
     for k, (label, (epochs, values)) in enumerate(series.items()):
         marker = MARKERS[k % len(MARKERS)] if len(epochs) < 40 else ""
-        look = {"color": SERIES[k % 4], "linestyle": DASHES[k % 5], "marker": marker}
+        look = {"color": SERIES[k % 5], "linestyle": DASHES[k % 5], "marker": marker}
         axes.plot(epochs, values, label=label, markersize=4, **look)
     last = max(max(epochs) for epochs, _ in series.values())
     axes.set_xlim(0, last + max(1, 0.05 * last))  # one epoch needs an axis too
@@ -189,7 +190,7 @@ def fold_scores(headlines: Mapping[str, Mapping[str, float]]) -> Chart:
     axes.errorbar(places, mean, std, label="mean ± std", **bar)
     for k, (label, headline) in enumerate(headlines.items()):
         values = 100 * np.array([headline[metric] for metric in SHOWN], float)  # None is NaN
-        look = {"color": SERIES[k % 4], "marker": MARKERS[k % len(MARKERS)]}
+        look = {"color": SERIES[k % 5], "marker": MARKERS[k % len(MARKERS)]}
         axes.scatter(places + 0.12 * (k + 1), values, s=22, label=label, **look)
     axes.set_xticks(places + 0.06 * (len(headlines) + 1), SHOWN.values())
     axes.grid(axis="x", visible=False)

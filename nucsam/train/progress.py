@@ -57,7 +57,7 @@ def print_start(facts: dict[str, Any], device: torch.device) -> None:
     where = {"cpu": "the CPU", "cuda": "the GPU"}.get(device.type, device.type)
     precision = facts["precision"].replace("no", "fp32")
     processes = f" in {facts['processes']} processes" if facts["processes"] > 1 else ""
-    console.print(f"images: {images}; base {facts['base']}")
+    console.print(f"images: {images}; base {facts['base']}", soft_wrap=True)
     console.print(
         f"trains {facts['parameters_trainable']:,} of {facts['parameters']:,} parameters on "
         f"{where} in {precision}{processes}"

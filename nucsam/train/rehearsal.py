@@ -16,6 +16,7 @@ from nucsam.errors import UserError
 from nucsam.model.network import build_model
 from nucsam.processes import exit_on_sigterm, process_count
 from nucsam.run.learning import USUAL_STEPS
+from nucsam.score.metrics import PROTOCOLS
 from nucsam.score.runs import score_images
 from nucsam.score.tables import FEWEST
 from nucsam.train.loop import memory_advice, step
@@ -24,6 +25,7 @@ from nucsam.train.training import Training
 
 STEPS = 3
 LONG = 120  # minutes: on a CPU, a longer training is worth a remark
+SMALLEST = PROTOCOLS["nuinsseg"].min_area
 TINY = 0.05  # share of nuclei under `instances.area` that is worth a remark
 
 
@@ -93,6 +95,12 @@ def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
     if len(training.score) < FEWEST:
         images = f"only {len(training.score)} image(s) are scored"
         yield f"data.folds: {images}; nucsam folds scores every image once"
+    removed = float(np.mean(areas[areas > 0] < SMALLEST))
+    if removed > TINY:
+        yield (
+            f"{removed:.0%} of the nuclei are under {SMALLEST} px: the protocol nuinsseg "
+            "removes such predictions before it scores; nucsam evaluate --protocol plain does not"
+        )
     if tiny > TINY:
         yield f"instances.area: {tiny:.0%} of the nuclei are under {least} px and will be dropped"
     if training.steps < USUAL_STEPS:
