@@ -38,8 +38,9 @@ class Nuclei(NamedTuple):
 def with_confidence(label_HW: np.ndarray, foreground_HW: np.ndarray) -> Nuclei:
     """The nuclei of a label map and the mean probability of nucleus over the pixels of each."""
     ids = label_HW.ravel()
+    size = np.bincount(ids, minlength=1)[1:]
     total = np.bincount(ids, foreground_HW.ravel(), minlength=1)[1:]
-    return Nuclei(label_HW, total / np.bincount(ids, minlength=1)[1:])
+    return Nuclei(label_HW, total / np.maximum(size, 1))
 
 
 def from_depth(foreground_HW: np.ndarray, depth_HW: np.ndarray, config: Instances) -> np.ndarray:
