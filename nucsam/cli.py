@@ -293,7 +293,9 @@ def predict_command(
 ) -> None:
     """Predict images of any size: label maps, GeoJSON for QuPath, tables of nuclei, overlays.
 
-    Formats: labels (STEM.tif), geojson, csv, and overlay (overlays/STEM.png).
+    Formats: labels (STEM.tif), geojson, geojson.gz, csv, parquet, and overlay (overlays/STEM.png).
+    The tables give sizes in px and with mpp in µm, colours as 0..255, haematoxylin and eosin as
+    optical density, and confidence, the mean foreground probability, 0..1.
 
     With --roi, only nuclei inside the regions of a file are predicted, such as QuPath exports.
 

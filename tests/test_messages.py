@@ -313,6 +313,8 @@ $ predict other.onnx flat --out p --device mps  # a device that onnxruntime lack
 ...device: found 'mps', expected auto or cpu (no CUDA in onnxruntime)
 $ BARE predict other.onnx flat --out p  # the package is not installed
 found no onnxruntime: pip install 'nucsam[onnx]' installs it
+$ BARE predict run flat --out p --formats parquet  # a format of an extra
+found no pyarrow, shapely: pip install 'nucsam[spatial]' installs it
 $ TORCHLESS predict run flat --out p  # PyTorch is not installed
 run: needs PyTorch, found none; expected an .onnx file of nucsam export
 $ predict other.pt flat --out p  # a file that is no model
@@ -336,7 +338,7 @@ plain/labels/human_bladder_1.tif: ...over...; expected another ...out...
 $ predict run flat plain/images --out p  # images of one stem
 plain/images/human_bladder_1.png: ...the stem of flat/human_bladder_1.png...expected ...
 $ predict run flat --out p --formats label  # a typo in the formats
-...formats: found ['label'], expected labels, geojson, csv, overlay
+...formats: found ['label'], expected labels, geojson, geojson.gz, csv, parquet, overlay
 $ predict run flat --out p --scale 2 --mpp 0.5  # two magnifications
 ...scale, ...mpp: found both, expected one
 $ predict run flat --out p --mpp 0  # no magnification
@@ -517,7 +519,7 @@ def without_torch(name: str, *_: object) -> object:
 
 
 def without_extras(name: str, *_: object) -> object:
-    extras = ("onnx", "onnxscript", "onnxruntime", "matplotlib", "jinja2")
+    extras = ("onnx", "onnxscript", "onnxruntime", "matplotlib", "jinja2", "pyarrow", "shapely")
     return None if name in extras else FIND_SPEC(name)
 
 

@@ -28,7 +28,7 @@ from nucsam.data.geojson import read_shapes
 from nucsam.data.images import IMAGES, open_image, read_metadata
 from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
-from nucsam.errors import UserError
+from nucsam.errors import UserError, check_packages
 from nucsam.files import read_json, shortened, stale_partials, write_text
 from nucsam.predict import writers
 from nucsam.predict.models import load
@@ -93,6 +93,8 @@ def _check_options(formats: Sequence[str], scale: float | None, mpp: float | Non
     unknown = [name for name in formats if name not in writers.FILES]
     if unknown or not formats:
         raise UserError(f"formats: found {unknown or 'none'}, expected {', '.join(writers.FILES)}")
+    if "parquet" in formats:
+        check_packages("spatial", "pyarrow", "shapely")
     if scale and mpp:
         raise UserError("scale, mpp: found both, expected one")
     if mpp is not None and mpp <= 0:
