@@ -47,6 +47,8 @@ step() { # NAME SECONDS BATCH DTYPE OPTION...
     --batch "$batch" --dtype "$dtype" "${size[@]}" "$@"
 }
 
+[ -n "$small" ] || "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU"'
+
 if [ -n "$small" ]; then
   size=(--device cpu --image-size 64 --repeat 1 --steps 1 --workers 0)
   predicted=(--device cpu --image-size 64 --size 300 --images 1 --sample 1 --scale 0.25 --batch 1)
@@ -81,4 +83,7 @@ if [ -n "$data" ]; then
     "$python" -m nucsam train configs/nuinsseg.toml data.root="$data" data.folds=2 data.fold=0 \
     'data.group=^(.*)_\d+$' "${budget[@]}" --out "$results/fold" --resume
 fi
-"$python" benchmarks/gpu_tables.py "$results" | tee "$results/gpu.md"
+{
+  [ -z "$small" ] || printf 'TINY SIZES ON A CPU: these numbers say nothing of a GPU\n\n'
+  "$python" benchmarks/gpu_tables.py "$results"
+} | tee "$results/gpu.md"
