@@ -174,10 +174,10 @@ def plain(
 
     def loss(maps: Tensor, classes: Tensor, depth: Tensor, counted: Tensor) -> dict[str, Tensor]:
         classes, nucleus, logits = classes.long(), classes > 0, maps[:, :3]
-        class_weights = logits.new_tensor([1.0, 1.0, w.boundary])
+        class_weights = torch.where(classes == targets.BOUNDARY, w.boundary, 1.0)
         pixel_weights = counted * torch.where(nucleus, NUCLEUS_WEIGHT, 1.0)
         probability = 1 - logits.softmax(1)[:, targets.BACKGROUND]
-        cross_entropy = losses.cross_entropy(logits, classes, counted, class_weights)
+        cross_entropy = losses.cross_entropy(logits, classes, counted * class_weights)
         tversky = losses.focal_tversky(probability, nucleus, counted, **TVERSKY)
         distance = losses.absolute(maps[:, 3].sigmoid(), depth, pixel_weights)
         return {

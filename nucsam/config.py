@@ -232,7 +232,9 @@ class Train:
     step_epochs: int = setting(10, "epochs between drops (step)", at_least(1))
     gamma: float = setting(0.1, "factor of a drop (step)", POSITIVE)
     ema: float = setting(0.99, "decay of the averaged weights that are kept; 0: off", BELOW_ONE)
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = setting("auto", "auto: the launch file's")
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = setting(
+        "auto", "auto: the launch file's, or the device's fastest"
+    )
     checkpoint: bool = setting(False, "recompute encoder blocks: less memory, slower")
     validate_every: int = setting(5, "epochs; the last one is always validated", at_least(1))
     best: Literal["dice", "aji", "pq"] = setting("aji", "mean that chooses the epoch")

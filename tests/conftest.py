@@ -10,7 +10,7 @@ import pytest
 TINY = {
     "data": {"crop": 64, "scale": 1.0, "workers": 0, "folds": 3, "inner": 0.3},
     "model": {"weights": "none", "width": 32},
-    "train": {"epochs": 2, "batch": 2, "validate_every": 1},
+    "train": {"epochs": 2, "batch": 2, "validate_every": 1, "precision": "fp32"},
 }
 
 

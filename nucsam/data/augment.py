@@ -24,6 +24,8 @@ _STAIN_SCALE, _STAIN_BIAS = slice(12, 15), slice(15, 18)
 # Optical density of haematoxylin, eosin and DAB in R, G, B (Ruifrok and Johnston 2001)
 _STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
+_TABLE = 2**20 + 7  # numbers of noise; a place among them is exact in float32
+
 
 def window(crop: int, config: Augment) -> int:
     """Side in px of the source window that a crop needs at the smallest magnification.
@@ -60,14 +62,31 @@ def augment(
         images float32 (B, 3, crop * scale, crop * scale), 0..255; labels int64 (B, crop, crop);
         counted bool (B, crop, crop).
     """
-    theta = _affine(draws_BK, images_B3SS.shape[-1], crop, config).to(images_B3SS.device)
+    parameters = {"theta": _affine(draws_BK, images_B3SS.shape[-1], crop, config)}
+    parameters |= _draw_stain(draws_BK, config)
+    parameters |= _draw_blur(draws_BK, config)
+    parameters |= _draw_noise(draws_BK, config)
+    parameters = _on_device(parameters, images_B3SS.device)
+    theta = parameters["theta"]
     images = _sample(images_B3SS.float(), theta, round(crop * scale), "bilinear")
     maps = torch.stack([labels_BSS.float(), counted_BSS.float()], dim=1)
     maps = _sample(maps, theta, crop, "nearest")
-    images = _stain(images, draws_BK, config)
-    images = _blur(images, draws_BK, config)
-    images = _noise(images, draws_BK, config)
+    if "stain_matrix" in parameters:
+        images = _stain(images, parameters["stain_matrix"], parameters["stain_offset"])
+    if "blurred" in parameters:
+        images = _blur(images, parameters["blurred"], parameters["kernels"])
+    if "noisy" in parameters:
+        images = _noise(images, *(parameters[name] for name in ("noisy", "place", "sigma")))
     return images.clamp(0, 255), maps[:, 0].long(), maps[:, 1] > 0.5
+
+
+def _on_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors float32 of the CPU, all in one copy for which the host does not wait."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    parts = flat.to(device, non_blocking=True).split([t.numel() for t in tensors.values()])
+    return {name: part.view(t.shape) for (name, t), part in zip(tensors.items(), parts)}
 
 
 def _sample(maps: Tensor, theta: Tensor, side: int, mode: str) -> Tensor:
@@ -89,52 +108,66 @@ def _affine(draws: Tensor, source: int, crop: int, config: Augment) -> Tensor:
     return torch.cat([matrix * size[:, None, None], shift[:, :, None]], dim=2)
 
 
-def _stain(images: Tensor, draws: Tensor, config: Augment) -> Tensor:
-    """Scale and shift the density of each stain: one 3x3 matrix and one offset per image."""
+def _draw_stain(draws: Tensor, config: Augment) -> dict[str, Tensor]:
+    """A scale and a shift of the density of each stain: one 3x3 matrix and one offset per image."""
     if not config.stain:
-        return images
+        return {}
     chosen = (draws[:, _STAIN] < config.stain).float()[:, None]
     factor = 1 + chosen * config.stain_scale * (2 * draws[:, _STAIN_SCALE] - 1)
     bias = chosen * config.stain_bias * (2 * draws[:, _STAIN_BIAS] - 1)
     matrix = torch.linalg.inv(_STAINS) @ (factor[:, :, None] * _STAINS)
-    offset = (bias @ _STAINS)[:, None]
+    return {"stain_matrix": matrix, "stain_offset": (bias @ _STAINS)[:, None]}
+
+
+def _stain(images: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
     density = -torch.log((images.permute(0, 2, 3, 1) + 1) / 256).flatten(1, 2)
-    density = torch.baddbmm(offset.to(images.device), density, matrix.to(images.device))
+    density = torch.baddbmm(offset, density, matrix)
     return (256 * torch.exp(-density) - 1).transpose(1, 2).view_as(images)
 
 
-def _blur(images: Tensor, draws: Tensor, config: Augment) -> Tensor:
-    """Blur the chosen images with a Gaussian, first along rows, then along columns."""
+def _draw_blur(draws: Tensor, config: Augment) -> dict[str, Tensor]:
+    """The images to blur, and for each of their channels a Gaussian."""
     chosen = (draws[:, _BLUR] < config.blur).nonzero()[:, 0]
     if not len(chosen):
-        return images
+        return {}
     sigma = (config.blur_sigma * draws[chosen, _BLUR_SIGMA]).clamp(min=0.1)
     reach = max(1, math.ceil(3 * config.blur_sigma))
     x = torch.arange(-reach, reach + 1)
     weights = torch.exp(-0.5 * (x / sigma[:, None]) ** 2)
     weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(3, 0)
-    row = weights[:, None, None].to(images.device)
-    chosen = chosen.to(images.device)
+    return {"blurred": chosen.float(), "kernels": weights}
+
+
+def _blur(images: Tensor, chosen: Tensor, kernels: Tensor) -> Tensor:
+    """Blur the chosen images, first along rows, then along columns."""
+    chosen = chosen.long()
+    reach = kernels.shape[1] // 2
+    row = kernels[:, None, None]
     planes = images[chosen].flatten(0, 1)[None]  # every channel of every image is a group
     for kernel, padding in ((row, (reach, reach, 0, 0)), (row.mT, (0, 0, reach, reach))):
         planes = F.conv2d(F.pad(planes, padding, mode="reflect"), kernel, groups=len(kernel))
     return images.index_copy(0, chosen, planes.view(-1, *images.shape[1:]))
 
 
-def _noise(images: Tensor, draws: Tensor, config: Augment) -> Tensor:
-    """Add Gaussian noise to the chosen images, read from a fixed table at a drawn place."""
+def _draw_noise(draws: Tensor, config: Augment) -> dict[str, Tensor]:
+    """The images to which noise is added, its place in the table, and its size."""
     chosen = (draws[:, _NOISE] < config.noise).nonzero()[:, 0]
     if not len(chosen):
-        return images
-    table = _noise_table(images.device)
-    start = (draws[chosen, _NOISE_PLACE] * len(table)).long().to(images.device)
-    place = torch.arange(images[0].numel(), device=images.device)
-    noise = table[(start[:, None] + place) % len(table)].view(-1, *images.shape[1:])
-    sigma = (config.noise_sigma * draws[chosen, _NOISE_SIGMA]).to(images.device)
-    return images.index_add(0, chosen.to(images.device), noise * sigma[:, None, None, None])
+        return {}
+    place = (draws[chosen, _NOISE_PLACE] * _TABLE).floor()
+    sigma = config.noise_sigma * draws[chosen, _NOISE_SIGMA]
+    return {"noisy": chosen.float(), "place": place, "sigma": sigma}
+
+
+def _noise(images: Tensor, chosen: Tensor, place: Tensor, sigma: Tensor) -> Tensor:
+    """Add Gaussian noise to the chosen images."""
+    pixels = torch.arange(images[0].numel(), device=images.device)
+    noise = _noise_table(images.device)[(place.long()[:, None] + pixels) % _TABLE]
+    noise = noise.view(-1, *images.shape[1:])
+    return images.index_add(0, chosen.long(), noise * sigma[:, None, None, None])
 
 
 @cache
 def _noise_table(device: torch.device) -> Tensor:
     """Standard normal numbers, the same on every device."""
-    return torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.randn(_TABLE, generator=torch.Generator().manual_seed(0)).to(device)

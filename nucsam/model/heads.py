@@ -176,9 +176,9 @@ class InstanceHead(nn.Module):
         nucleus = labels > 0
         # The boundary is nucleus too.
         probability = 1 - logits.softmax(1)[:, targets.BACKGROUND]
-        class_weights = logits.new_tensor([1.0, 1.0, weights.boundary])
+        class_weights = torch.where(classes == targets.BOUNDARY, weights.boundary, 1.0)
         pixel_weights = counted * torch.where(nucleus, NUCLEUS_WEIGHT, 1.0)
-        cross_entropy = losses.cross_entropy(logits, classes, counted, class_weights)
+        cross_entropy = losses.cross_entropy(logits, classes, counted * class_weights)
         tversky = losses.focal_tversky(probability, nucleus, counted, **TVERSKY)
         distance = losses.absolute(maps[:, 3].sigmoid(), depth, pixel_weights)
         return {

@@ -12,12 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def cross_entropy(
-    logits_BCHW: Tensor, classes_BHW: Tensor, counted_BHW: Tensor, weights_C: Tensor
-) -> Tensor:
-    """Cross entropy, mean over pixels, each with the weight of its true class."""
-    loss_BHW = F.cross_entropy(logits_BCHW, classes_BHW, reduction="none")
-    return _mean(loss_BHW, weights_C[classes_BHW] * counted_BHW)
+def cross_entropy(logits_BCHW: Tensor, classes_BHW: Tensor, weights_BHW: Tensor) -> Tensor:
+    """Cross entropy, mean over pixels by weight; a pixel of weight 0 does not count."""
+    return _mean(F.cross_entropy(logits_BCHW, classes_BHW, reduction="none"), weights_BHW)
 
 
 def binary_cross_entropy(logits_BHW: Tensor, foreground_BHW: Tensor, counted_BHW: Tensor) -> Tensor:

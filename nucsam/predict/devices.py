@@ -9,6 +9,9 @@ from accelerate.utils import parse_flag_from_env
 from nucsam.errors import UserError
 from nucsam.processes import process_count
 
+# Accelerate's names
+PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", None: "no"}
+
 
 def uses_gpu() -> bool:
     """Whether to run on a GPU: there is one, and the launcher does not ask for the CPU."""
@@ -44,20 +47,38 @@ def find_device(name: str) -> torch.device:
             f"device: found {name!r}, but PyTorch sees {count} GPU(s), so no cuda:{number}; "
             "expected cpu"
         )
+    allow_tf32()
     return torch.device("cuda", number)
+
+
+def half_type(device: torch.device) -> torch.dtype | None:
+    """The type of 16 bits in which a device computes fast; None = it has none.
+
+    Among NVIDIA's GPUs, those before Ampere (T4, V100, P100) have fp16 alone.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else None
+
+
+def allow_tf32() -> None:
+    """Let GPUs since Ampere round the factors of fp32 matrix products to 10 bits."""
+    torch.set_float32_matmul_precision("high")
 
 
 def autocast_dtype(precision: str | None, device: torch.device) -> torch.dtype | None:
     """The type in which a model runs that was trained in a precision; None = its own.
 
-    A CPU has no fp16, and not every GPU of Apple has bf16: there the model keeps its own type.
+    A CPU has no fp16, and not every GPU of Apple has bf16: there the model keeps its own type. A
+    GPU without fast bf16 takes fp16.
 
     Args:
         precision: fp16, bf16 or another name of Accelerate's; None = not known.
         device: where the model is.
     """
     if precision == "bf16" and device.type != "mps":
-        return torch.bfloat16
+        return half_type(device) if device.type == "cuda" else torch.bfloat16
     if precision == "fp16" and device.type == "cuda":
         return torch.float16
     return None

@@ -285,7 +285,7 @@ def load_state(
                 continue
             name, _, entry = name.rpartition(".")
             p = weights[name]
-            optimizer.state[p][entry] = tensor if entry == "step" else tensor.to(p.device)
+            optimizer.state[p][entry] = tensor.to(p.device)  # a fused Adam's `step` too
     return metadata
 
 

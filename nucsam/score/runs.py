@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
@@ -16,7 +17,7 @@ from nucsam.data.samples import Samples
 from nucsam.data.splits import Split, find_split, inventory
 from nucsam.errors import UserError
 from nucsam.model.network import build_model
-from nucsam.predict.devices import autocast_dtype, find_device, uses_gpu
+from nucsam.predict.devices import PRECISIONS, autocast_dtype, find_device, uses_gpu
 from nucsam.predict.pytorch import TorchPredictor
 from nucsam.run.checkpoint import open_run
 from nucsam.run.directory import RunDirectory
@@ -209,12 +210,10 @@ def scores_sentence(scores: dict[str, Any]) -> str:
 
 
 def scoring_accelerator(metadata: dict[str, Any]) -> Accelerator:
-    """An accelerator in the precision of a run's training; fp32 for fp16 on a CPU."""
-    on_gpu = uses_gpu()
-    precision = metadata.get("precision", "no")
-    if precision == "fp16" and not on_gpu:
-        precision = "no"
-    return Accelerator(cpu=not on_gpu, mixed_precision=precision)
+    """An accelerator in the precision of a run's training, as `autocast_dtype` says."""
+    device = torch.device("cuda" if uses_gpu() else "cpu")
+    precision = PRECISIONS[autocast_dtype(metadata.get("precision"), device)]
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
 
 
 def scoring_predictor(

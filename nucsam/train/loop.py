@@ -37,7 +37,7 @@ _LOADER_DIED = re.compile(
     r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)|shared memory|/torch_\d"
 )
 QUIET = 60  # s: a shorter epoch prints a line only where it is validated
-CHECK_STEPS = 20  # optimizer steps between checks of the loss, each of which waits for the device
+CHECK_STEPS = 20  # optimizer steps between checks that wait for the device and other processes
 
 
 def fit(
@@ -119,9 +119,10 @@ def epoch(training: Training, bar: StepBar, stop: StopSignals) -> None:
     for _ in range(done, batches.steps):
         step(training, micro_batches)
         bar.show(progress.step, f"epoch {number + 1}/{t.epochs}")
-        if progress.step % CHECK_STEPS == 0:
+        check = progress.step % CHECK_STEPS == 0 or progress.step % batches.steps == 0
+        if check:
             training.check_losses()
-        if stop.stop_requested(accelerator):
+        if stop.stop_requested(accelerator, check or accelerator.device.type == "cpu"):
             training.save()
             raise SystemExit(stop.status)
         if time.monotonic() - training.saved_at > 60 * t.save_minutes:
@@ -147,6 +148,9 @@ def step(training: Training, micro_batches: Iterator[dict[str, Tensor]]) -> None
     d, t = training.config.data, training.config.train
     accelerator = training.accelerator
     progress = training.progress
+    norms = [w for w in training.weights.values() if not w.requires_grad]  # their statistics
+    scaled = accelerator.scaler is not None
+    before = torch.cat(norms) if scaled and norms else None
 
     # Set the learning rate.
     factor = rate(progress.step, training.steps, training.batches.steps, t)
@@ -164,12 +168,19 @@ def step(training: Training, micro_batches: Iterator[dict[str, Tensor]]) -> None
         training.add_losses(terms)
 
     # Clip, step, average.
-    accelerator.clip_grad_norm_(list(training.weights.values()), t.clip)
+    length = accelerator.clip_grad_norm_(list(training.weights.values()), t.clip)
     training.optimizer.step()
     training.optimizer.zero_grad()
     progress.step += 1
+    decay = min(t.ema, (1 + progress.step) / (10 + progress.step))
+    if scaled:
+        # Where gradients overflow in fp16, the optimizer skips the step. So does all else that a
+        # step changes, without asking the device whether it happened.
+        decay = torch.where(length.isfinite(), decay, 1.0)
+        if norms:
+            kept = torch.where(length.isfinite(), torch.cat(norms), before)
+            torch._foreach_copy_(norms, kept.split([len(norm) for norm in norms]))
     if training.average:
-        decay = min(t.ema, (1 + progress.step) / (10 + progress.step))
         _update_average(training.average, training.weights, decay)
 
 
@@ -238,9 +249,14 @@ def _augmented(training: Training, batch: dict[str, Tensor]) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def _update_average(average: dict[str, Tensor], weights: dict[str, Tensor], decay: float) -> None:
-    current = [p.detach() for p in weights.values()]
-    torch._foreach_lerp_(list(average.values()), current, 1 - decay)
+def _update_average(
+    average: dict[str, Tensor], weights: dict[str, Tensor], decay: float | Tensor
+) -> None:
+    """average += (1 - decay) * (weights - average); a decay of 1 changes nothing."""
+    averages = list(average.values())
+    changes = torch._foreach_sub([p.detach() for p in weights.values()], averages)
+    torch._foreach_mul_(changes, 1 - decay)
+    torch._foreach_add_(averages, changes)
 
 
 def _step_images(training: Training) -> int:

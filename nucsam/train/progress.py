@@ -51,11 +51,18 @@ def epoch_speed(device: torch.device, seconds: float, images: int) -> dict[str, 
     }
 
 
-def print_start(facts: dict[str, Any], device: torch.device) -> None:
-    """What trains on what, and in how many steps, from the facts of environment.json."""
+def print_start(facts: dict[str, Any], device: torch.device, setting: str) -> None:
+    """What trains on what, and in how many steps.
+
+    Args:
+        facts: of environment.json.
+        device: where it trains.
+        setting: train.precision.
+    """
     images = ", ".join(f"{count} {name}" for name, count in facts["images"].items())
     where = {"cpu": "the CPU", "cuda": "the GPU"}.get(device.type, device.type)
     precision = facts["precision"].replace("no", "fp32")
+    precision += " (train.precision=auto)" if setting == "auto" else ""
     processes = f" in {facts['processes']} processes" if facts["processes"] > 1 else ""
     console.print(f"images: {images}; base {facts['base']}")
     console.print(

@@ -20,7 +20,6 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._received = 0  # number of the signal
-        self._requests: torch.Tensor | None = None  # of all processes, as of the step before
         self._handled = handled(self._receive, signal.SIGTERM, signal.SIGINT)
         self._handled.__enter__()
         return self
@@ -33,22 +32,25 @@ class StopSignals:
             raise KeyboardInterrupt
         self._received = number
         if is_first():  # `print` must not be entered twice
-            os.write(2, b"stopping after this step; Ctrl-C stops at once\n")
+            os.write(2, b"stopping after one of the next steps; Ctrl-C stops at once\n")
 
     @property
     def status(self) -> int:
         """Exit status of a process that stops; the signal may have reached another one."""
         return 128 + (self._received or signal.SIGTERM)
 
-    def stop_requested(self, accelerator: Accelerator) -> bool:
-        """Whether to stop; every process must call it once per step and gets the same answer."""
-        if accelerator.num_processes == 1:
-            return bool(self._received)
-        # The answer is one step old: reading it does not wait for the step queued just now.
-        earlier = self._requests
+    def stop_requested(self, accelerator: Accelerator, agree: bool = True) -> bool:
+        """Whether to stop; processes get the same answer.
+
+        Args:
+            accelerator: of the training.
+            agree: whether several processes ask each other, which waits for all of them and for
+                their devices; otherwise they do not stop.
+        """
+        if accelerator.num_processes == 1 or not agree:
+            return accelerator.num_processes == 1 and bool(self._received)
         received = torch.tensor(float(self._received > 0), device=accelerator.device)
-        self._requests = accelerator.reduce(received, "sum")
-        return earlier is not None and bool(earlier > 0)
+        return bool(accelerator.reduce(received, "sum") > 0)
 
 
 def ignore_signals(_: int) -> None:

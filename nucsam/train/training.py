@@ -30,7 +30,7 @@ from nucsam.errors import UserError
 from nucsam.files import check_form
 from nucsam.model.network import calibrated
 from nucsam.model.weights import Base, load_base
-from nucsam.predict.devices import uses_gpu
+from nucsam.predict.devices import PRECISIONS, allow_tf32, half_type, uses_gpu
 from nucsam.predict.predictor import RATIO
 from nucsam.processes import check_joined
 from nucsam.run import checkpoint
@@ -67,8 +67,8 @@ class Training:
         are those of `nucsam.train.loop.fit`.
         """
         self.config = config
-        self.accelerator = _accelerator(config.train, out)
         self.run = RunDirectory(out)
+        self.accelerator = _accelerator(config.train, self.run)
         self.run.check(config, resume=resume)
         self._load_images(resume)
         self._load_model(build)
@@ -150,8 +150,7 @@ class Training:
         self.average: dict[str, Tensor] = {}
         if t.ema:
             self.average = {name: p.detach().clone() for name, p in self.weights.items()}
-        groups = _parameter_groups(self.weights, t)
-        self.optimizer = accelerator.prepare(torch.optim.AdamW(groups, betas=(0.9, 0.99)))
+        self.optimizer = accelerator.prepare(make_optimizer(self.weights, t))
         self.facts = {
             "mpp": self.mpp,
             "processes": accelerator.num_processes,
@@ -181,7 +180,7 @@ class Training:
             self.run.write_environment(facts)
             data = f"{self.config.data.root}: {taken(self.samples.records)}"
             console.print(data, markup=False, soft_wrap=True)
-            print_start(facts, accelerator.device)
+            print_start(facts, accelerator.device, self.config.train.precision)
 
     def _environment(self) -> dict[str, Any]:
         device = self.accelerator.device
@@ -330,8 +329,10 @@ class Training:
         checkpoint.save_adapter(self.run.adapter_file, self.weights_to_keep, metadata)
 
 
-def _accelerator(t: Train, out: Path) -> Accelerator:
+def _accelerator(t: Train, run: RunDirectory) -> Accelerator:
     on_gpu = uses_gpu()
+    if on_gpu:
+        allow_tf32()
     trackers = LoggerType.list()
     if t.log_with and t.log_with not in trackers:
         raise UserError(
@@ -339,9 +340,9 @@ def _accelerator(t: Train, out: Path) -> Accelerator:
         )
     accelerator = Accelerator(
         cpu=not on_gpu,
-        mixed_precision=_precision(t.precision, on_gpu),
+        mixed_precision=_precision(t.precision, on_gpu, run),
         log_with=t.log_with or None,
-        project_dir=out,
+        project_dir=run.path,
     )
     check_joined(accelerator.num_processes)
     if t.log_with and not accelerator.log_with:
@@ -351,10 +352,17 @@ def _accelerator(t: Train, out: Path) -> Accelerator:
     return accelerator
 
 
-def _precision(setting: str, on_gpu: bool) -> str | None:
-    """Accelerate's name of a precision. A CPU computes fp16 in fp32, which a warning says."""
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    name = {"auto": launched, "fp32": "no"}.get(setting, setting)
+def _precision(setting: str, on_gpu: bool, run: RunDirectory) -> str | None:
+    """Accelerate's name of a precision. A CPU computes fp16 in fp32, which a warning says.
+
+    `auto` is the launcher's choice, else that with which the run began, else the fastest.
+    """
+    name = {"fp32": "no"}.get(setting, setting)
+    if name == "auto":
+        name = PRECISIONS[half_type(torch.device("cuda" if on_gpu else "cpu"))]
+        began = run.read_environment().get("precision")
+        name = began if began in PRECISIONS.values() else name
+        name = os.environ.get("ACCELERATE_MIXED_PRECISION", name)
     if name == "fp16" and not on_gpu:
         warnings.warn(
             "train.precision: fp16 needs a GPU; computing in fp32 on this CPU", stacklevel=5
@@ -404,8 +412,13 @@ def run_mpp(d: Data, mpps: Sequence[float | None]) -> float | None:
     return mpp
 
 
-def _parameter_groups(weights: dict[str, Tensor], t: Train) -> list[dict[str, Any]]:
-    """Adapter (or encoder) and head, each with its peak rate; norms and biases do not decay."""
+def make_optimizer(weights: dict[str, Tensor], t: Train) -> torch.optim.Optimizer:
+    """AdamW. Adapter (or encoder) and head have each a peak rate; norms and biases do not decay.
+
+    Args:
+        weights: `Nucsam.trainable()` of the model.
+        t: the section `train` of the configuration.
+    """
     groups = []
     for head, peak in ((False, t.lr_adapter), (True, t.lr_head)):
         part = [p for name, p in weights.items() if _of_head(name) == head]
@@ -414,7 +427,8 @@ def _parameter_groups(weights: dict[str, Tensor], t: Train) -> list[dict[str, An
             group = {"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay}
             if parameters:
                 groups.append(group)
-    return groups
+    # Fused: one launch, and it skips an fp16 step that overflowed without telling the host.
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
 
 
 def _of_head(name: str) -> bool:
