@@ -156,9 +156,7 @@ class Data:
     crop: int = setting(512, "side of a training crop, image px", between(1, 2**15))
     scale: float = setting(2.0, "model px per image px", between(1 / 64, 64))
     mpp: float = setting(0.0, "microns per px to resample images to; 0: their median", at_least(0))
-    workers: int = setting(
-        2, "most loader processes, on a GPU; 0: the training process", at_least(0)
-    )
+    workers: int = setting(2, "most loader processes for a GPU; a CPU has none", at_least(0))
     memory: float = setting(16.0, "GiB of decoded images kept in memory", at_least(0))
 
 
