@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from nucsam import UserError
 from nucsam.config import Config, differences, load_config
 from nucsam.files import without_nan, write_text
-from nucsam.predict.devices import find_device
+from nucsam.predict.devices import allow_tf32, find_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "mobilesam-mirror")
@@ -127,6 +127,7 @@ class Machine:
         self.cuda = self.device.type == "cuda"
         if self.cuda:
             torch.cuda.set_device(self.device)
+            allow_tf32()  # as in training and prediction
         # The milliseconds of `turns` to compare: CPU time says all only with one thread of torch.
         self.clock = "ms" if self.cuda or args.threads > 1 else "cpu_ms"
 

@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from nucsam.config import Config
 from nucsam.data import augment
 from nucsam.data.samples import DRAWS
 from nucsam.model.network import Nucsam, build_model
-from nucsam.model.weights import load_base
+from nucsam.model.weights import Base, load_base
 from nucsam.predict.pytorch import TorchPredictor
 from nucsam.run.checkpoint import Progress
 from nucsam.train.loop import step
@@ -277,6 +278,12 @@ def fake_accelerator(precision: str) -> Iterator[Accelerator]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@cache
+def base() -> Base:
+    """Random base weights."""
+    return load_base("none")
+
+
 class Audit:
     """A training and a prediction on the fake GPU, to be used within `FakeGpu`.
 
@@ -318,7 +325,7 @@ class Audit:
         accelerator.backward = self._with_driver if backward else self._zero_gradients
 
     def _build(self) -> Nucsam:
-        net = build_model(self.config.model, load_base("none"), seed=0)
+        net = build_model(self.config.model, base(), seed=0)
         for stage in net.image_encoder.layers:
             stage.blocks = stage.blocks[: self.blocks]
         return net

@@ -117,7 +117,7 @@ class Way:
         self.weights = [
             p for part in (self.encoder, self.head) for p in part.parameters() if p.requires_grad
         ]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4, fused=True)
 
 
 def mover(device: torch.device, *names: str) -> Callable[[dict[str, Tensor]], dict[str, Any]]:

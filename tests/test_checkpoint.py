@@ -245,6 +245,18 @@ def test_state_without_its_optimizer_continues_elsewhere(base, tmp_path):
     assert any(not torch.equal(p, other.trainable()[name]) for name, p in net.trainable().items())
 
 
+def test_the_state_of_a_fused_optimizer_lies_on_the_device_of_its_weights(base, tmp_path):
+    net, optimizer, average = start(base, 0)
+    loop(net, optimizer, average, 1)
+    save_state(tmp_path / "s", net.trainable(), average, optimizer, {})
+    other, restored, _ = start(base, 1)
+    other.to("meta")
+    weights = other.trainable()
+    load_state(tmp_path / "s", weights, {name: p.detach() for name, p in weights.items()}, restored)
+    states = [restored.state[p] for p in weights.values() if p.requires_grad]
+    assert {value.device.type for state in states for value in state.values()} == {"meta"}
+
+
 def test_state_before_the_first_step_and_without_an_average(base, tmp_path):
     net, optimizer, _ = start(base, 0)
     save_state(tmp_path / "s", net.trainable(), {}, optimizer, {"progress": {}})

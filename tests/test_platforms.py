@@ -13,7 +13,7 @@ from conftest import TINY
 from nucsam import __version__, processes
 from nucsam.config import Config, to_toml
 from nucsam.errors import UserError
-from nucsam.predict.devices import autocast_dtype, find_device
+from nucsam.predict.devices import autocast_dtype, find_device, half_type
 from nucsam.run.directory import RunDirectory
 
 # A system without fcntl, sched_getaffinity and SIGCHLD, whose processes start afresh.
@@ -70,6 +70,27 @@ def test_the_gpu_of_apple(monkeypatch):
     assert autocast_dtype("bf16", torch.device("mps")) is None
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert find_device("auto").type == "cpu"
+
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "capability, dtype", [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float16")]
+)
+def test_a_gpu_before_ampere_computes_in_fp16_what_was_trained_in_bf16(
+    capability, dtype, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert half_type(CUDA) == autocast_dtype("bf16", CUDA) == getattr(torch, dtype)
+    assert autocast_dtype("fp16", CUDA) == torch.float16
+    assert autocast_dtype("no", CUDA) is None
+
+
+@pytest.mark.parametrize("fast, dtype", [(True, torch.bfloat16), (False, None)])
+def test_a_cpu_is_asked_whether_it_computes_bf16_fast(fast, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    assert half_type(CPU) == dtype
 
 
 # ---- the interface ----

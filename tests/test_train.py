@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from conftest import same_tensors
 from safetensors.torch import load_file
 
@@ -18,8 +19,9 @@ from nucsam.run import checkpoint
 from nucsam.run.directory import RunDirectory
 from nucsam.score.runs import score_run
 from nucsam.train import loop
+from nucsam.train import training as training_module
 from nucsam.train.loop import fit, rate
-from nucsam.train.progress import epoch_speed
+from nucsam.train.progress import epoch_speed, print_start
 from nucsam.train.signals import StopSignals
 from nucsam.train.training import Training, run_mpp
 
@@ -157,6 +159,81 @@ def test_the_average_follows_the_first_steps_faster(tiny, tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "_update_average", lambda *arguments: decays.append(arguments[2]))
     fit(tiny("train.batch=1", "train.epochs=1", "train.ema=0.3"), tmp_path / "run")
     assert decays == [2 / 11, 3 / 12, 0.3, 0.3, 0.3]  # of 5 images
+
+
+def test_an_fp16_step_that_overflows_changes_nothing(tiny, tmp_path, monkeypatch):
+    training = Training(tiny(), tmp_path / "run", resume=False, build=network.build_model)
+    training.net.train()
+    accelerator = training.accelerator
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    monkeypatch.setattr(accelerator, "scaler", scaler)
+    monkeypatch.setattr(accelerator, "native_amp", True)
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+    training.optimizer = AcceleratedOptimizer(
+        training.optimizer.optimizer, device_placement=False, scaler=scaler
+    )
+    accelerator._optimizers = [training.optimizer]
+    batch = next(iter(training.loader))
+
+    def changed():
+        """Kinds of tensors that a step changes: statistics, weights, and the averages of both."""
+        tensors = [training.weights, training.average]
+        before = [{name: tensor.clone() for name, tensor in kind.items()} for kind in tensors]
+        loop.step(training, iter([batch]))
+        return {
+            (number, training.weights[name].requires_grad)
+            for number, kind in enumerate(tensors)
+            for name, tensor in kind.items()
+            if not tensor.equal(before[number][name])
+        }
+
+    assert changed() == set()
+    assert scaler.get_scale() == 2.0**126
+    scaler.update(16.0)
+    assert changed() == {(0, True), (0, False), (1, True), (1, False)}
+
+
+def test_processes_with_gpus_ask_each_other_for_signals_only_where_they_wait(
+    tiny, tmp_path, monkeypatch
+):
+    waits = []
+    monkeypatch.setattr(loop, "CHECK_STEPS", 2)
+    monkeypatch.setattr(StopSignals, "stop_requested", lambda *args: waits.append(args[2:]))
+    fit(tiny("train.batch=1", "train.epochs=1"), tmp_path / "run")
+    steps = [(False,), (True,), (False,), (True,), (True,)]  # of 5, the last of which ends an epoch
+    assert waits == [*steps, ()]
+    monkeypatch.undo()
+    requests = []
+
+    def reduce(request, _):
+        requests.append(request.item())
+        return request + 1  # another process got the signal
+
+    gpus = SimpleNamespace(num_processes=2, device=torch.device("cuda"), reduce=reduce)
+    with StopSignals() as stop:
+        assert not stop.stop_requested(gpus, False)
+        assert not requests
+        gpus.device = torch.device("cpu")
+        assert stop.stop_requested(gpus, False) and stop.stop_requested(gpus)
+    assert requests == [0.0, 0.0]
+
+
+def test_auto_is_the_fast_precision_unless_a_launcher_or_the_run_says_another(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(training_module, "half_type", lambda _: torch.bfloat16)
+    run = RunDirectory(tmp_path)
+    assert training_module._precision("auto", False, run) == "bf16"
+    assert training_module._precision("fp32", False, run) == "no"
+    run.write_environment({"precision": "no"})  # it began where nothing else was fast
+    assert training_module._precision("auto", False, run) == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert training_module._precision("auto", False, run) == "bf16"
+
+    numbers = {"parameters_trainable": 1, "parameters": 2, "processes": 1, "epochs": 1, "steps": 9}
+    facts = {"images": {"train": 9}, "base": "a.pt", "precision": "bf16", **numbers}
+    print_start(facts, torch.device("cuda"), "auto")
+    assert "on the GPU in bf16 (train.precision=auto)" in capsys.readouterr().out
 
 
 def test_a_finished_run_takes_more_epochs(tiny, tmp_path, capsys):

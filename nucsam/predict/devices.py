@@ -64,7 +64,7 @@ def half_type(device: torch.device) -> torch.dtype | None:
 
 def allow_tf32() -> None:
     """Let GPUs since Ampere round the factors of fp32 matrix products to 10 bits."""
-    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.allow_tf32 = True  # that of convolutions is on
 
 
 def autocast_dtype(precision: str | None, device: torch.device) -> torch.dtype | None:

@@ -122,7 +122,7 @@ def epoch(training: Training, bar: StepBar, stop: StopSignals) -> None:
         check = progress.step % CHECK_STEPS == 0 or progress.step % batches.steps == 0
         if check:
             training.check_losses()
-        if stop.stop_requested(accelerator, check or accelerator.device.type == "cpu"):
+        if stop.stop_requested(accelerator, check):
             training.save()
             raise SystemExit(stop.status)
         if time.monotonic() - training.saved_at > 60 * t.save_minutes:

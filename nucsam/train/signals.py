@@ -39,16 +39,17 @@ class StopSignals:
         """Exit status of a process that stops; the signal may have reached another one."""
         return 128 + (self._received or signal.SIGTERM)
 
-    def stop_requested(self, accelerator: Accelerator, agree: bool = True) -> bool:
-        """Whether to stop; processes get the same answer.
+    def stop_requested(self, accelerator: Accelerator, wait: bool = True) -> bool:
+        """Whether to stop; every process must call it, and gets the same answer.
 
         Args:
             accelerator: of the training.
-            agree: whether several processes ask each other, which waits for all of them and for
-                their devices; otherwise they do not stop.
+            wait: whether processes may wait for their GPUs to ask each other. If not, they go on.
         """
-        if accelerator.num_processes == 1 or not agree:
-            return accelerator.num_processes == 1 and bool(self._received)
+        if accelerator.num_processes == 1:
+            return bool(self._received)
+        if not wait and accelerator.device.type != "cpu":
+            return False
         received = torch.tensor(float(self._received > 0), device=accelerator.device)
         return bool(accelerator.reduce(received, "sum") > 0)
 
