@@ -11,7 +11,6 @@ and column in a window.
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -159,31 +158,20 @@ def _conv_bn(module: nn.Module, x_BHWC: Tensor) -> Tensor:
     conv, norm = module.c, module.bn
     if norm.training:
         return module(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    statistics = norm.running_mean, norm.running_var
+
+    def fold() -> tuple[Tensor, Tensor]:
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        return conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
+
     # Training does not tell that it moves the statistics, but it counts its batches.
-    sources = conv.weight, norm.weight, norm.bias, *statistics, norm.num_batches_tracked
-    weight, bias = derived(module, sources, partial(_folded, eps=norm.eps))
+    sources = [conv.weight, *norm.parameters(), *norm.buffers()]
+    weight, bias = derived(module, sources, fold)
     if conv.kernel_size == (1, 1):
         # A linear layer, unlike a convolution, keeps no input when its weight is frozen.
         return F.linear(x_BHWC, weight.flatten(1), bias)
     x_BCHW = x_BHWC.permute(0, 3, 1, 2)
     x_BCHW = F.conv2d(x_BCHW, weight, bias, conv.stride, conv.padding, groups=conv.groups)
     return x_BCHW.permute(0, 2, 3, 1)
-
-
-def _folded(
-    weight: Tensor,
-    factor: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    _: Tensor,
-    *,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution that a BatchNorm follows."""
-    scale = factor * torch.rsqrt(variance + eps)
-    return weight * scale.view(-1, 1, 1, 1), shift - mean * scale
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -239,8 +227,14 @@ def _padded_attention(attn: nn.Module, x_BHWC: Tensor, window: int) -> Tensor:
     rows, columns = (H + window - 1) // window, (W + window - 1) // window
     x = F.pad(x_BHWC, (0, 0, 0, columns * window - W, 0, rows * window - H))
     qkv_BHWC = _linear(attn.qkv, _norm(attn.norm, x))
-    (bias_ALK,) = derived(attn, (attn.attention_biases, attn.attention_bias_idxs), _gathered)
-    x = _attend(attn, qkv_BHWC, window, window, bias_ALK[..., : window * window])
+
+    def gather() -> tuple[Tensor]:
+        # CUDA's kernel reads a bias in lines of 8, and would make a padded copy at each call.
+        bias_ALK = _bias(attn)
+        return (F.pad(bias_ALK, (0, -(window**2) % 8)) if x.is_cuda else bias_ALK,)
+
+    (bias_ALK,) = derived(attn, [attn.attention_biases, attn.attention_bias_idxs], gather)
+    x = _attend(attn, qkv_BHWC, window, window, bias_ALK[..., : window**2])
     return _linear(attn.proj, x[:, :H, :W])
 
 
@@ -251,7 +245,7 @@ def _tiled_attention(attn: nn.Module, x_BHWC: Tensor, window: int) -> Tensor:
     whose bias is the logarithm of the summed exponentials of their biases.
     """
     qkv_BHWC = _linear(attn.qkv, _norm(attn.norm, x_BHWC))
-    bias_ALK = attn.attention_biases[:, attn.attention_bias_idxs]
+    bias_ALK = _bias(attn)
     strips = []
     for strip_BHWC in _whole_and_rest(qkv_BHWC, 1, window):
         parts = []
@@ -274,13 +268,9 @@ def _whole_and_rest(x: Tensor, dim: int, window: int) -> list[Tensor]:
     return [part for part in x.split([x.shape[dim] - rest, rest], dim) if part.shape[dim]]
 
 
-def _gathered(biases: Tensor, indices: Tensor) -> tuple[Tensor]:
-    """The bias of each pair of pixels of a whole window, (A, L, K).
-
-    CUDA's kernel wants rows of a multiple of 8, and would make a padded copy at each call.
-    """
-    bias_ALK = biases[:, indices]
-    return (F.pad(bias_ALK, (0, -len(indices) % 8)) if biases.is_cuda else bias_ALK,)
+def _bias(attn: nn.Module) -> Tensor:
+    """The bias of each pair of pixels of a whole window, (A, L, K)."""
+    return attn.attention_biases[:, attn.attention_bias_idxs]
 
 
 def _cut_bias(bias_ALK: Tensor, window: int, height: int, width: int) -> Tensor:

@@ -206,7 +206,7 @@ class Training:
             "device_type": device.type,
             "threads": torch.get_num_threads(),
             "loader_processes": self.workers,
-            "cores_idle": self.cores,
+            "idle_cores": self.cores,
             "command": sys.argv,
             "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
             "parameters": sum(p.numel() for p in parameters),
@@ -351,10 +351,16 @@ def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
         raise UserError(
             f"train.log_with: found {t.log_with!r}, expected one of {', '.join(trackers)} or ''"
         )
+    ddp = DistributedDataParallelKwargs(
+        # All processes have the same statistics, except of an encoder that learns a new base.
+        broadcast_buffers=config.model.norms == "moving",
+        gradient_as_bucket_view=True,
+        static_graph=t.accumulate == 1,  # DDP cannot learn the graph while `no_sync` holds
+    )
     accelerator = Accelerator(
         cpu=not on_gpu,
         mixed_precision=_precision(t.precision, on_gpu, run),
-        kwargs_handlers=[_ddp_options(config)],
+        kwargs_handlers=[ddp],
         log_with=t.log_with or None,
         project_dir=run.path,
     )
@@ -364,19 +370,6 @@ def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
             f"train.log_with: {t.log_with} is not installed; expected one that is, or ''"
         )
     return accelerator
-
-
-def _ddp_options(config: Config) -> DistributedDataParallelKwargs:
-    """Processes exchange gradients where they lie, in an order that is fixed after the first step.
-
-    That order cannot be found while `no_sync` holds gradients back. `heads.Norm` has the same
-    statistics in all processes; the BatchNorms of an encoder that learns a new base have not.
-    """
-    return DistributedDataParallelKwargs(
-        broadcast_buffers=config.model.norms == "moving",
-        gradient_as_bucket_view=True,
-        static_graph=config.train.accumulate == 1,
-    )
 
 
 def _precision(setting: str, on_gpu: bool, run: RunDirectory) -> str | None:
