@@ -29,7 +29,7 @@ measure() {
     echo "$name: no time left; the same command continues"
     return 0
   fi
-  [ "$seconds" -lt "$left" ] || seconds=$left
+  [ -z "$small" ] && [ "$seconds" -lt "$left" ] || seconds=$left
   echo "$name"
   if timeout --kill-after=10 "$seconds" "${@/#JSON/$results/$name.part}" >"$results/$name.txt" 2>&1; then
     mv "$results/$name.part" "$results/$name.json"

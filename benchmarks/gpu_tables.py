@@ -42,8 +42,9 @@ def step_row(about: str, document: dict[str, Any] | None) -> str:
 def tables(documents: dict[str, dict[str, Any]]) -> list[str]:
     """Lines of Markdown from the documents of the measurements, by name."""
     measured = documents.get("step-4-fp16", {})
+    versions = [f"{name} {number}" for name, number in measured.get("versions", {}).items()]
     lines = [
-        f"Machine: {measured.get('machine', NOT_YET)}; {measured.get('versions', {})}",
+        "; ".join(["Machine: " + measured.get("machine", NOT_YET), *versions]),
         "",
         f"A step never waits for the GPU: {'yes' if 'sync_check' in documents else NOT_YET}",
         "",

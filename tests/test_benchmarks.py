@@ -15,6 +15,7 @@ from nucsam.model.encoder import Encoder
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import bench
 import data
+import gpu_tables
 import inference
 import instances
 import metrics
@@ -135,3 +136,21 @@ def test_an_operation_takes_the_longer_of_its_two_times_on_a_gpu():
         assert gpu.seconds == pytest.approx(expected)
         assert gpu.launches == 1
         assert gpu.peak == total.nbytes + n * n * (2 + 4)
+
+
+def test_the_tables_of_a_gpu_say_what_is_not_measured_yet(tmp_path, capsys):
+    speeds = {"nucsam": {"images_per_second": 123.0}}
+    document = {
+        "machine": "H100",
+        "versions": {"torch": "2"},
+        "step": speeds,
+        "pipeline": speeds,
+        "ratios": {"pipeline": {"plain": {"speed": 1.5}}},
+        "memory_mib": {"nucsam": {"held": 9.0, "reserved": 5120.0}},
+    }
+    (tmp_path / "step-4-fp16.json").write_text(json.dumps(document))
+    gpu_tables.main([str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert "Machine: H100; torch 2" in lines
+    assert "| batch 4, fp16 | 123 | 123 | 1.5 |  | 5 |" in lines
+    assert f"| batch 16, bf16 | {' | '.join(['not measured yet'] * 5)} |" in lines

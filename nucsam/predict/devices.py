@@ -2,8 +2,11 @@
 
 import os
 import re
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 
 from nucsam.errors import UserError
@@ -49,6 +52,21 @@ def find_device(name: str) -> torch.device:
         )
     allow_tf32()
     return torch.device("cuda", number)
+
+
+def make_accelerator(precision: str, **options: Any) -> Accelerator:
+    """Accelerate on the GPU or the CPU, as `uses_gpu` says.
+
+    Args:
+        precision: one of PRECISIONS; another one than an earlier accelerator of this process had
+            ends that one.
+        options: others of Accelerator.
+    """
+    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+        AcceleratorState._reset_state()
+    if uses_gpu():
+        allow_tf32()
+    return Accelerator(cpu=not uses_gpu(), mixed_precision=precision, **options)
 
 
 def half_type(device: torch.device) -> torch.dtype | None:

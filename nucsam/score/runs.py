@@ -17,7 +17,13 @@ from nucsam.data.samples import Samples
 from nucsam.data.splits import Split, find_split, inventory
 from nucsam.errors import UserError
 from nucsam.model.network import build_model
-from nucsam.predict.devices import PRECISIONS, autocast_dtype, find_device, uses_gpu
+from nucsam.predict.devices import (
+    PRECISIONS,
+    autocast_dtype,
+    find_device,
+    make_accelerator,
+    uses_gpu,
+)
 from nucsam.predict.pytorch import TorchPredictor
 from nucsam.run.checkpoint import open_run
 from nucsam.run.directory import RunDirectory
@@ -213,7 +219,7 @@ def scoring_accelerator(metadata: dict[str, Any]) -> Accelerator:
     """An accelerator in the precision of a run's training, as `autocast_dtype` says."""
     device = torch.device("cuda" if uses_gpu() else "cpu")
     precision = PRECISIONS[autocast_dtype(metadata.get("precision"), device)]
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    return make_accelerator(precision)
 
 
 def scoring_predictor(

@@ -30,7 +30,7 @@ from nucsam.errors import UserError
 from nucsam.files import check_form
 from nucsam.model.network import calibrated
 from nucsam.model.weights import Base, load_base
-from nucsam.predict.devices import PRECISIONS, allow_tf32, half_type, uses_gpu
+from nucsam.predict.devices import PRECISIONS, half_type, make_accelerator, uses_gpu
 from nucsam.predict.predictor import RATIO
 from nucsam.processes import check_joined, idle_cores
 from nucsam.run import checkpoint
@@ -342,27 +342,21 @@ class Training:
 
 def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
     t = config.train
-    on_gpu = uses_gpu()
-    if on_gpu:
-        allow_tf32()
-        torch.backends.cudnn.benchmark = True  # all crops have one size
     trackers = LoggerType.list()
     if t.log_with and t.log_with not in trackers:
         raise UserError(
             f"train.log_with: found {t.log_with!r}, expected one of {', '.join(trackers)} or ''"
         )
+    precision = _precision(t.precision, uses_gpu(), run)
+    torch.backends.cudnn.benchmark = True  # all crops have one size
     ddp = DistributedDataParallelKwargs(
         # All processes have the same statistics, except of an encoder that learns a new base.
         broadcast_buffers=config.model.norms == "moving",
         gradient_as_bucket_view=True,
         static_graph=t.accumulate == 1,  # DDP cannot learn the graph while `no_sync` holds
     )
-    accelerator = Accelerator(
-        cpu=not on_gpu,
-        mixed_precision=_precision(t.precision, on_gpu, run),
-        kwargs_handlers=[ddp],
-        log_with=t.log_with or None,
-        project_dir=run.path,
+    accelerator = make_accelerator(
+        precision, kwargs_handlers=[ddp], log_with=t.log_with or None, project_dir=run.path
     )
     check_joined(accelerator.num_processes)
     if t.log_with and not accelerator.log_with:
@@ -372,7 +366,7 @@ def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
     return accelerator
 
 
-def _precision(setting: str, on_gpu: bool, run: RunDirectory) -> str | None:
+def _precision(setting: str, on_gpu: bool, run: RunDirectory) -> str:
     """Accelerate's name of a precision. A CPU computes fp16 in fp32, which a warning says.
 
     `auto` is the launcher's choice, else that with which the run began, else the fastest.
