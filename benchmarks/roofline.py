@@ -218,7 +218,11 @@ def take_step(
     if scaler is not None:
         scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(weights, 1.0)
-    optimizer.step()
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad()
     update()
 
