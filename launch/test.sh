@@ -8,4 +8,6 @@ environment test
 
 ruff format --check .
 ruff check .
-OMP_NUM_THREADS=1 python -m pytest -n 2 "$@"
+processes=$(python -c "from nucsam.processes import idle_cores; print(idle_cores())")
+echo "pytest in $processes processes, one for each idle core"
+OMP_NUM_THREADS=1 python -m pytest -n "$processes" "$@"

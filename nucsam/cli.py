@@ -6,7 +6,6 @@ Commands import what they need when they run, so that `--help` is quick.
 import errno
 import importlib.util
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -97,10 +96,6 @@ def quickstart_command(
 
     After an interruption, the same command continues.
     """
-    from nucsam.processes import idle_cores
-
-    # A thread waits for all others at each step, so there are no more of them than idle cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(idle_cores()))
     from nucsam.data.synthetic import write_dataset
 
     data, run = folder / "data", folder / "fold0"

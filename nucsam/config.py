@@ -156,7 +156,7 @@ class Data:
     crop: int = setting(512, "side of a training crop, image px", between(1, 2**15))
     scale: float = setting(2.0, "model px per image px", between(1 / 64, 64))
     mpp: float = setting(0.0, "microns per px to resample images to; 0: their median", at_least(0))
-    workers: int = setting(2, "loader processes; 0: the training process itself", at_least(0))
+    workers: int = setting(2, "most loader processes for a GPU; a CPU has none", at_least(0))
     memory: float = setting(16.0, "GiB of decoded images kept in memory", at_least(0))
 
 
@@ -236,6 +236,7 @@ class Train:
         "auto", "auto: the launch file's, or the device's fastest"
     )
     checkpoint: bool = setting(False, "recompute encoder blocks: less memory, slower")
+    compile: bool = setting(False, "torch.compile: the first step takes minutes")
     validate_every: int = setting(5, "epochs; the last one is always validated", at_least(1))
     best: Literal["dice", "aji", "pq"] = setting("aji", "mean that chooses the epoch")
     save_minutes: float = setting(5.0, "minutes between saved states in an epoch", at_least(0))

@@ -11,13 +11,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 
 from nucsam.errors import UserError
+
+CGROUP = Path("/sys/fs/cgroup")  # Linux: where the limits of a container stand
 
 
 def process_count() -> int:
@@ -101,6 +104,27 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+def allowed_cores() -> int:
+    """Cores that this process may use: of its affinity, and of a container's quota; at least 1."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    quota_and_period = ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+    for names in quota_and_period:  # control groups of version 2, and of version 1
+        # Without a quota there is no file, or it holds "max" or -1.
+        with suppress(OSError, ValueError):
+            quota, period = map(int, " ".join((CGROUP / n).read_text() for n in names).split())
+            cores = min(cores, quota // period) if quota > 0 else cores
+    return max(1, cores)
+
+
 def idle_cores() -> int:
-    """Cores that no other process uses now; at least 1."""
-    return max(1, round((os.cpu_count() or 1) - psutil.getloadavg()[0]))
+    """This process's share of the `allowed_cores` that no other program uses; at least 1.
+
+    A program counts if it runs now, or if the load average still tells of it. The look at what runs
+    now takes a fifth of a second.
+    """
+    cores = os.cpu_count() or 1
+    busy = max(psutil.getloadavg()[0], cores * psutil.cpu_percent(0.2) / 100)
+    idle = min(allowed_cores(), round(cores - busy))
+    return max(1, idle // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -19,6 +19,7 @@ import gpu_tables
 import inference
 import instances
 import metrics
+import roofline
 import scaling
 import stock
 import train_step
@@ -119,6 +120,26 @@ def test_the_plain_way_has_the_targets_of_nucsam():
     assert np.array_equal(plain_classes, classes[0])
     depth = targets.depth(batch, classes, int(labels.max()))[0]
     assert np.allclose(plain_depth, depth, atol=1e-4)
+
+
+def test_an_operation_takes_the_longer_of_its_two_times_on_a_gpu():
+    """A product of 4096 x 4096 in fp16, a sum of as many numbers in fp32, and a free view."""
+    n = 4096
+    with roofline.Roofline() as gpu:
+        half, single = (
+            torch.empty(n, n, dtype=t, device="cuda") for t in (torch.half, torch.float)
+        )
+        assert gpu.peak == n * n * (2 + 4)
+        product = half @ half.t()
+        expected = {name: 2 * n**3 / peak for name, (peak, _, _) in roofline.PEAKS.items()}
+        assert gpu.seconds == pytest.approx(expected)
+        gpu.restart()
+        del product
+        total = single + single
+        expected = {name: 12 * n * n / width for name, (_, _, width) in roofline.PEAKS.items()}
+        assert gpu.seconds == pytest.approx(expected)
+        assert gpu.launches == 1
+        assert gpu.peak == total.nbytes + n * n * (2 + 4)
 
 
 def test_the_tables_of_a_gpu_say_what_is_not_measured_yet(tmp_path, capsys):

@@ -67,20 +67,27 @@ dist.init_process_group("gloo")
 share = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
 generator = torch.Generator().manual_seed(0)
 x, weight = (3 * torch.randn(6, 4, 5, 7, generator=generator) + 1 for _ in range(2))
-whole, part = x.clone().requires_grad_(), x[share].clone().requires_grad_()
-one, two = torch.nn.BatchNorm2d(4), Norm(4)
-expected, result = one(whole), two(part)
-(expected * weight).sum().backward()
-(result * weight[share]).sum().backward()
-alone = torch.nn.BatchNorm2d(4)(part)  # negative control: one process's statistics
-assert not torch.allclose(alone, result, atol=1e-2)
-torch.testing.assert_close(result, expected[share])
-torch.testing.assert_close(part.grad, whole.grad[share], atol=1e-5, rtol=1e-5)
-for name, buffer in two.named_buffers():
-    torch.testing.assert_close(buffer, one.get_buffer(name))
-for name, p in two.named_parameters():
-    dist.all_reduce(p.grad)
-    torch.testing.assert_close(p.grad, one.get_parameter(name).grad, atol=1e-4, rtol=1e-5)
+for layout in torch.contiguous_format, torch.channels_last:
+    whole, part = (t.clone(memory_format=layout).requires_grad_() for t in (x, x[share]))
+    one, two = torch.nn.BatchNorm2d(4), Norm(4)
+    for norm in one, two:
+        torch.nn.init.uniform_(norm.weight, generator=generator.manual_seed(1))
+    expected, result = one(whole), two(part)
+    (expected * weight).sum().backward()
+    (result * weight[share]).sum().backward()
+    alone = torch.nn.BatchNorm2d(4)(part)  # negative control: one process's statistics
+    assert not torch.allclose(alone, result, atol=1e-2)
+    assert result.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(result, expected[share])
+    torch.testing.assert_close(part.grad, whole.grad[share], atol=1e-5, rtol=1e-5)
+    for name, buffer in two.named_buffers():
+        torch.testing.assert_close(buffer, one.get_buffer(name))
+    for name, p in two.named_parameters():
+        dist.all_reduce(p.grad)
+        torch.testing.assert_close(p.grad, one.get_parameter(name).grad, atol=1e-4, rtol=1e-5)
+    half = part.detach().bfloat16().requires_grad_()
+    (two(half) * weight[share]).sum().backward()
+    torch.testing.assert_close(half.grad.float(), part.grad, atol=0.02, rtol=0.02)
 """
 
 

@@ -1,14 +1,16 @@
 """The encoder against stock `mobile_sam`, on weights whose biases and statistics are random."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nucsam.errors import UserError
 from nucsam.model import lora
-from nucsam.model.encoder import Encoder
+from nucsam.model.encoder import Encoder, Features
 from nucsam.model.network import calibrated
 from nucsam.model.weights import Base, build_sam, state_sha256
 
@@ -224,6 +226,74 @@ def test_nothing_is_stale_after_a_load(sam):
             assert (after - before).abs().max() > 0.1
 
 
+class Calls(TorchDispatchMode):
+    """Counts calls of operations by name."""
+
+    def __enter__(self):
+        self.counts = Counter()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.counts[function._overloadpacket.__name__] += 1
+        return function(*arguments, **(options or {}))
+
+
+def test_frozen_weights_are_folded_and_cast_once(sam):
+    """Of 27 convolutions, 40 linear layers and their biases; trained ones are cast each time."""
+    encoder, images = adapted(sam), some_images(1, 64, 64)
+    counts = []
+    for trained in (False, False, True):
+        encoder.patch_embed.requires_grad_(trained)
+        with Calls() as calls, torch.autocast("cpu", torch.bfloat16):
+            encoder(images)
+        counts.append(calls.counts)
+    assert [c["rsqrt"] for c in counts] == [27, 0, 2]
+    assert counts[0]["_to_copy"] - counts[1]["_to_copy"] == 2 * (27 + 40)
+
+
+def every(features: Features) -> Tensor:
+    return torch.cat([map.flatten() for map in features])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "patch_embed.seq.0.c.weight",
+        "layers.0.blocks.1.conv2.bn.weight",
+        "layers.1.downsample.conv2.bn.running_mean",
+        "layers.2.blocks.3.local_conv.bn.running_var",
+        "layers.2.blocks.5.attn.qkv.weight",
+        "layers.3.blocks.0.attn.attention_biases",
+        "layers.3.blocks.1.mlp.fc1.bias",
+    ],
+)
+def test_a_changed_weight_is_folded_again(sam, name):
+    """After a change in place and after a replacement, in the model and in its copy."""
+    encoder, images = fresh(sam).requires_grad_(False), some_images(1, 64, 64)
+    before = every(encoder(images))
+    copied = copy.deepcopy(encoder)
+    encoder.state_dict()[name].mul_(1.5)
+    changed = every(encoder(images))
+    assert not torch.equal(changed, before)
+    another = fresh(sam).requires_grad_(False)
+    another.load_state_dict(encoder.state_dict())
+    assert torch.equal(changed, every(another(images)))
+    assert torch.equal(before, every(copied(images)))
+    copied.load_state_dict(encoder.state_dict(), assign=True)
+    assert torch.equal(changed, every(copied(images)))
+
+
+def test_statistics_that_training_moved_are_folded_again(sam):
+    encoder, images = fresh(sam, moving=True).requires_grad_(False).eval(), some_images(2, 64, 64)
+    before = every(encoder(images))
+    encoder.train()(images)
+    after = every(encoder.eval()(images))
+    another = fresh(sam).requires_grad_(False).eval()
+    another.load_state_dict(encoder.state_dict())
+    assert torch.equal(after, every(another(images)))
+    assert not torch.equal(after, before)
+
+
 def test_bfloat16_autocast_is_near(sam):
     encoder, images = adapted(sam), some_images(1, 64, 64)
     expected, exact = embed_and_grade(encoder, images)
@@ -266,9 +336,3 @@ def test_a_calibrated_base_has_the_statistics_of_one_stock_step_in_training_mode
         torch.testing.assert_close(tensor, expected.get(name, before[name]), atol=1e-4, rtol=1e-3)
     moved = base.state["image_encoder.layers.3.blocks.1.local_conv.bn.running_mean"]
     assert (moved.abs() > 0).all()
-
-
-def test_is_one_graph_for_the_compiler(sam):
-    encoder, images = adapted(sam), some_images(1, 64, 96)
-    compiled = torch.compile(encoder, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(images).s16b, encoder(images).s16b, atol=1e-4, rtol=0)

@@ -464,6 +464,7 @@ data.crop: found 128 px, but no image with a shorter side over 96 px; a smaller 
 resume: OUT/new holds no saved state; a new run starts
 images: 5 train, 3 inner, 4 test; base none (random, seed 0)
 trains ... of ... parameters on the CPU in fp32
+threads: 1, loader processes: 0, idle cores: ...
 5 images x 1 epochs = 3 optimizer steps; 1,500 or more are usual
 random base weights: the scores say nothing about MobileSAM
 epoch 1: loss ..., ... images/s; DICE ..., AJI ..., PQ ...

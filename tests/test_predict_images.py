@@ -60,6 +60,21 @@ def test_an_export_predicts_as_its_run(trained):
     assert np.abs(next(maps_of(run, [some_image()])) - same).max() > 1e-4
 
 
+LOAD = """
+import sys, nucsam
+heavy = "timm torchvision torch._dynamo torch.distributed.fsdp scipy.ndimage skimage.transform"
+nucsam.load(sys.argv[1], device="cpu")
+print(set(heavy.split()) & set(sys.modules))
+"""
+
+
+@one_head
+def test_load_imports_what_it_needs(trained):
+    """So that it takes little longer than the import of torch."""
+    command = [sys.executable, "-c", LOAD, str(trained[1])]
+    assert subprocess.check_output(command, text=True) == "set()\n"
+
+
 def test_a_loaded_model_predicts(trained):
     model = nucsam.load(trained[1], device="cpu", tile=64, overlap=8, tta=True)
     label = model.predict(some_image(50, 90))

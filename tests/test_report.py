@@ -216,10 +216,10 @@ def test_the_page_shows_scores_and_how_they_were_made(finished):
         f"epoch {scores['epoch']}; chosen by AJI on the inner split",
         "none (random, seed 0), SHA-256 " + environment["base_sha256"][:12],
         "1 (train.seed = 0); the spread over seeds is not known",
-        "official, 3 folds, fold 0, seed 19",
+        "KFold, 3 folds, fold 0, seed 19",
         "{train} train, {inner} inner, {test} test".format(**environment["images"]),
         "{parameters_trainable:,} of {parameters:,}".format(**environment),
-        "{:.1f} min, {:.1f} images/s, {:.1f} GiB".format(*cost),
+        "{:.1f} min, {:.3g} images/s, {:.1f} GiB".format(*cost),
         "model.width: 128 -> 64",
         "base weights are random",
     ):

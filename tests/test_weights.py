@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import same_tensors
 from safetensors.torch import save_file
 
 from nucsam.errors import UserError
@@ -31,14 +32,32 @@ def test_a_random_base_is_stock_and_follows_its_seed_only():
     assert sum(t.numel() for t in parameters) > 10_130_000
 
 
-def test_the_import_of_mobile_sam_is_silent():
-    code = (
-        "import warnings; from nucsam.model.weights import build_sam; build_sam(); "
-        "warnings.warn('ours')"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+LIGHT = """
+import sys, warnings
+from nucsam.model.weights import build_sam
+sam = build_sam()
+print({"timm", "torchvision", "mobile_sam.predictor"} & set(sys.modules))
+warnings.warn("ours")
+warnings.simplefilter("ignore")
+from mobile_sam import SamPredictor, modeling
+import timm
+print(SamPredictor(sam).device, isinstance(sam, modeling.Sam), len(timm.list_models()) > 9)
+"""
+
+
+def test_mobile_sam_comes_without_timm_and_silently_and_leaves_both_usable():
+    run = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["set()", "cpu True True"]
     assert run.stderr.count("Warning") == 1
     assert "ours" in run.stderr
+
+
+def test_a_model_that_a_check_has_built_serves_once(state, tmp_path):
+    save_file(state, tmp_path / "base.safetensors")
+    load_base(tmp_path / "base.safetensors")
+    one, two = build_sam(), build_sam()
+    assert one is not two
+    assert same_tensors(one.state_dict(), two.state_dict())
 
 
 def test_identity_counts_names_dtypes_shapes_and_values_only():

@@ -7,7 +7,6 @@ on a job is a file lock in RUNS/.locks that process and child hold.
 
 import hashlib
 import itertools
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from nucsam import config
 from nucsam.claims import read_note
 from nucsam.config import Config
 from nucsam.errors import UserError
+from nucsam.processes import allowed_cores
 from nucsam.run.directory import RunDirectory
 
 # what torchrun, accelerate and MPI tell a process of its launch
@@ -142,11 +142,7 @@ def child_environment(environment: Mapping[str, str], device: str) -> dict[str, 
         device: CUDA_VISIBLE_DEVICES of the child; "" = the CPU.
     """
     child = {key: text for key, text in environment.items() if not _OF_LAUNCHERS.fullmatch(key)}
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    threads = max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", 1)))
+    threads = max(1, allowed_cores() // int(environment.get("LOCAL_WORLD_SIZE", 1)))
     child.setdefault("OMP_NUM_THREADS", str(threads))
     return child | {"CUDA_VISIBLE_DEVICES": device, "PYTHONUNBUFFERED": "1"}
 

@@ -10,14 +10,20 @@ and column in a window.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from nucsam.errors import UserError
+from nucsam.model.frozen import derived
+
+# On a GPU: the fused kernel that takes a bias, and what PyTorch has where that cannot run.
+_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Features(NamedTuple):
@@ -34,8 +40,8 @@ class Features(NamedTuple):
 class Encoder(nn.Module):
     """TinyViT without its classifier, equal to the stock encoder in eval mode within float error.
 
-    A pinned BatchNorm stays in eval mode whatever `train()` says. It is then an affine map, which
-    every forward pass folds into the convolution before it. The state dict keeps the stock names
+    A pinned BatchNorm stays in eval mode whatever `train()` says. It is then an affine map, folded
+    into the convolution before it: once, if both are frozen. The state dict keeps the stock names
     and values.
 
     Args:
@@ -152,15 +158,41 @@ def _conv_bn(module: nn.Module, x_BHWC: Tensor) -> Tensor:
     conv, norm = module.c, module.bn
     if norm.training:
         return module(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    weight = conv.weight * scale.view(-1, 1, 1, 1)
-    bias = norm.bias - norm.running_mean * scale
+
+    def fold() -> tuple[Tensor, Tensor]:
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        return conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
+
+    # Training does not tell that it moves the statistics, but it counts its batches.
+    sources = [conv.weight, *norm.parameters(), *norm.buffers()]
+    weight, bias = derived(module, sources, fold)
     if conv.kernel_size == (1, 1):
         # A linear layer, unlike a convolution, keeps no input when its weight is frozen.
         return F.linear(x_BHWC, weight.flatten(1), bias)
     x_BCHW = x_BHWC.permute(0, 3, 1, 2)
     x_BCHW = F.conv2d(x_BCHW, weight, bias, conv.stride, conv.padding, groups=conv.groups)
     return x_BCHW.permute(0, 2, 3, 1)
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer, whose frozen weight is cast once; an adapted one casts its own."""
+    if type(layer) is not nn.Linear:
+        return layer(x)
+    return F.linear(x, *derived(layer, (layer.weight, layer.bias)))
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """In the type of x: on a GPU autocast would make a float32 map. Sums are float32 anyway."""
+    if x.device.type != "cuda" or norm.weight.requires_grad:
+        return norm(x)
+    weight, bias = derived(norm, (norm.weight, norm.bias))
+    with torch.autocast("cuda", enabled=False):
+        return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), norm.eps)
+
+
+def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    """A stock `Mlp` without dropout."""
+    return _linear(mlp.fc2, _gelu(_linear(mlp.fc1, _norm(mlp.norm, x))))
 
 
 def _mbconv(block: nn.Module, x_BHWC: Tensor) -> Tensor:
@@ -182,7 +214,7 @@ def _attention_block(block: nn.Module, x_BHWC: Tensor) -> Tensor:
     attention = _tiled_attention if _eager_cpu(x_BHWC) else _padded_attention
     x = x_BHWC + attention(block.attn, x_BHWC, block.window_size)
     x = _conv_bn(block.local_conv, x)
-    return x + block.mlp(x)
+    return x + _mlp(block.mlp, x)
 
 
 def _padded_attention(attn: nn.Module, x_BHWC: Tensor, window: int) -> Tensor:
@@ -194,8 +226,16 @@ def _padded_attention(attn: nn.Module, x_BHWC: Tensor, window: int) -> Tensor:
     # Not -(-H // window): ONNX divides towards 0.
     rows, columns = (H + window - 1) // window, (W + window - 1) // window
     x = F.pad(x_BHWC, (0, 0, 0, columns * window - W, 0, rows * window - H))
-    qkv_BHWC = attn.qkv(attn.norm(x))
-    return attn.proj(_attend(attn, qkv_BHWC, window, window, _bias(attn))[:, :H, :W])
+    qkv_BHWC = _linear(attn.qkv, _norm(attn.norm, x))
+
+    def gather() -> tuple[Tensor]:
+        # CUDA's kernel reads a bias in lines of 8, and would make a padded copy at each call.
+        bias_ALK = _bias(attn)
+        return (F.pad(bias_ALK, (0, -(window**2) % 8)) if x.is_cuda else bias_ALK,)
+
+    (bias_ALK,) = derived(attn, [attn.attention_biases, attn.attention_bias_idxs], gather)
+    x = _attend(attn, qkv_BHWC, window, window, bias_ALK[..., : window**2])
+    return _linear(attn.proj, x[:, :H, :W])
 
 
 def _tiled_attention(attn: nn.Module, x_BHWC: Tensor, window: int) -> Tensor:
@@ -204,7 +244,7 @@ def _tiled_attention(attn: nn.Module, x_BHWC: Tensor, window: int) -> Tensor:
     All padded pixels have the same key and value. To the pixels of a window they act as one key,
     whose bias is the logarithm of the summed exponentials of their biases.
     """
-    qkv_BHWC = attn.qkv(attn.norm(x_BHWC))
+    qkv_BHWC = _linear(attn.qkv, _norm(attn.norm, x_BHWC))
     bias_ALK = _bias(attn)
     strips = []
     for strip_BHWC in _whole_and_rest(qkv_BHWC, 1, window):
@@ -215,11 +255,11 @@ def _tiled_attention(attn: nn.Module, x_BHWC: Tensor, window: int) -> Tensor:
                 part_BHWC = _attend(attn, part_BHWC, window, window, bias_ALK)
             else:
                 bias = _cut_bias(bias_ALK, window, height, width)
-                padded_C = attn.qkv(attn.norm.bias)  # the norm of 0 is its bias
+                padded_C = _linear(attn.qkv, attn.norm.bias)  # the norm of 0 is its bias
                 part_BHWC = _attend(attn, part_BHWC, height, width, bias, padded_C)
             parts.append(part_BHWC)
         strips.append(torch.cat(parts, dim=2))
-    return attn.proj(torch.cat(strips, dim=1))
+    return _linear(attn.proj, torch.cat(strips, dim=1))
 
 
 def _whole_and_rest(x: Tensor, dim: int, window: int) -> list[Tensor]:
@@ -275,8 +315,9 @@ def _attend(
         scores_NALK = (q_NALD * attn.scale) @ k_NAKD.transpose(2, 3) + bias_1ALK
         x_NALD = torch.softmax(scores_NALK, dim=3).to(v_NAKD.dtype) @ v_NAKD
     else:
-        x_NALD = F.scaled_dot_product_attention(
-            q_NALD, k_NAKD, v_NAKD, attn_mask=bias_1ALK, scale=attn.scale
-        )
+        with sdpa_kernel(_KERNELS) if q_NALD.is_cuda else nullcontext():
+            x_NALD = F.scaled_dot_product_attention(
+                q_NALD, k_NAKD, v_NAKD, attn_mask=bias_1ALK, scale=attn.scale
+            )
     x = x_NALD.transpose(1, 2).reshape(B, rows, columns, height, width, attn.dh).transpose(2, 3)
     return x.reshape(B, H, W, attn.dh)

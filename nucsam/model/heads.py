@@ -27,7 +27,8 @@ TVERSKY = {"alpha": 0.5, "beta": 0.5}
 class Norm(nn.BatchNorm2d):
     """BatchNorm over the batch of all processes, so that N processes train as one does.
 
-    Unlike `nn.SyncBatchNorm` it runs on CPUs too. Every process must hold equally many pixels.
+    Unlike `nn.SyncBatchNorm` it runs on CPUs too, and no process waits for its GPU. Every process
+    must hold equally many pixels.
     """
 
     def __init__(self, channels: int) -> None:
@@ -38,33 +39,54 @@ class Norm(nn.BatchNorm2d):
         """(B, C, H, W) -> (B, C, H, W)."""
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
-        y = x.float()
-        pairs_P2C = y.new_zeros(dist.get_world_size(), 2, y.shape[1])  # of each of P processes
-        pairs_P2C[dist.get_rank()] = torch.stack(torch.var_mean(y, (0, 2, 3), correction=0))
-        variances_PC, means_PC = _Sum.apply(pairs_P2C).unbind(1)
-        mean = means_PC.mean(0)
-        variance = variances_PC.mean(0) + (means_PC - mean).square().mean(0)
+        y, mean, variance = _SharedNorm.apply(x, self.weight, self.bias, self.eps)
         count = dist.get_world_size() * x.numel() // x.shape[1]
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        y = (y - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
-        return y.to(x.dtype)
+        return y
 
 
-class _Sum(torch.autograd.Function):
-    """Sum over processes: of values in the forward pass, of gradients in the backward pass."""
+class _SharedNorm(torch.autograd.Function):
+    """BatchNorm with the statistics of all processes, by PyTorch's fused kernels.
 
-    @staticmethod
-    def forward(_: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+    Each process computes the gradients of weight and bias over its own pixels, as for every other
+    layer. The gradient of x needs their sums over all processes.
+    """
 
     @staticmethod
-    def backward(_: Any, gradient: Tensor) -> Tensor:
-        return _Sum.forward(_, gradient.contiguous())
+    def forward(
+        context: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        pairs_P2C = weight.new_zeros(dist.get_world_size(), 2, x.shape[1])  # of each of P processes
+        pairs_P2C[dist.get_rank()] = torch.stack(torch.batch_norm_update_stats(x, None, None, 0.0))
+        dist.all_reduce(pairs_P2C)
+        means_PC, variances_PC = pairs_P2C.unbind(1)
+        mean = means_PC.mean(0)
+        variance = variances_PC.mean(0) + (means_PC - mean).square().mean(0)
+        y, _, _ = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)
+        context.save_for_backward(x, weight, mean, variance)
+        context.eps = eps
+        context.mark_non_differentiable(mean, variance)
+        return y, mean, variance
+
+    @staticmethod
+    def backward(context: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, variance = context.saved_tensors
+        # As if mean and variance were constants.
+        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, mean, variance, None, None, False, context.eps, [True, True, True]
+        )
+        # What x changes through them: dx -= weight / (deviation · count) · (d_bias + z · d_weight).
+        sums_2C = torch.stack([d_bias, d_weight])
+        dist.all_reduce(sums_2C)
+        deviation = (variance + context.eps).sqrt()
+        count = dist.get_world_size() * x.numel() // x.shape[1]
+        shift, slope = sums_2C * (weight / (deviation * count))
+        slope = slope / deviation
+        shift = shift - slope * mean
+        shift, slope = (vector.view(-1, 1, 1).to(x.dtype) for vector in (shift, slope))
+        return dx.sub_(torch.addcmul(shift, x, slope)), d_weight, d_bias, None
 
 
 class Block(nn.Sequential):

@@ -19,11 +19,8 @@ does not touch the start of the next one.
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from skimage.measure import label as label_pieces
-from skimage.segmentation import watershed
+import scipy  # its parts, and those of skimage, load when they are first used
+import skimage
 
 from nucsam.config import Instances
 
@@ -164,9 +161,11 @@ def _seeds(
             return seed_K
         joins = numbers.copy()
         joins[basin_S[shallow]] = neighbour_S[shallow]  # the last of a tie
-        graph = coo_array((np.ones(len(joins)), (numbers, joins)), shape=(len(joins), len(joins)))
+        graph = scipy.sparse.coo_array(
+            (np.ones(len(joins)), (numbers, joins)), shape=(len(joins), len(joins))
+        )
         # Basin 0 has no saddles: it stays alone, and its component is the first, 0.
-        count, joined = connected_components(graph, directed=False)
+        count, joined = scipy.sparse.csgraph.connected_components(graph, directed=False)
         peaks = np.full(count, -np.inf, peak_K.dtype)
         np.maximum.at(peaks, joined, peak_K)
         peak_K, seed_K = peaks, joined[seed_K]
@@ -213,11 +212,11 @@ def from_foreground(
         As `from_depth`.
     """
     nucleus = foreground_HW > config.foreground
-    depth = ndimage.distance_transform_edt(nucleus) if depth_HW is None else depth_HW
-    depth = ndimage.gaussian_filter(depth, sigma)
-    is_peak = (depth == ndimage.maximum_filter(depth, 2 * reach + 1)) & nucleus
-    seeds, _ = ndimage.label(is_peak, np.ones((3, 3), bool))
-    labels = watershed(-depth, seeds, mask=nucleus)
+    depth = scipy.ndimage.distance_transform_edt(nucleus) if depth_HW is None else depth_HW
+    depth = scipy.ndimage.gaussian_filter(depth, sigma)
+    is_peak = (depth == scipy.ndimage.maximum_filter(depth, 2 * reach + 1)) & nucleus
+    seeds, _ = scipy.ndimage.label(is_peak, np.ones((3, 3), bool))
+    labels = skimage.segmentation.watershed(-depth, seeds, mask=nucleus)
     return whole(labels, foreground_HW, config)
 
 
@@ -232,7 +231,7 @@ def whole(labels_HW: np.ndarray, foreground_HW: np.ndarray, config: Instances) -
     Returns:
         As `from_depth`.
     """
-    pieces, count = label_pieces(labels_HW, connectivity=1, return_num=True)
+    pieces, count = skimage.measure.label(labels_HW, connectivity=1, return_num=True)
     size = np.bincount(pieces.ravel(), minlength=count + 1)
     owner = np.zeros(count + 1, np.int64)
     owner[pieces] = labels_HW

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nucsam.errors import UserError
 from nucsam.files import shortened
+from nucsam.model.frozen import autocast_type, derived
 
 
 class LoRALinear(nn.Linear):
@@ -46,7 +47,8 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         rows = x.reshape(-1, self.in_features)
-        y = F.linear(rows, self.weight, self.bias)
+        rows = rows.to(autocast_type(rows))  # once for both products
+        y = F.linear(rows, *derived(self, (self.weight, self.bias)))
         down = F.linear(rows, self.lora_A)
         # In place: no gradient needs y, so the update costs neither a map nor a pass over y.
         # Autocast does not cast the operands of in-place operations, so this line does.

@@ -72,7 +72,7 @@ class Nucsam(nn.Module):
         return self.head.instances(maps, config)
 
     def fold(self) -> "Nucsam":
-        """Make the model fast, for prediction only: merge LoRA, fold the norms of the head.
+        """Make the model fast, for prediction only: merge LoRA, fold the norms of the head, freeze.
 
         Returns:
             The model itself; it must be in eval mode.
@@ -81,7 +81,7 @@ class Nucsam(nn.Module):
         for module in self.modules():
             if isinstance(module, Block):
                 module.fold()
-        return self
+        return self.requires_grad_(False)
 
     def trainable(self) -> dict[str, Tensor]:
         """What training changes, by name: parameters that train, and statistics of moving norms."""

@@ -7,7 +7,6 @@ A base holds every tensor of stock `mobile_sam` under its stock name: `image_enc
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from nucsam.download import fetch, file_checksum
 from nucsam.errors import UserError
 from nucsam.files import expanded, shortened
+from nucsam.model.stock import import_builders
 
 # MobileSAM's published file, in its authors' repository and on their page at Hugging Face.
 FILE = "mobile_sam.pt"
@@ -29,6 +29,9 @@ URLS = (
     "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
     "https://huggingface.co/ChaoningZhang/MobileSAM/resolve/main/mobile_sam.pt",
 )
+
+# Seed -> the untouched model of a check, for the next caller: to build one takes a quarter second.
+_SPARE: dict[int, nn.Module] = {}
 
 _ADVICE = ", or set model.weights to its path, or to 'none' for random weights"
 
@@ -67,11 +70,13 @@ def load_base(spec: str | Path, *, cache: str | Path | None = None, seed: int = 
     head = {}
     if "nucsam" in metadata:
         head = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith("head.")}
-    if problem := misfit(tensors, build_sam().state_dict()):
+    stock = build_sam()
+    if problem := misfit(tensors, stock.state_dict()):
         raise UserError(
             f"{path} does not fit MobileSAM (vit_t): {problem}. Expected MobileSAM's {FILE} or a "
             "merged file of nucsam export, which merges an adapter with its base"
         )
+    _SPARE[0] = stock
     return Base(tensors, state_sha256(tensors), str(path), head)
 
 
@@ -82,18 +87,12 @@ def random_base(seed: int) -> Base:
 
 
 def build_sam(seed: int = 0) -> nn.Module:
-    """The stock `mobile_sam` model (`vit_t`), in eval mode, with weights drawn from `seed`.
-
-    It silences the warnings of the package's import, and no others.
-    """
-    with warnings.catch_warnings():
-        timm = r"Importing from timm\.models\.(layers|registry) is deprecated"
-        registry = r"Overwriting tiny_vit_\w+ in registry with mobile_sam"
-        warnings.filterwarnings("ignore", timm, FutureWarning)
-        warnings.filterwarnings("ignore", registry, UserWarning)
-        from mobile_sam import build_sam_vit_t
+    """The stock `mobile_sam` model (`vit_t`), in eval mode, with weights drawn from `seed`."""
+    if spare := _SPARE.pop(seed, None):
+        return spare
+    builders = import_builders()
     with seeded(seed):
-        return build_sam_vit_t()
+        return builders.build_sam_vit_t()
 
 
 @contextmanager

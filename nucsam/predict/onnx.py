@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from skimage.transform import resize
+import skimage  # its parts load when they are first used
 
 from nucsam.config import Instances
 from nucsam.download import file_checksum
@@ -64,7 +64,9 @@ def resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if maps.shape[2:] == size:
         return maps
     shape = (*maps.shape[:2], *size)
-    return resize(maps, shape, order=1, mode="edge", anti_aliasing=False, preserve_range=True)
+    return skimage.transform.resize(
+        maps, shape, order=1, mode="edge", anti_aliasing=False, preserve_range=True
+    )
 
 
 def open_graph(path: Path, device: str) -> Opened:

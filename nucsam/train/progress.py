@@ -69,6 +69,8 @@ def print_start(facts: dict[str, Any], device: torch.device, setting: str) -> No
         f"trains {facts['parameters_trainable']:,} of {facts['parameters']:,} parameters on "
         f"{where} in {precision}{processes}"
     )
+    names = ("threads", "loader_processes", "idle_cores")
+    console.print(", ".join(f"{name.replace('_', ' ')}: {facts[name]}" for name in names))
     steps = steps_sentence(facts["images"]["train"], facts["epochs"], facts["steps"])
     console.print(steps, style="yellow" if facts["steps"] < USUAL_STEPS else "")
     if facts["base"].startswith("none"):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import LoggerType
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -32,7 +32,7 @@ from nucsam.model.network import calibrated
 from nucsam.model.weights import Base, load_base
 from nucsam.predict.devices import PRECISIONS, half_type, make_accelerator, uses_gpu
 from nucsam.predict.predictor import RATIO
-from nucsam.processes import check_joined
+from nucsam.processes import check_joined, idle_cores
 from nucsam.run import checkpoint
 from nucsam.run.checkpoint import Progress
 from nucsam.run.directory import RunDirectory
@@ -68,7 +68,11 @@ class Training:
         """
         self.config = config
         self.run = RunDirectory(out)
-        self.accelerator = _accelerator(config.train, self.run)
+        self.cores = idle_cores()
+        # A thread waits for all others at each step: two on one busy core take longer than one.
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(self.cores)
+        self.accelerator = _accelerator(config, self.run)
         self.run.check(config, resume=resume)
         self._load_images(resume)
         self._load_model(build)
@@ -122,6 +126,8 @@ class Training:
         d, t = self.config.data, self.config.train
         accelerator = self.accelerator
         side = window(d.crop, self.config.augment)
+        # On a CPU a loader process would take a core from the training.
+        self.workers = min(d.workers, max(1, self.cores - 1)) if uses_gpu() else 0
         crops = Crops(self.samples, window=side, seed=t.seed, mpp=self.mpp)
         self.batches = EpochBatches(
             self.train,
@@ -134,17 +140,20 @@ class Training:
         self.loader = DataLoader(
             crops,
             batch_sampler=self.batches,
-            num_workers=d.workers,
-            persistent_workers=d.workers > 0,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
             pin_memory=uses_gpu(),
             worker_init_fn=ignore_signals,
         )
-        if d.workers:
+        if self.workers:
             atexit.register(kill_workers)
         first_crops = [crops[0, i] for i in self.train[:CALIBRATION_IMAGES]]
         self.base = _load_base(self.config, self.run, first_crops, accelerator)
         self.net = build(self.config.model, self.base, seed=t.seed, checkpoint=t.checkpoint)
         self.ddp = accelerator.prepare(self.net)
+        if t.compile:
+            # The head's norms ask the other processes, which no graph holds.
+            self.ddp = torch.compile(self.ddp, fullgraph=accelerator.num_processes == 1)
         # After `prepare`, which replaces the buffers of processes on CPUs.
         self.weights: dict[str, Tensor] = self.net.trainable()
         self.average: dict[str, Tensor] = {}
@@ -198,6 +207,8 @@ class Training:
             "device": gpu or platform.processor() or "CPU",
             "device_type": device.type,
             "threads": torch.get_num_threads(),
+            "loader_processes": self.workers,
+            "idle_cores": self.cores,
             "command": sys.argv,
             "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
             "parameters": sum(p.numel() for p in parameters),
@@ -331,14 +342,24 @@ class Training:
         checkpoint.save_adapter(self.run.adapter_file, self.weights_to_keep, metadata)
 
 
-def _accelerator(t: Train, run: RunDirectory) -> Accelerator:
+def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
+    t = config.train
     trackers = LoggerType.list()
     if t.log_with and t.log_with not in trackers:
         raise UserError(
             f"train.log_with: found {t.log_with!r}, expected one of {', '.join(trackers)} or ''"
         )
     precision = _precision(t.precision, uses_gpu(), run)
-    accelerator = make_accelerator(precision, log_with=t.log_with or None, project_dir=run.path)
+    torch.backends.cudnn.benchmark = True  # all crops have one size
+    ddp = DistributedDataParallelKwargs(
+        # All processes have the same statistics, except of an encoder that learns a new base.
+        broadcast_buffers=config.model.norms == "moving",
+        gradient_as_bucket_view=True,
+        static_graph=t.accumulate == 1,  # DDP cannot learn the graph while `no_sync` holds
+    )
+    accelerator = make_accelerator(
+        precision, kwargs_handlers=[ddp], log_with=t.log_with or None, project_dir=run.path
+    )
     check_joined(accelerator.num_processes)
     if t.log_with and not accelerator.log_with:
         raise UserError(

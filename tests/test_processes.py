@@ -1,0 +1,52 @@
+"""How many cores there are for this process."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from nucsam import processes
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine of 8 cores, of which this process may use those that a test says."""
+
+    def make(*, load=0.0, percent=0.0, affinity=8, quota=None, version=2, share=1):
+        monkeypatch.setattr(processes.os, "cpu_count", lambda: 8)
+        monkeypatch.setattr(
+            processes.os, "sched_getaffinity", lambda _: range(affinity), raising=False
+        )
+        usage = SimpleNamespace(getloadavg=lambda: (load, 0, 0), cpu_percent=lambda _: percent)
+        monkeypatch.setattr(processes, "psutil", usage)
+        monkeypatch.setattr(processes, "CGROUP", tmp_path)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(share))
+        if quota is not None and version == 2:
+            (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+        elif quota is not None:
+            (tmp_path / "cpu").mkdir()
+            (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+            (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+        return processes.idle_cores()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("facts", "cores"),
+    [
+        ({}, 8),
+        ({"load": 2.4}, 6),
+        ({"load": 30.0}, 1),
+        ({"percent": 75.0}, 2),  # programs that began a moment ago
+        ({"affinity": 3}, 3),
+        ({"affinity": 3, "load": 4.0}, 3),  # on the other five
+        ({"quota": 250_000}, 2),
+        ({"quota": 50_000}, 1),
+        ({"quota": "max"}, 8),
+        ({"quota": 400_000, "version": 1}, 4),
+        ({"quota": -1, "version": 1}, 8),
+        ({"share": 3}, 2),
+    ],
+)
+def test_idle_cores(machine, facts, cores):
+    assert machine(**facts) == cores
