@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from nucsam.model.weights import Base, build_sam
+from nucsam.model.bases import build_sam
+from nucsam.model.weights import Base
 
 
 def stock_sam(base: Base, side: int) -> nn.Module:
