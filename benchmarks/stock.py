@@ -2,8 +2,7 @@
 
 from torch import Tensor, nn
 
-from nucsam.model.bases import build_sam
-from nucsam.model.weights import Base
+from nucsam.model.weights import Base, build_sam
 
 
 def stock_sam(base: Base, side: int) -> nn.Module:

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from nucsam.errors import UserError
 from nucsam.model import lora
-from nucsam.model.bases import build_sam
 from nucsam.model.encoder import Encoder
 from nucsam.model.network import calibrated
-from nucsam.model.weights import Base, state_sha256
+from nucsam.model.weights import Base, build_sam, state_sha256
 
 ATTENTION = r"attn\.(qkv|proj)$"
 

@@ -24,10 +24,9 @@ from nucsam.errors import UserError
 from nucsam.export import graph
 from nucsam.export.merged import FORMATS, export_run
 from nucsam.files import write_text
-from nucsam.model.bases import build_sam
 from nucsam.model.instances import from_depth
 from nucsam.model.network import Nucsam, build_model
-from nucsam.model.weights import Base, load_base, state_sha256
+from nucsam.model.weights import Base, build_sam, load_base, state_sha256
 from nucsam.predict.onnx import resized
 from nucsam.predict.pytorch import open_model
 from nucsam.run.checkpoint import read_tensors, save_adapter, write_tensors

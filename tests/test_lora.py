@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nucsam.model import lora
-from nucsam.model.bases import build_sam
 from nucsam.model.encoder import Encoder
+from nucsam.model.weights import build_sam
 
 ALL = r"\.(qkv|proj|fc1|fc2)$"
 DECODER = r"(q|k|v|out)_proj$"

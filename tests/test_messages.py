@@ -466,7 +466,7 @@ resume: OUT/new holds no saved state; a new run starts
 images: 5 train, 3 inner, 4 test; base none (random, seed 0)
 trains ... of ... parameters on the CPU in fp32
 5 images x 1 epochs = 3 optimizer steps; 1,500 or more are usual
-random base weights: the scores say nothing about MobileSAM
+random base weights: the scores say nothing about published weights
 epoch 1: loss ..., ... images/s; DICE ..., AJI ..., PQ ...
 epoch 1 (chosen by aji on the inner split), test images, one seed, base none (random, seed 0): DICE
 warning: train.precision: fp16 needs a GPU; computing in fp32 on this CPU

@@ -10,8 +10,8 @@ from test_encoder import assert_same_gradients, embed_and_grade, gradients, some
 from torch import Tensor, nn
 
 from nucsam.errors import UserError
-from nucsam.model.bases import build_sam
 from nucsam.model.vit import ViT
+from nucsam.model.weights import build_sam
 
 
 def scrambled(vit: nn.Module) -> nn.Module:

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from nucsam.errors import UserError
 from nucsam.files import shortened
-from nucsam.model.bases import BASES, build_sam
-from nucsam.model.weights import default_cache, load_base, random_base, state_sha256
+from nucsam.model.bases import BASES
+from nucsam.model.weights import build_sam, default_cache, load_base, random_base, state_sha256
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_a_random_base_is_stock_and_follows_its_seed_only():
 
 def test_the_import_of_mobile_sam_is_silent():
     code = (
-        "import warnings; from nucsam.model.bases import build_sam; build_sam(); "
+        "import warnings; from nucsam.model.weights import build_sam; build_sam(); "
         "warnings.warn('ours')"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,9 +8,8 @@ An encoder is an `nn.Module` whose parameters have the names of the published fi
 - `moving`: whether its BatchNorms learn.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,32 +36,8 @@ class Published:
     part: str = ""  # entry of the file that holds the tensors; "" = the file holds nothing else
 
 
-def build_sam(seed: int = 0, encoder: str = "mobile_sam") -> nn.Module:
-    """A stock model in eval mode, with weights drawn from `seed`.
-
-    It silences the warnings of the import of `mobile_sam`, and no others.
-    """
-    with warnings.catch_warnings():
-        timm = r"Importing from timm\.models\.(layers|registry) is deprecated"
-        registry = r"Overwriting tiny_vit_\w+ in registry with mobile_sam"
-        warnings.filterwarnings("ignore", timm, FutureWarning)
-        warnings.filterwarnings("ignore", registry, UserWarning)
-        import mobile_sam  # noqa: F401
-    with seeded(seed):
-        return BASES[encoder].stock()
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Context in which the CPU's random numbers come from `seed`; its state before comes back."""
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would seed the accelerators too, which fork_rng leaves alone here.
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
 def _tiny_vit() -> nn.Module:
-    from mobile_sam import build_sam_vit_t
+    from mobile_sam.build_sam import build_sam_vit_t
 
     return build_sam_vit_t()
 
@@ -78,7 +53,7 @@ def _lite_medsam() -> nn.Module:
 
 
 def _vit_b() -> nn.Module:
-    from mobile_sam import build_sam_vit_b
+    from mobile_sam.build_sam import build_sam_vit_b
 
     return build_sam_vit_b()
 
@@ -89,14 +64,14 @@ def _efficient_sam(width: int) -> nn.Module:
     Source: github.com/yformer/EfficientSAM, efficient_sam/efficient_sam_encoder.py.
     """
     from mobile_sam.modeling import ImageEncoderViT
-    from timm.layers import Mlp
 
     norm = partial(nn.LayerNorm, eps=1e-6)
     vit = ImageEncoderViT(embed_dim=width, num_heads=width // 64, norm_layer=norm)
     vit.pos_embed = nn.Parameter(torch.zeros(1, 1 + 14 * 14, width))  # class token, 224 px
     nn.init.trunc_normal_(vit.pos_embed, std=0.02)
     for block in vit.blocks:
-        block.mlp = Mlp(width, 4 * width)
+        wide, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        block.mlp = nn.Sequential(OrderedDict(fc1=wide, act=nn.GELU(), fc2=narrow))
     sam = nn.Module()
     sam.image_encoder = vit
     return sam.eval()

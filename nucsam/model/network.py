@@ -9,9 +9,9 @@ from torch.optim.swa_utils import update_bn
 from nucsam.config import Instances, Loss, Model
 from nucsam.errors import UserError
 from nucsam.model import lora
-from nucsam.model.bases import BASES, build_sam, seeded
+from nucsam.model.bases import BASES
 from nucsam.model.heads import Block, InstanceHead, SamHead
-from nucsam.model.weights import Base, misfit, state_sha256
+from nucsam.model.weights import Base, build_sam, misfit, seeded, state_sha256
 
 # Parts of SAM without a gradient: a foreground map without prompts does not depend on them.
 _UNREACHED = (

@@ -7,18 +7,20 @@ A base holds every tensor of the stock model under its stock name: `image_encode
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from nucsam.download import fetch, file_checksum
 from nucsam.errors import UserError
 from nucsam.files import expanded, shortened
-from nucsam.model.bases import BASES, Published, build_sam
+from nucsam.model.bases import BASES, Published
 
 _DECODER = ("prompt_encoder.", "mask_decoder.")
 _ADVICE = ", or set model.weights to its path, or to 'none' for random weights"
@@ -84,6 +86,30 @@ def random_base(seed: int, encoder: str = "mobile_sam") -> Base:
     state = build_sam(seed, encoder).state_dict()
     source = f"none (random, seed {seed})"
     return Base(state, state_sha256(state), source, encoder=encoder)
+
+
+def build_sam(seed: int = 0, encoder: str = "mobile_sam") -> nn.Module:
+    """A stock model in eval mode, with weights drawn from `seed`.
+
+    It silences the warnings of the import of `mobile_sam`, and no others.
+    """
+    with warnings.catch_warnings():
+        timm = r"Importing from timm\.models\.(layers|registry) is deprecated"
+        registry = r"Overwriting tiny_vit_\w+ in registry with mobile_sam"
+        warnings.filterwarnings("ignore", timm, FutureWarning)
+        warnings.filterwarnings("ignore", registry, UserWarning)
+        import mobile_sam  # noqa: F401
+    with seeded(seed):
+        return BASES[encoder].stock()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Context in which the CPU's random numbers come from `seed`; its state before comes back."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would seed the accelerators too, which fork_rng leaves alone here.
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
