@@ -9,9 +9,13 @@ import torch.nn.functional as F
 from test_encoder import assert_same_gradients, embed_and_grade, gradients, some_images
 from torch import Tensor, nn
 
+from nucsam.config import Model
 from nucsam.errors import UserError
+from nucsam.export.graph import Graph, write_graph
+from nucsam.model.heads import InstanceHead
+from nucsam.model.network import build_model
 from nucsam.model.vit import ViT
-from nucsam.model.weights import build_sam
+from nucsam.model.weights import build_sam, random_base
 
 
 def scrambled(vit: nn.Module) -> nn.Module:
@@ -76,6 +80,14 @@ def test_gradients_equal_stock(stock, checkpoint):
     expected = stock_maps(theirs, images)[-1]
     torch.testing.assert_close(embedding, expected, atol=1e-4, rtol=1e-4)
     assert_same_gradients(ours, gradients(expected, theirs))
+
+
+def test_onnxruntime_gives_the_maps_of_windows_and_resized_positions(stock, tmp_path):
+    """At two sizes, of which the graph has seen one; a larger difference raises."""
+    net = build_model(Model(width=32), random_base(0), seed=0).eval()
+    net.image_encoder = fresh(stock)
+    net.head = InstanceHead(32, net.image_encoder.maps).eval()
+    assert write_graph(tmp_path / "vit.onnx", Graph(net, 2.0), {}) < 1e-4
 
 
 def test_other_sizes_are_refused(stock):
