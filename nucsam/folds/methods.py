@@ -6,6 +6,7 @@ from typing import Any
 
 from nucsam.files import printable
 from nucsam.folds.jobs import Job
+from nucsam.model.bases import BASES
 from nucsam.score.tables import COLUMNS
 
 
@@ -70,6 +71,8 @@ def _of_training(jobs: Sequence[Job]) -> dict[str, Any]:
         "validation": _span(counts.get("inner") for counts in images),
         "test": _span(counts.get("test") for counts in images),
         "base": Path(c.model.weights).name,
+        "encoder": BASES[c.model.encoder].name,
+        "pattern": c.model.pattern or BASES[c.model.encoder].pattern,
         "steps": _span(environment.get("steps") for environment in environments),
         "batch": _span(c.train.batch * c.train.accumulate * count for count in processes),
         "side": round(c.data.crop * c.data.scale),

@@ -96,7 +96,7 @@ def notices(folder: Path, runs: Sequence[RunRecord]) -> list[str]:
                 f"{name}{sentence} {advice(run.config, last['epoch'], last.get('step', 0))}."
             )
     if any(run.config.model.weights == "none" for run in runs):
-        texts.append("The base weights are random: the scores say nothing about MobileSAM.")
+        texts.append("The base weights are random: the scores say nothing about published weights.")
     return texts
 
 
