@@ -126,6 +126,7 @@ MODELS = {
     },
     "report": Model(file="report.toml"),
     "lora": Model(),
+    "lite-medsam": Model({"model.encoder": "lite_medsam"}),
     "head": Model({"model.train": "head"}),
     # LoRA's rate is too high for all weights
     "full": Model({"model.train": "full", "train.lr_adapter": 2e-4}),

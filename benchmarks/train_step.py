@@ -80,9 +80,9 @@ from nucsam.data.folders import find_records
 from nucsam.data.samples import Crops, EpochBatches, Samples
 from nucsam.data.synthetic import write_dataset
 from nucsam.model import losses, network, targets
-from nucsam.model.encoder import Features
 from nucsam.model.heads import NUCLEUS_WEIGHT, TVERSKY, SamHead
 from nucsam.model.lora import LoRALinear
+from nucsam.model.pixels import Features
 from nucsam.model.weights import Base, load_base
 
 try:
@@ -227,7 +227,7 @@ class PlainEncoder(nn.Module):
         x = self.vit.patch_embed(images)
         for layer in self.vit.layers:  # without the neck, which is for SAM's own decoder
             x = layer(x)
-        features = Features(images, *self.maps)
+        features = (images, *self.maps)
         self.maps.clear()
         return features
 

@@ -381,8 +381,8 @@ def export_command(
 ) -> None:
     """Write a finished run's model as one file.
 
-    Formats: safetensors (merged LoRA and head, for nucsam), onnx, mobile-sam (stock MobileSAM's
-    tensors, .pt), or adapter (LoRA and head alone).
+    Formats: safetensors (merged LoRA and head, for nucsam), onnx, sam (the base's own tensors,
+    .pt), or adapter (LoRA and head alone).
     """
     from nucsam.console import PlainConsole
     from nucsam.export.merged import export_run

@@ -180,16 +180,24 @@ class Augment:
 class Model:
     """[model]: the network, and which of its parts train."""
 
+    encoder: Literal[
+        "mobile_sam",
+        "tiny_sam",
+        "lite_medsam",
+        "sam_vit_b",
+        "efficient_sam_ti",
+        "efficient_sam_s",
+    ] = setting("mobile_sam", "the network whose weights are fine-tuned")
     weights: str = setting(
-        "auto", "auto: the published mobile_sam.pt; none: random; else a file, also nucsam's export"
+        "auto", "auto: the encoder's published file; none: random; else a file, or an export"
     )
-    head: Literal["instance", "sam"] = setting("instance", "sam: MobileSAM's mask decoder")
+    head: Literal["instance", "sam"] = setting("instance", "sam: SAM's mask decoder")
     train: Literal["lora", "full", "head"] = setting("lora", "what trains in the encoder")
     norms: Literal["pinned", "moving"] = setting("pinned", "of BatchNorm; moving learns a new base")
     rank: int = setting(4, "rank of LoRA's matrices", between(1, 4096))
     alpha: float = setting(4.0, "LoRA's scale is alpha / rank", POSITIVE)
     pattern: str = setting(
-        r"image_encoder\..*\.attn\.(qkv|proj)", "linear layers that get LoRA", regular_expression
+        "", "linear layers that get LoRA; empty: the encoder's own choice", regular_expression
     )
     width: int = setting(128, "channels of the instance head at stride 16", WIDTH)
 
@@ -319,6 +327,9 @@ def _check_pairs(config: Config) -> None:
     side = data.crop * data.scale
     if side % 32:
         raise UserError(f"data.crop * data.scale: found {side:g} px, expected a multiple of 32")
+    if model.head == "sam" and model.encoder.startswith("efficient_sam"):
+        found = f"found 'sam' with model.encoder = {model.encoder!r}"
+        raise UserError(f"model.head: {found}, whose decoder is another, expected 'instance'")
     if model.norms == "moving" and (model.train != "full" or train.checkpoint):
         settings = "model.train = 'full' and train.checkpoint = false"
         raise UserError(f"model.norms: found 'moving', expected it only with {settings}")

@@ -15,6 +15,7 @@ from nucsam.model.encoder import Encoder
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import bench
 import data
+import encoders
 import gpu_tables
 import inference
 import instances
@@ -34,6 +35,7 @@ SCRIPTS = {  # arguments; keys of the document beside the common ones
     instances: "--image-size 96 --nuclei 9; results ratios met",
     inference: "--image-size 64 --scale 0.25 --size 300 --images 1 --sample 1; results ratios",
     writing: "--before= --nuclei 9 --memory 9; results memory met",
+    encoders: "--image-size 64 --encoders mobile_sam; rows",
     scaling: "--only image-size nuclei data --sides 64 --nuclei 5 --counts 2 4; exponents",
 }
 

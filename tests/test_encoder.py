@@ -301,7 +301,7 @@ def test_bfloat16_autocast_is_near(sam):
     with torch.autocast("cpu", torch.bfloat16):
         features = encoder(images)
         embedding = encoder.embed(features)
-    assert features.s16b.dtype == torch.bfloat16
+    assert features[-1].dtype == torch.bfloat16
     error = (embedding.float() - expected).square().mean().sqrt() / expected.std()
     assert error < 0.1
     for name, gradient in gradients(embedding, encoder).items():
@@ -313,9 +313,9 @@ def test_bfloat16_autocast_is_near(sam):
 def test_memory_layout_of_the_images_does_not_matter(sam):
     encoder, images = fresh(sam), some_images(2, 64, 96)
     with torch.no_grad():
-        expected = encoder(images).s16b
+        expected = encoder(images)[-1]
         for layout in (images.to(memory_format=torch.channels_last), images.mT.contiguous().mT):
-            torch.testing.assert_close(encoder(layout).s16b, expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(encoder(layout)[-1], expected, atol=1e-4, rtol=0)
 
 
 def test_a_calibrated_base_has_the_statistics_of_one_stock_step_in_training_mode():
@@ -336,3 +336,9 @@ def test_a_calibrated_base_has_the_statistics_of_one_stock_step_in_training_mode
         torch.testing.assert_close(tensor, expected.get(name, before[name]), atol=1e-4, rtol=1e-3)
     moved = base.state["image_encoder.layers.3.blocks.1.local_conv.bn.running_mean"]
     assert (moved.abs() > 0).all()
+
+
+def test_is_one_graph_for_the_compiler(sam):
+    encoder, images = adapted(sam), some_images(1, 64, 96)
+    compiled = torch.compile(encoder, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images)[-1], encoder(images)[-1], atol=1e-4, rtol=0)

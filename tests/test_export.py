@@ -98,7 +98,7 @@ def test_stock_mobile_sam_loads_the_export_and_gives_our_embedding(run, base, tr
 
     for suffix in (".pt", ".safetensors"):
         out = tmp_path / f"merged{suffix}"
-        sentence = export_run(run, out, format="" if suffix == ".pt" else "mobile-sam")
+        sentence = export_run(run, out, format="" if suffix == ".pt" else "sam")
         assert sentence.startswith(f"{out}: {len(base.state)} tensors, ")
         assert sentence.endswith(f", {out.stat().st_size / 2**20:.2f} MiB")
     build = sam_model_registry["vit_t"]
@@ -118,7 +118,7 @@ def test_stock_mobile_sam_loads_the_export_and_gives_our_embedding(run, base, tr
 @pytest.mark.parametrize("train", ["full", "head"])
 def test_stock_mobile_sam_loads_exports_of_the_sam_head(base, tmp_path, train):
     net = make_run(tmp_path / "run", base, Model(head="sam", train=train, weights="none"))
-    export_run(tmp_path / "run", tmp_path / "merged.safetensors", format="mobile-sam")
+    export_run(tmp_path / "run", tmp_path / "merged.safetensors", format="sam")
     state = load_file(tmp_path / "merged.safetensors")
     build_sam().load_state_dict(state, strict=True)
     ours = net.state_dict()
@@ -147,7 +147,7 @@ def test_safetensors_export_is_a_base_with_its_head(run, base, trained, tmp_path
     assert (maps(head_alone) - maps(trained)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("format", ["safetensors", "mobile-sam", "adapter"])
+@pytest.mark.parametrize("format", ["safetensors", "sam", "adapter"])
 def test_metadata_is_all_that_prediction_needs_and_no_path(run, base, tmp_path, format):
     export_run(run, tmp_path / "a.safetensors", format=format)
     metadata = read_tensors(tmp_path / "a.safetensors")[1]
@@ -224,7 +224,7 @@ def test_a_suffix_of_another_format_is_refused(run, tmp_path, name, format):
 # ---- adapters ----
 
 
-@pytest.mark.parametrize("format", ["safetensors", "mobile-sam"])
+@pytest.mark.parametrize("format", ["safetensors", "sam"])
 def test_an_adapter_and_its_base_give_the_same_file_as_the_run(run, tmp_path, format):
     adapter = tmp_path / "adapter.safetensors"
     export_run(run, adapter, format="adapter")

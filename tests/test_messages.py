@@ -160,8 +160,8 @@ found 2 configurations (a.toml, b.toml), expected one
 $ train PLAIN model.weights=sam.pth  # weights that are not there
 model.weights: no such file: sam.pth...expected a path, 'auto' or 'none'...
 $ train PLAIN model.weights=other.pt  # weights of another model
-other.pt does not fit MobileSAM (vit_t): ... tensors differ; ...: found none, expected fractions
-(...)... mobile_sam.pt or ... of nucsam export...
+other.pt does not fit model.encoder = 'mobile_sam': ... tensors differ; ...: found none, expected
+fractions (...)... mobile_sam.pt or ... of nucsam export...
 $ train PLAIN model.weights=page.pt  # a web page saved as weights
 page.pt is not a whole checkpoint of tensors alone (UnpicklingError)... would run code ... Expected
 MobileSAM's mobile_sam.pt (download it again) or a file of nucsam export
@@ -174,7 +174,7 @@ sparse.pt holds a tensor without dense values under 'weight'...
 $ train PLAIN model.weights=nan.pt  # weights that are not numbers
 nan.pt: found NaN or infinity in 1 tensors: weight
 $ train PLAIN model.weights=run/adapter.safetensors  # an adapter as base
-run/adapter.safetensors does not fit MobileSAM ... nucsam export...
+run/adapter.safetensors does not fit model.encoder ... nucsam export...
 $ train PLAIN model.weights=auto  # no network
 mobile_sam.pt: no address serves it. https://...: <urlopen error Name or service not known> ... Put
 the file there yourself: cache/mobile_sam.pt, or set model.weights to its path, or to 'none' ...
@@ -352,7 +352,7 @@ results/predict.json: ...other...: tta: True -> False; expected another ...out, 
 $ predict run flat/human_bladder_1.png --out results --formats labels --force  # too few images
 results: found 1 result(s) that ...force would ..., such as results/human_bladder_2.tif; ...
 $ export run --out m --format pickle  # no such format
-...format: found 'pickle', expected one of safetensors, mobile-sam, onnx, adapter
+...format: found 'pickle', expected one of safetensors, sam, onnx, adapter
 $ export run --out m.onnx --format adapter  # the suffix of another format
 ...out: found m.onnx for the format adapter, expected .safetensors
 $ export run --out m --base auto  # a base too many
@@ -466,7 +466,7 @@ images: 5 train, 3 inner, 4 test; base none (random, seed 0)
 trains ... of ... parameters on the CPU in fp32
 threads: 1, loader processes: 0, idle cores: ...
 5 images x 1 epochs = 3 optimizer steps; 1,500 or more are usual
-random base weights: the scores say nothing about MobileSAM
+random base weights: the scores say nothing about published weights
 epoch 1: loss ..., ... images/s; DICE ..., AJI ..., PQ ...
 epoch 1 (chosen by aji on the inner split), test images, one seed, base none (random, seed 0): DICE
 warning: train.precision: fp16 needs a GPU; computing in fp32 on this CPU

@@ -93,6 +93,25 @@ def test_the_works_are_those_of_the_citation_file(section):
     assert "NuInsSeg [1]: 12 H&E images" in text and "as in the NuInsSeg paper" not in text
 
 
+@pytest.mark.parametrize(
+    ("encoder", "name", "papers"),
+    [
+        ("sam_vit_b", "SAM ViT-B", ["ICCV51070.2023.00371"]),
+        ("efficient_sam_ti", "EfficientSAM-Ti", ["2312.00863", "ICCV51070.2023.00371"]),
+        ("lite_medsam", "LiteMedSAM", ["s41467-024-44824-z", "ICCV51070.2023.00371"]),
+    ],
+)
+def test_the_encoder_is_named_and_cited(section, encoder, name, papers):
+    text = section(f"model.encoder={encoder}", "model.weights=auto")
+    compact = ", a compact form of the Segment Anything Model" if len(papers) > 1 else ""
+    marks = [f"[{number}]" for number in range(1, len(papers) + 1)]
+    model = f"{name} {marks[0]}{compact}{f' {marks[-1]}' if compact else ''}"
+    assert f"The model is {model}, with its published weights." in text
+    works = filter(None, text.split("\n\nReferences\n\n")[1].splitlines())
+    assert all(paper in work and paper in CITATIONS for paper, work in zip(papers, works))
+    assert "MobileSAM" not in text
+
+
 def test_what_a_run_did_not_do_is_not_said(section):
     changes = ["model.head=sam", "model.train=full", "data.select=test", "train.schedule=step"]
     changes += ["train.ema=0", "loss.cross_entropy=0", "data.split=organ", "train.best=dice"]

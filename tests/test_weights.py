@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from nucsam.errors import UserError
 from nucsam.files import shortened
-from nucsam.model import weights
+from nucsam.model.bases import BASES
 from nucsam.model.weights import build_sam, default_cache, load_base, random_base, state_sha256
 
 
@@ -157,9 +158,9 @@ def published(monkeypatch, tmp_path, state):
     path = tmp_path / "published" / "mobile_sam.pt"
     path.parent.mkdir()
     torch.save(state, path)
-    monkeypatch.setattr(weights, "FILE_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    monkeypatch.setattr(weights, "FILE_BYTES", path.stat().st_size)
-    monkeypatch.setattr(weights, "URLS", (path.as_uri(),))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    facts = {"sha256": sha256, "size": path.stat().st_size, "urls": (path.as_uri(),)}
+    monkeypatch.setitem(BASES, "mobile_sam", replace(BASES["mobile_sam"], **facts))
     return path
 
 
@@ -168,7 +169,7 @@ def test_auto_downloads_once_and_then_needs_no_address(published, tmp_path, stat
     base = load_base("auto", cache=cache)
     assert base.sha256 == state_sha256(state)
     assert base.source == str(cache / "mobile_sam.pt")
-    monkeypatch.setattr(weights, "URLS", ())
+    monkeypatch.setitem(BASES, "mobile_sam", replace(BASES["mobile_sam"], urls=()))
     monkeypatch.setenv("NUCSAM_CACHE", str(cache))
     assert load_base("auto").sha256 == base.sha256
 

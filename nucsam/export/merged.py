@@ -1,10 +1,10 @@
 """The model of a run, or of an adapter file and its base, as one file.
 
-- safetensors: stock MobileSAM's tensors with LoRA merged, the head's tensors, and as metadata what
+- safetensors: the base's tensors with LoRA merged, the head's tensors, and as metadata what
   prediction needs. nucsam predicts with it, or trains on from it.
-- mobile-sam: stock tensors alone, which stock `mobile_sam` loads with strict=True. Call `.eval()`
-  after loading: stock keeps the attention biases of the moment of that call. It is a torch file, or
-  safetensors by its suffix.
+- sam: the base's tensors alone, in the form of its published file, which the stock code of the base
+  loads with strict=True. Call `.eval()` after loading: stock TinyViT keeps the attention biases of
+  the moment of that call. It is a torch file, or safetensors by its suffix.
 - onnx: `graph.Graph`, LoRA merged.
 - adapter: what was trained alone, with the metadata of safetensors.
 
@@ -24,6 +24,7 @@ from nucsam.config import Config
 from nucsam.errors import UserError, check_packages
 from nucsam.export import graph
 from nucsam.files import atomic
+from nucsam.model.bases import BASES
 from nucsam.model.network import Nucsam
 from nucsam.model.weights import Base
 from nucsam.run import checkpoint
@@ -31,14 +32,14 @@ from nucsam.run.directory import RunDirectory
 
 FORMATS = {  # format -> `kind` in the metadata of its files
     "safetensors": "merged",
-    "mobile-sam": "mobile-sam",
+    "sam": "sam",
     "onnx": "graph",
     "adapter": "adapter",
 }
 SUFFIXES = {  # of a file -> formats that it may have, the first one without being asked
     ".onnx": ("onnx",),
-    ".pt": ("mobile-sam",),
-    ".safetensors": ("safetensors", "mobile-sam", "adapter"),
+    ".pt": ("sam",),
+    ".safetensors": ("safetensors", "sam", "adapter"),
 }
 
 
@@ -117,7 +118,7 @@ def _tensors(format: str, net: Nucsam, stock: Base) -> dict[str, Tensor]:
     if format == "adapter":
         return net.trainable()
     tensors = checkpoint.merged_tensors(net, stock)
-    if format == "mobile-sam":
+    if format == "sam":
         return {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     return tensors
 
@@ -136,9 +137,11 @@ def _write(
             onnx = graph.Graph(net.fold(), config.data.scale)
             difference = graph.write_graph(partial, onnx, metadata)
         return f", at most {difference:.1g} from PyTorch's maps in onnxruntime"
-    if format == "mobile-sam" and out.suffix != ".safetensors":
+    if format == "sam" and out.suffix != ".safetensors":
+        state = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        part = BASES[config.model.encoder].part
         buffer = io.BytesIO()  # in a file, torch makes a RuntimeError of a full disk
-        torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, buffer)
+        torch.save({part: state} if part else state, buffer)
         with atomic(out) as partial:
             partial.write_bytes(buffer.getbuffer())
     else:

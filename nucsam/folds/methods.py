@@ -6,6 +6,7 @@ from typing import Any
 
 from nucsam.files import printable
 from nucsam.folds.jobs import Job
+from nucsam.model.bases import BASES
 from nucsam.score.tables import COLUMNS, percent
 
 LATEX = str.maketrans(
@@ -58,6 +59,8 @@ def methods_section(jobs: Sequence[Job], *, nuinsseg: bool) -> str:
         nuinsseg=nuinsseg,
         folder=Path(config.data.root).name,
         base=Path(config.model.weights).name,
+        encoder=BASES[config.model.encoder].name,
+        pattern=config.model.pattern or BASES[config.model.encoder].pattern,
         metric=COLUMNS[config.train.best],
         inventory=list(next(iter(done)).directory.read_images().values()),
         environments=environments,

@@ -1,4 +1,6 @@
-"""MobileSAM's image encoder (TinyViT; Zhang et al., 2023, arXiv 2306.14289), at any input size.
+"""TinyViT, the image encoder of MobileSAM, TinySAM and LiteMedSAM, at any input size.
+
+Source: Zhang et al., 2023, arXiv 2306.14289.
 
 The weights stay in the modules of the `mobile_sam` package, under their stock names. This file
 says in which order they run, and returns the maps of all scales. Maps are channels-last, so that
@@ -11,7 +13,6 @@ and column in a window.
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,22 +20,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from nucsam.errors import UserError
 from nucsam.model.frozen import derived
+from nucsam.model.pixels import Features, Pixels
 
 # On a GPU: the fused kernel that takes a bias, and what PyTorch has where that cannot run.
 _KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-
-class Features(NamedTuple):
-    """The normalised images and the last map of each scale: NCHW, in channels-last memory."""
-
-    image: Tensor  # (B, 3, H, W)
-    s2: Tensor  # (B, 32, H/2, W/2)
-    s4: Tensor  # (B, 64, H/4, W/4)
-    s8: Tensor  # (B, 128, H/8, W/8)
-    s16: Tensor  # (B, 160, H/16, W/16)
-    s16b: Tensor  # (B, 320, H/16, W/16), of the last stage, which MobileSAM keeps at 1/16
+# (stride, channels) of the last map of each scale. MobileSAM keeps its last stage at 1/16.
+MAPS = ((2, 32), (4, 64), (8, 128), (16, 160), (16, 320))
 
 
 class Encoder(nn.Module):
@@ -49,10 +42,18 @@ class Encoder(nn.Module):
         checkpoint: recompute each block in the backward pass instead of keeping its activations.
         moving: do not pin the BatchNorms; in training mode they use the statistics of their batch
             and keep a running average.
+        quarter: LiteMedSAM's way: a stem without strides on the mean of each 4 x 4 px, which are
+            divided by 255. So a model px has the size that it has in the other bases: TinyViT sees
+            256 px of 1024, and its tokens lie 16 model px apart.
     """
 
     def __init__(
-        self, tiny_vit: nn.Module, *, checkpoint: bool = False, moving: bool = False
+        self,
+        tiny_vit: nn.Module,
+        *,
+        checkpoint: bool = False,
+        moving: bool = False,
+        quarter: bool = False,
     ) -> None:
         super().__init__()
         assert not (checkpoint and moving)  # a recomputed block would average its statistics twice
@@ -61,11 +62,9 @@ class Encoder(nn.Module):
         self.neck = tiny_vit.neck
         self.checkpoint = checkpoint
         self.moving = moving
-        # SAM's mean and deviation of RGB values 0..255.
-        mean = torch.tensor([123.675, 116.28, 103.53])
-        std = torch.tensor([58.395, 57.12, 57.375])
-        self.register_buffer("pixel_mean", mean.view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", std.view(3, 1, 1), persistent=False)
+        self.quarter = quarter
+        self.pixels = Pixels((0.0,) * 3, (255.0,) * 3) if quarter else Pixels()
+        self.maps = ((4, 32), *MAPS[1:]) if quarter else MAPS
         self.train(tiny_vit.training)
 
     def forward(self, images: Tensor) -> Features:
@@ -74,15 +73,17 @@ class Encoder(nn.Module):
         Args:
             images: RGB float (B, 3, H, W), 0..255; H and W from 64, multiples of 32.
 
+        Returns:
+            The normalised images and a map for each of `maps`, in channels-last memory.
+
         Raises:
             UserError: H or W is no multiple of 32.
         """
-        height, width = images.shape[2:]
-        if height % 32 or width % 32:
-            raise UserError(f"images: found {height} x {width} px, expected multiples of 32 px")
-        x = (images - self.pixel_mean) / self.pixel_std
-        x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        maps = [x]
+        x = self.pixels(images)
+        maps = [x.permute(0, 2, 3, 1)]
+        if self.quarter:
+            x = F.avg_pool2d(x, 4)
+        x = x.permute(0, 2, 3, 1)
         if _eager_cpu(x) and self._stem_is_fixed():
             # One image at a time, whose large maps stay in the cache.
             by_image = [self._stem(image) for image in x.split(1)]
@@ -96,12 +97,12 @@ class Encoder(nn.Module):
             maps.append(x)
             if stage.downsample is not None:
                 x = _patch_merging(stage.downsample, x)
-        return Features(*(x.permute(0, 3, 1, 2) for x in maps))
+        return tuple(x.permute(0, 3, 1, 2) for x in maps)
 
     def embed(self, features: Features) -> Tensor:
         """SAM's image embedding, (B, 256, H/16, W/16): the input of the mask decoder."""
         project, norm1, conv, norm2 = self.neck
-        x = F.linear(features.s16b.permute(0, 2, 3, 1), project.weight.flatten(1))
+        x = F.linear(features[-1].permute(0, 2, 3, 1), project.weight.flatten(1))
         x = conv(_layer_norm(norm1, x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return _layer_norm(norm2, x).permute(0, 3, 1, 2)
 
@@ -116,7 +117,7 @@ class Encoder(nn.Module):
         return self
 
     def _stem(self, x_BHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The layers before the attention: s2, s4 and the input of the next stage."""
+        """The layers before the attention: the two finest maps and the input of the next stage."""
         first, _, second = self.patch_embed.seq
         s2 = _gelu(_conv_bn(first, x_BHWC))
         x = _conv_bn(second, s2)

@@ -4,6 +4,7 @@ Every head has `loss(maps, labels, counted, n, weights)`, `probabilities(maps)` 
 `instances(probabilities, config)`. Maps are (B, C, H, W) logits at the resolution of the image.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,9 +17,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nucsam.config import Instances, Loss
 from nucsam.model import instances, losses, targets
-from nucsam.model.encoder import Features
+from nucsam.model.encoder import MAPS
+from nucsam.model.pixels import Features
 
 NUCLEUS_WEIGHT = 3.0  # of a nucleus pixel in the distance loss; a background pixel has 1
+
+STRIDES = (16, 8, 4, 2, 1)  # of the instance head
 
 # A missed pixel costs as much as a false one: with CellViT's 0.7 and 0.3 crowded nuclei swell.
 TVERSKY = {"alpha": 0.5, "beta": 0.5}
@@ -116,18 +120,23 @@ class InstanceHead(nn.Module):
 
     Args:
         width: channels at stride 16, a multiple of 32; fewer at the finer strides.
+        maps: (stride, channels) of each map of the encoder; strides from 2 to 16.
     """
 
     channels = 4
 
-    def __init__(self, width: int = 128) -> None:
+    def __init__(self, width: int = 128, maps: Sequence[tuple[int, int]] = MAPS) -> None:
         super().__init__()
+        self.strides = [stride for stride, _ in maps]
         widths = (width, width * 3 // 4, width // 2, width // 4, width // 8)  # strides 16 to 1
         self.stem = Block(3, widths[4])
         self.branch = nn.ModuleList(
             nn.Sequential(Block(a, b, stride=2), Block(b, b)) for a, b in pairwise(widths[:0:-1])
         )
-        inputs = (160 + 320, 128 + widths[1], 64 + widths[2], 32 + widths[3], widths[4])
+        # Of the branch, which has no stage at stride 16, and of the encoder's maps there.
+        inputs = [0, *widths[1:]]
+        for stride, channels in maps:
+            inputs[STRIDES.index(stride)] += channels
         self.lateral = nn.ModuleList(nn.Conv2d(i, w, 1, bias=False) for i, w in zip(inputs, widths))
         self.top_down = nn.ModuleList(nn.Conv2d(a, b, 1, bias=False) for a, b in pairwise(widths))
         self.blocks = nn.ModuleList(nn.Sequential(Block(w, w), Block(w, w)) for w in widths[:4])
@@ -136,18 +145,18 @@ class InstanceHead(nn.Module):
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """Features of images in model px -> maps (B, 4, *size), image px."""
-        branch = [self.stem(features.image)]
+        image, *maps = features
+        branch = [self.stem(image)]
         for stage in self.branch:
             branch.append(stage(branch[-1]))
-        maps = (
-            (features.s16, features.s16b),
-            (features.s8, branch[3]),
-            (features.s4, branch[2]),
-            (features.s2, branch[1]),
-            (branch[0],),
-        )
+        levels = {stride: [] for stride in STRIDES}
+        for stride, x in zip(self.strides, maps, strict=True):
+            levels[stride].append(x)
+        for stride, x in zip(STRIDES[:0:-1], branch, strict=True):
+            levels[stride].append(x)
         coarsest, *skips = (
-            lateral(torch.cat(parts, dim=1)) for lateral, parts in zip(self.lateral, maps)
+            lateral(torch.cat(parts, dim=1))
+            for lateral, parts in zip(self.lateral, levels.values(), strict=True)
         )
         x = self.blocks[0](coarsest)
         for top_down, skip, block in zip(self.top_down, skips, self.blocks[1:], strict=True):

@@ -9,11 +9,11 @@ from torch.optim.swa_utils import update_bn
 from nucsam.config import Instances, Loss, Model
 from nucsam.errors import UserError
 from nucsam.model import lora
-from nucsam.model.encoder import Encoder
+from nucsam.model.bases import BASES
 from nucsam.model.heads import Block, InstanceHead, SamHead
 from nucsam.model.weights import Base, build_sam, misfit, seeded, state_sha256
 
-# Parts of MobileSAM without a gradient: a foreground map without prompts does not depend on them.
+# Parts of SAM without a gradient: a foreground map without prompts does not depend on them.
 _UNREACHED = (
     "prompt_encoder.",
     "mask_decoder.iou_prediction_head.",
@@ -24,23 +24,23 @@ _UNREACHED = (
 
 
 class Nucsam(nn.Module):
-    """MobileSAM's encoder and a head; `build_model` adds weights and LoRA.
+    """An encoder of `BASES` and a head; `build_model` adds weights and LoRA.
 
-    The parameters of MobileSAM have their stock names: `image_encoder.*`, and with the sam head
+    The parameters of the base have their stock names: `image_encoder.*`, and with the sam head
     `prompt_encoder.*` and `mask_decoder.*`. Those of the instance head begin with `head.`.
     """
 
     def __init__(self, config: Model, checkpoint: bool = False) -> None:
         super().__init__()
-        sam = build_sam()
-        moving = config.norms == "moving"
-        self.image_encoder = Encoder(sam.image_encoder, checkpoint=checkpoint, moving=moving)
+        sam = build_sam(encoder=config.encoder)
+        options = {"checkpoint": checkpoint, "moving": config.norms == "moving"}
+        self.image_encoder = BASES[config.encoder].encoder(sam.image_encoder, **options)
         if config.head == "sam":
             self.prompt_encoder = sam.prompt_encoder
             self.mask_decoder = sam.mask_decoder
             self.head = SamHead(self.prompt_encoder, self.mask_decoder)
         else:
-            self.head = InstanceHead(config.width)
+            self.head = InstanceHead(config.width, self.image_encoder.maps)
 
     def forward(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """Dense maps of images.
@@ -98,7 +98,7 @@ def build_model(config: Model, base: Base, *, seed: int, checkpoint: bool = Fals
 
     Args:
         config: table `model`.
-        base: weights of MobileSAM, and of the head if it is an export.
+        base: weights of the encoder, and of the head if it is an export.
         seed: the head and the adapters are drawn from it.
         checkpoint: as in `Encoder`.
 
@@ -109,7 +109,8 @@ def build_model(config: Model, base: Base, *, seed: int, checkpoint: bool = Fals
         model = Nucsam(config, checkpoint)
         _put_base(model, base, config)
         if config.train == "lora":
-            lora.inject(model, config.pattern, rank=config.rank, alpha=config.alpha)
+            pattern = config.pattern or BASES[config.encoder].pattern
+            lora.inject(model, pattern, rank=config.rank, alpha=config.alpha)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_trains(name, config))
     return model
@@ -127,7 +128,7 @@ def _put_base(model: Nucsam, base: Base, config: Model) -> None:
     tensors = base.state | base.extra
     tensors = {name: tensor for name, tensor in tensors.items() if name in expected}
     missing, _ = model.load_state_dict(tensors, strict=False)
-    assert head.keys() >= set(missing)  # load_base has checked the MobileSAM part
+    assert head.keys() >= set(missing)  # load_base has checked the base's part
 
 
 def _trains(name: str, config: Model) -> bool:
@@ -154,9 +155,9 @@ def calibrated(base: Base, images: Tensor) -> Base:
         base: random weights.
         images: RGB float (B, 3, H, W), 0..255.
     """
-    sam = build_sam()
+    sam = build_sam(encoder=base.encoder)
     sam.load_state_dict(base.state)
-    encoder = Encoder(sam.image_encoder, moving=True)
+    encoder = BASES[base.encoder].encoder(sam.image_encoder, moving=True)
     update_bn([images], encoder)
     calibration = {f"image_encoder.{name}": t for name, t in encoder.state_dict().items()}
     state = base.state | calibration

@@ -1,6 +1,6 @@
-"""Base weights: MobileSAM's published file, another file of its tensors, or random ones.
+"""Base weights: the published file of an encoder, another file of its tensors, or random ones.
 
-A base holds every tensor of stock `mobile_sam` under its stock name: `image_encoder.*`,
+A base holds every tensor of the stock model under its stock name: `image_encoder.*`,
 `prompt_encoder.*` and `mask_decoder.*`. A nucsam export holds those and its head, `head.*`.
 """
 
@@ -19,80 +19,87 @@ from torch import Tensor, nn
 from nucsam.download import fetch, file_checksum
 from nucsam.errors import UserError
 from nucsam.files import expanded, shortened
+from nucsam.model.bases import BASES, Published
 from nucsam.model.stock import import_builders
 
-# MobileSAM's published file, in its authors' repository and on their page at Hugging Face.
-FILE = "mobile_sam.pt"
-FILE_BYTES = 40_728_226
-FILE_SHA256 = "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f"
-URLS = (
-    "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
-    "https://huggingface.co/ChaoningZhang/MobileSAM/resolve/main/mobile_sam.pt",
-)
-
-# Seed -> the untouched model of a check, for the next caller: to build one takes a quarter second.
-_SPARE: dict[int, nn.Module] = {}
+_DECODER = ("prompt_encoder.", "mask_decoder.")
+# Seed and encoder -> the untouched model of a check, for the next caller, whom it saves time.
+_SPARE: dict[tuple[int, str], nn.Module] = {}
 
 _ADVICE = ", or set model.weights to its path, or to 'none' for random weights"
 
 
 @dataclass(frozen=True)
 class Base:
-    """MobileSAM's weights and where they come from."""
+    """The weights of an encoder, and of its stock decoder, and where they come from."""
 
     state: dict[str, Tensor]  # stock names, CPU
     sha256: str  # `state_sha256(state)`, whatever the format of the file
     source: str  # a path, or "none (random, seed 0)"
     extra: dict[str, Tensor] = field(default_factory=dict)  # `head.*` of a nucsam export
+    encoder: str = "mobile_sam"  # a name in `BASES`
 
 
-def load_base(spec: str | Path, *, cache: str | Path | None = None, seed: int = 0) -> Base:
+def load_base(
+    spec: str | Path,
+    encoder: str = "mobile_sam",
+    *,
+    cache: str | Path | None = None,
+    seed: int = 0,
+) -> Base:
     """The base that `model.weights` names.
 
     Args:
-        spec: "auto" for MobileSAM's published file, which is downloaded once; "none" for random
-            weights; or the path of a `.safetensors` or torch file.
+        spec: "auto" for the published file of the encoder, which is downloaded once; "none" for
+            random weights; or the path of a `.safetensors` or torch file.
+        encoder: a name in `BASES`.
         cache: folder of the published file; None takes `default_cache()`.
         seed: random weights are drawn from it.
 
     Raises:
-        UserError: the file is missing, is no checkpoint, or does not fit stock MobileSAM.
+        UserError: the file is missing, is no checkpoint, or does not fit the stock model.
     """
     if spec == "none":
-        return random_base(seed)
-    path = _published(Path(cache or default_cache())) if spec == "auto" else expanded(spec)
+        return random_base(seed, encoder)
+    base = BASES[encoder]
+    path = _published(Path(cache or default_cache()), base) if spec == "auto" else expanded(spec)
     if not path.is_file():
         raise UserError(f"model.weights: no such file: {path}; expected a path, 'auto' or 'none'")
     if path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
     else:
-        tensors, metadata = _read_torch(path), {}
+        tensors, metadata = _read_torch(path, base), {}
     head = {}
     if "nucsam" in metadata:
         head = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith("head.")}
-    stock = build_sam()
-    if problem := misfit(tensors, stock.state_dict()):
+    stock = build_sam(encoder=encoder)
+    expected = stock.state_dict()
+    checked = tensors
+    if not any(name.startswith(_DECODER) for name in expected):  # it is kept, but never run
+        checked = {name: t for name, t in tensors.items() if not name.startswith(_DECODER)}
+    if problem := misfit(checked, expected):
         raise UserError(
-            f"{path} does not fit MobileSAM (vit_t): {problem}. Expected MobileSAM's {FILE} or a "
-            "merged file of nucsam export, which merges an adapter with its base"
+            f"{path} does not fit model.encoder = {encoder!r}: {problem}. Expected {base.name}'s "
+            f"{base.file} or a merged file of nucsam export, which merges an adapter with its base"
         )
-    _SPARE[0] = stock
-    return Base(tensors, state_sha256(tensors), str(path), head)
+    _SPARE[0, encoder] = stock
+    return Base(tensors, state_sha256(tensors), str(path), head, encoder)
 
 
-def random_base(seed: int) -> Base:
-    """The weights that `mobile_sam` starts from, drawn from `seed`."""
-    state = build_sam(seed).state_dict()
-    return Base(state, state_sha256(state), f"none (random, seed {seed})")
+def random_base(seed: int, encoder: str = "mobile_sam") -> Base:
+    """The weights that the stock model starts from, drawn from `seed`."""
+    state = build_sam(seed, encoder).state_dict()
+    source = f"none (random, seed {seed})"
+    return Base(state, state_sha256(state), source, encoder=encoder)
 
 
-def build_sam(seed: int = 0) -> nn.Module:
-    """The stock `mobile_sam` model (`vit_t`), in eval mode, with weights drawn from `seed`."""
-    if spare := _SPARE.pop(seed, None):
+def build_sam(seed: int = 0, encoder: str = "mobile_sam") -> nn.Module:
+    """A stock model in eval mode, with weights drawn from `seed`."""
+    if spare := _SPARE.pop((seed, encoder), None):
         return spare
-    builders = import_builders()
+    import_builders()
     with seeded(seed):
-        return builders.build_sam_vit_t()
+        return BASES[encoder].stock()
 
 
 @contextmanager
@@ -160,29 +167,37 @@ def _form(tensor: Tensor | None) -> str:
     return f"{kind} {tuple(tensor.shape)}"
 
 
-def _published(cache: Path) -> Path:
-    """MobileSAM's published file in `cache`, downloaded if it is not there."""
-    path = cache / FILE
-    if not path.exists():
-        fetch(path, URLS, checksum=f"sha256:{FILE_SHA256}", size=FILE_BYTES, advice=_ADVICE)
-    digest = file_checksum(path).removeprefix("sha256:")
-    if digest != FILE_SHA256:
+def _published(cache: Path, base: Published) -> Path:
+    """The published file of a base in `cache`, downloaded if it is not there."""
+    path = cache / base.file
+    if not base.sha256:
         raise UserError(
-            f"{path} is not MobileSAM's published {FILE}: found SHA-256 {digest}, expected "
-            f"{FILE_SHA256}. Delete it to download it again, or set model.weights to its path"
+            f"model.weights: found 'auto', but no address serves {base.name}'s {base.file}, "
+            "expected its path, or 'none' for random weights"
+        )
+    if not path.exists():
+        checksum = f"sha256:{base.sha256}"
+        fetch(path, base.urls, checksum=checksum, size=base.size, advice=_ADVICE)
+    digest = file_checksum(path).removeprefix("sha256:")
+    if digest != base.sha256:
+        raise UserError(
+            f"{path} is not {base.name}'s published {base.file}: found SHA-256 {digest}, expected "
+            f"{base.sha256}. Delete it to download it again, or set model.weights to its path"
         )
     return path
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
+def _read_torch(path: Path, base: Published) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # garbage makes the unpickler raise anything
         raise UserError(
             f"{path} is not a whole checkpoint of tensors alone ({type(error).__name__}), and "
-            f"nucsam reads no file that would run code. Expected MobileSAM's {FILE} (download it "
-            "again) or a file of nucsam export"
+            f"nucsam reads no file that would run code. Expected {base.name}'s {base.file} "
+            "(download it again) or a file of nucsam export"
         ) from error
+    if base.part and isinstance(state, dict):
+        state = state.get(base.part, state)
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
     for name, value in state.items():

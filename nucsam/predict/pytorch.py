@@ -88,8 +88,8 @@ def open_model(path: Path) -> tuple[Nucsam, Config, dict[str, Any]]:
             f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'merged'; nucsam "
             "export merges an adapter with its base"
         )
-    base = load_base(path)
     config = check_metadata(path, metadata)
+    base = load_base(path, config.model.encoder)
     if config.model.head == "instance" and not base.extra:
         raise UserError(f"{path}: found no tensor of the head, expected a whole export")
     model = build_model(replace(config.model, train="head"), base, seed=0)

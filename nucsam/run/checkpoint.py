@@ -26,7 +26,7 @@ from nucsam.run.metadata import check_metadata
 
 # What shapes do not tell of an adapter, as `differences` writes it.
 FIXED = (
-    *("model.train:", "model.rank:", "model.alpha:", "model.pattern:"),
+    *("model.encoder:", "model.train:", "model.rank:", "model.alpha:", "model.pattern:"),
     *(f"data.{key}:" for key in SPLIT),
 )
 _START_AGAIN = "delete it to start the run again"
@@ -110,7 +110,7 @@ def open_adapter(path: Path, weights: str = "auto") -> tuple[Nucsam, Config, Bas
     """
     _, metadata = read_tensors(path, "adapter")
     config = check_metadata(path, metadata)
-    base = load_base(weights)
+    base = load_base(weights, config.model.encoder)
     net = build_model(config.model, base, seed=config.train.seed)
     load_adapter(path, net, base)
     return net.eval(), config, base, metadata
@@ -149,10 +149,11 @@ def run_base(run: RunDirectory, config: Config) -> Base:
     Raises:
         UserError: the file is missing, damaged, or no base.
     """
+    encoder = config.model.encoder
     if config.model.weights != "none":
-        return load_base(config.model.weights)
+        return load_base(config.model.weights, encoder)
     _, metadata = read_tensors(run.base_file, "base")
-    return replace(load_base(run.base_file), source=str(metadata.get("source")))
+    return replace(load_base(run.base_file, encoder), source=str(metadata.get("source")))
 
 
 def open_run(path: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
@@ -187,7 +188,7 @@ def open_run(path: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
 
 
 def merged_tensors(model: Nucsam, base: Base) -> dict[str, Tensor]:
-    """Stock MobileSAM's tensors with LoRA merged, and the head's (`head.*`).
+    """The base's tensors with LoRA merged, and the head's (`head.*`).
 
     Starts from the base's own tensors (unfolded BatchNorms, unused classifier, mask decoder) and
     replaces only what was trained.

@@ -74,7 +74,7 @@ def print_start(facts: dict[str, Any], device: torch.device, setting: str) -> No
     steps = steps_sentence(facts["images"]["train"], facts["epochs"], facts["steps"])
     console.print(steps, style="yellow" if facts["steps"] < USUAL_STEPS else "")
     if facts["base"].startswith("none"):
-        print_warning("random base weights: the scores say nothing about MobileSAM")
+        print_warning("random base weights: the scores say nothing about published weights")
 
 
 def print_epoch(line: dict[str, Any]) -> None:

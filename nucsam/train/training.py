@@ -397,7 +397,7 @@ def _load_base(
     side = max(64, round(config.data.crop * config.data.scale) // 32 * 32)
     images = torch.stack([crop["image"] for crop in crops]).float()
     images = nn.functional.interpolate(images, size=(side, side), mode="bilinear")
-    return calibrated(load_base("none", seed=config.train.seed), images)
+    return calibrated(load_base("none", config.model.encoder, seed=config.train.seed), images)
 
 
 def run_mpp(d: Data, mpps: Sequence[float | None]) -> float | None:

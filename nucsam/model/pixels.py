@@ -1,0 +1,39 @@
+"""What every encoder begins with: normalised pixels."""
+
+import torch
+from torch import Tensor, nn
+
+from nucsam.errors import UserError
+
+# The normalised images (B, 3, H, W), then each map (B, C, H / stride, W / stride) of the encoder,
+# in the order of its `maps`.
+Features = tuple[Tensor, ...]
+
+MULTIPLE = 32  # model px that the sides of an encoder's images are multiples of
+
+
+class Pixels(nn.Module):
+    """RGB 0..255 -> (RGB - mean) / std, channel by channel. The defaults are SAM's."""
+
+    def __init__(
+        self,
+        mean: tuple[float, float, float] = (123.675, 116.28, 103.53),
+        std: tuple[float, float, float] = (58.395, 57.12, 57.375),
+    ) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 3, H, W), in channels-last memory.
+
+        Raises:
+            UserError: H or W is no multiple of `MULTIPLE`.
+        """
+        height, width = images.shape[2:]
+        if height % MULTIPLE or width % MULTIPLE:
+            raise UserError(
+                f"images: found {height} x {width} px, expected multiples of {MULTIPLE} px"
+            )
+        images = (images - self.mean) / self.std
+        return images.contiguous(memory_format=torch.channels_last)
