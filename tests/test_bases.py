@@ -13,7 +13,7 @@ from nucsam.config import Model
 from nucsam.errors import UserError
 from nucsam.export.merged import export_run
 from nucsam.model.bases import BASES
-from nucsam.model.network import build_model
+from nucsam.model.network import build_encoder, build_model
 from nucsam.model.weights import build_sam, load_base, random_base, state_sha256
 from nucsam.run.checkpoint import merged_tensors
 
@@ -157,7 +157,7 @@ def test_lite_medsam_sees_a_quarter_of_the_sides():
     images = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = sam.image_encoder(images)
-        encoder = BASES["lite_medsam"].encoder(sam.image_encoder)
+        encoder = build_encoder("lite_medsam", sam)
         features = encoder(255 * images.repeat_interleave(4, 2).repeat_interleave(4, 3))
         torch.testing.assert_close(encoder.embed(features), expected, atol=1e-4, rtol=1e-4)
     assert [1024 // x.shape[2] for x in features] == [1, *(stride for stride, _ in encoder.maps)]

@@ -9,15 +9,10 @@ An encoder is an `nn.Module` whose parameters have the names of the published fi
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-
-import torch
-from torch import nn
-
-from nucsam.model.encoder import Encoder
-from nucsam.model.vit import ViT
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,25 +20,28 @@ class Published:
     """An encoder and the file of its published weights."""
 
     name: str  # of the model, in texts
-    stock: Callable[[], nn.Module]  # a module with the tensors of the file, drawn at random
-    encoder: Callable[..., nn.Module]  # of the stock `image_encoder`, and options of `Encoder`
+    stock: Callable[[], Any]  # an `nn.Module` with the tensors of the file, drawn at random
+    family: str  # of `network.FAMILIES`: what runs the stock `image_encoder`
     pattern: str  # linear layers that get LoRA by default
     file: str
     licence: str
     size: int = 0  # bytes
     sha256: str = ""  # "" = no address is known to serve the file: it must be given as a path
     urls: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the family
     part: str = ""  # entry of the file that holds the tensors; "" = the file holds nothing else
 
 
-def _tiny_vit() -> nn.Module:
+def _tiny_vit() -> Any:
     from mobile_sam.build_sam import build_sam_vit_t
 
     return build_sam_vit_t()
 
 
-def _lite_medsam() -> nn.Module:
+def _lite_medsam() -> Any:
     """MobileSAM with 1 x 1 convolutions in the stem and without a classifier."""
+    from torch import nn
+
     sam = _tiny_vit()
     vit = sam.image_encoder
     vit.patch_embed.seq[0].c = nn.Conv2d(3, 32, 1, bias=False)
@@ -52,18 +50,20 @@ def _lite_medsam() -> nn.Module:
     return sam
 
 
-def _vit_b() -> nn.Module:
+def _vit_b() -> Any:
     from mobile_sam.build_sam import build_sam_vit_b
 
     return build_sam_vit_b()
 
 
-def _efficient_sam(width: int) -> nn.Module:
+def _efficient_sam(width: int) -> Any:
     """EfficientSAM's encoder alone: no package that nucsam needs has its decoder.
 
     Source: github.com/yformer/EfficientSAM, efficient_sam/efficient_sam_encoder.py.
     """
+    import torch
     from mobile_sam.modeling import ImageEncoderViT
+    from torch import nn
 
     norm = partial(nn.LayerNorm, eps=1e-6)
     vit = ImageEncoderViT(embed_dim=width, num_heads=width // 64, norm_layer=norm)
@@ -86,7 +86,7 @@ BASES = {  # `model.encoder` -> what it is
     "mobile_sam": Published(
         name="MobileSAM",
         stock=_tiny_vit,
-        encoder=Encoder,
+        family="tiny_vit",
         pattern=_ATTENTION,
         file="mobile_sam.pt",
         size=40_728_226,
@@ -100,7 +100,7 @@ BASES = {  # `model.encoder` -> what it is
     "tiny_sam": Published(
         name="TinySAM",
         stock=_tiny_vit,
-        encoder=Encoder,
+        family="tiny_vit",
         pattern=_ATTENTION,
         file="tinysam.pth",
         sha256="4b8edcf93af46e2a658ae455574de62873778a5cc3fd8e8adf094dcdfa957cf2",
@@ -113,7 +113,8 @@ BASES = {  # `model.encoder` -> what it is
     "lite_medsam": Published(
         name="LiteMedSAM",
         stock=_lite_medsam,
-        encoder=partial(Encoder, quarter=True),
+        family="tiny_vit",
+        options={"quarter": True},
         pattern=_ATTENTION,
         file="lite_medsam.pth",
         size=39_370_479,
@@ -124,7 +125,7 @@ BASES = {  # `model.encoder` -> what it is
     "sam_vit_b": Published(
         name="SAM ViT-B",
         stock=_vit_b,
-        encoder=ViT,
+        family="vit",
         pattern=_EVERY_LAYER,
         file="sam_vit_b_01ec64.pth",
         size=375_042_383,
@@ -135,7 +136,7 @@ BASES = {  # `model.encoder` -> what it is
     "efficient_sam_ti": Published(
         name="EfficientSAM-Ti",
         stock=partial(_efficient_sam, 192),
-        encoder=ViT,
+        family="vit",
         pattern=_EVERY_LAYER,
         file="efficient_sam_vitt.pt",
         size=40_982_470,
@@ -150,7 +151,7 @@ BASES = {  # `model.encoder` -> what it is
     "efficient_sam_s": Published(
         name="EfficientSAM-S",
         stock=partial(_efficient_sam, 384),
-        encoder=ViT,
+        family="vit",
         pattern=_EVERY_LAYER,
         file="efficient_sam_vits.pt",
         licence="Apache-2.0",

@@ -10,7 +10,9 @@ from nucsam.config import Instances, Loss, Model
 from nucsam.errors import UserError
 from nucsam.model import lora
 from nucsam.model.bases import BASES
+from nucsam.model.encoder import Encoder
 from nucsam.model.heads import Block, InstanceHead, SamHead
+from nucsam.model.vit import ViT
 from nucsam.model.weights import Base, build_sam, misfit, seeded, state_sha256
 
 # Parts of SAM without a gradient: a foreground map without prompts does not depend on them.
@@ -23,6 +25,21 @@ _UNREACHED = (
 )
 
 
+FAMILIES = {"tiny_vit": Encoder, "vit": ViT}  # `Published.family` -> what runs its weights
+
+
+def build_encoder(name: str, sam: nn.Module, **options: bool) -> Encoder | ViT:
+    """The encoder `name` of `BASES`, on the weights of its stock model.
+
+    Args:
+        name: a value of `model.encoder`.
+        sam: of `build_sam`; the encoder takes over modules of its `image_encoder`.
+        options: `checkpoint` and `moving`, as in `Encoder`.
+    """
+    base = BASES[name]
+    return FAMILIES[base.family](sam.image_encoder, **base.options, **options)
+
+
 class Nucsam(nn.Module):
     """An encoder of `BASES` and a head; `build_model` adds weights and LoRA.
 
@@ -33,8 +50,10 @@ class Nucsam(nn.Module):
     def __init__(self, config: Model, checkpoint: bool = False) -> None:
         super().__init__()
         sam = build_sam(encoder=config.encoder)
-        options = {"checkpoint": checkpoint, "moving": config.norms == "moving"}
-        self.image_encoder = BASES[config.encoder].encoder(sam.image_encoder, **options)
+        moving = config.norms == "moving"
+        self.image_encoder = build_encoder(
+            config.encoder, sam, checkpoint=checkpoint, moving=moving
+        )
         if config.head == "sam":
             self.prompt_encoder = sam.prompt_encoder
             self.mask_decoder = sam.mask_decoder
@@ -157,7 +176,7 @@ def calibrated(base: Base, images: Tensor) -> Base:
     """
     sam = build_sam(encoder=base.encoder)
     sam.load_state_dict(base.state)
-    encoder = BASES[base.encoder].encoder(sam.image_encoder, moving=True)
+    encoder = build_encoder(base.encoder, sam, moving=True)
     update_bn([images], encoder)
     calibration = {f"image_encoder.{name}": t for name, t in encoder.state_dict().items()}
     state = base.state | calibration

@@ -123,12 +123,15 @@ def _with_places(
     q = q_NALD.unflatten(2, (H, W)) / attn.scale
     to_rows = torch.einsum("nahwd,hkd->nahwk", q, _distances(attn.rel_pos_h, H))
     to_columns = torch.einsum("nahwd,wkd->nahwk", q, _distances(attn.rel_pos_w, W))
-    rows_LH = torch.eye(H, device=q.device).repeat_interleave(W, 0)
-    columns_LW = torch.eye(W, device=q.device).repeat(H, 1)
-    places = torch.cat([rows_LH, columns_LW], dim=1).to(k_NALD.dtype)
-    places = places.expand(*k_NALD.shape[:2], -1, -1)
+    rows_H, columns_W = torch.arange(H, device=q.device), torch.arange(W, device=q.device)
+    # Sums that broadcast, because ONNX can neither repeat nor divide by sizes that are not known.
+    row_HW1 = (rows_H[:, None] + 0 * columns_W)[..., None]
+    column_HW1 = (columns_W + 0 * rows_H[:, None])[..., None]
+    places = torch.cat([row_HW1 == rows_H, column_HW1 == columns_W], dim=2).flatten(0, 1)
+    places = places.to(k_NALD.dtype)
     queries = torch.cat([q_NALD, to_rows.flatten(2, 3), to_columns.flatten(2, 3)], dim=3)
-    return queries, torch.cat([k_NALD, places], dim=3)
+    keys = F.pad(k_NALD, (0, H + W)) + F.pad(places, (k_NALD.shape[-1], 0))
+    return queries, keys
 
 
 def _distances(table: Tensor, side: int) -> Tensor:
