@@ -34,6 +34,7 @@ from nucsam.predict import writers
 from nucsam.predict.models import load
 from nucsam.predict.predictor import Predictor
 from nucsam.predict.tiles import Tiles, Window
+from nucsam.predict.tissue import find_tissue
 from nucsam.processes import exit_on_sigterm, is_first, launch_time, process_count
 
 POLL = 0.5  # s between looks at the images that other processes hold
@@ -49,6 +50,7 @@ def predict_files(
     mpp: float | None = None,
     force: bool = False,
     roi: Path | None = None,
+    tissue: bool = True,
     **options: Any,
 ) -> int:
     """Predict images into files of `out`, and return the exit status of this process.
@@ -61,6 +63,7 @@ def predict_files(
         mpp: microns per px of every image, instead of what its file says.
         force: predict also the images that have all their files.
         roi: GeoJSON of the regions of one image to predict in, or a folder of STEM.geojson.
+        tissue: skip the tiles that show glass alone.
         options: of `models.load`; `scale` and `mpp` exclude each other.
 
     Returns:
@@ -76,13 +79,13 @@ def predict_files(
     _check_files(files, out)
     outlines = _read_rois(roi, files) if roi else {}
     predictor = load(model, **options)
-    settings = _settings(model, predictor, mpp) | {"roi": roi and str(roi)}
+    settings = _settings(model, predictor, mpp) | {"roi": roi and str(roi), "tissue": tissue}
     claims = out / ".claims" if process_count() > 1 else None
     (claims or out).mkdir(parents=True, exist_ok=True)
     with exit_on_sigterm():
         with Claim.take(claims / "predict.json", wait=True) if claims else nullcontext():
             _record(out / "predict.json", settings, files, force)
-        batch = Batch(predictor, files, mpp, force=force, claims=claims, rois=outlines)
+        batch = Batch(predictor, files, mpp, force, claims, outlines, tissue)
         try:
             return batch.run()
         except predictor.out_of_memory as error:
@@ -239,6 +242,7 @@ class Batch:
         force: predict also the images that have all their files.
         claims: folder of the claims, one file per image; None where this process is alone.
         rois: regions to predict in, by image; empty = everywhere.
+        tissue: skip the tiles that show glass alone.
     """
 
     predictor: Predictor
@@ -247,6 +251,7 @@ class Batch:
     force: bool = False
     claims: Path | None = None
     rois: Mapping[Path, Outlines] = field(default_factory=dict)
+    tissue: bool = True
 
     def __post_init__(self) -> None:
         self.since = launch_time()
@@ -356,7 +361,10 @@ class Batch:
                         raise UserError(f"{path}: found no pixels")
                     roi = self.rois.get(path)
                     area = roi and roi.inside
-                    tiles = self.predictor.grid(image, mpp=self._mpp(path), area=area)
+                    tissue = find_tissue(image) if self.tissue else None
+                    tiles = self.predictor.grid(
+                        image, mpp=self._mpp(path), area=area, tissue=tissue
+                    )
                     if not tiles.windows:
                         found = f"found no pixel in the regions of {roi.path}"
                         raise UserError(f"{path}: {found}, expected coordinates in px")
