@@ -83,7 +83,7 @@ def read_outlines(path: Path) -> np.ndarray:
 
 def damaged_files() -> Iterator[tuple]:
     """A title, the name of a file, its bytes, and what reads it."""
-    outlines = json.dumps([*geojson.features(IDS)]).encode()
+    outlines = json.dumps([*geojson.features(geojson.geometries(IDS))]).encode()
     wholes = [(".geojson", ".geojson", outlines, read_outlines)]
     for read, array, suffixes in (
         (read_image, RGB, (".png", ".jpg", ".bmp", ".tif")),

@@ -70,7 +70,7 @@ def plain(root: Path, count: int, *, size: tuple[int, int] = (H, W)) -> Path:
 
 def outlined(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    geojson.write_geojson(path, geojson.features(three()))
+    geojson.write_geojson(path, geojson.features(geojson.geometries(three())))
     return path
 
 

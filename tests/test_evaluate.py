@@ -270,7 +270,7 @@ def test_annotations_are_a_truth(tmp_path):
     truth, pred = maps(0)
     write(tmp_path / "truth" / "images" / "a.png", np.zeros((64, 64, 3), np.uint8))
     (tmp_path / "truth" / "annotations").mkdir()
-    outlines = geojson.features(truth)
+    outlines = geojson.features(geojson.geometries(truth))
     geojson.write_geojson(tmp_path / "truth" / "annotations" / "a.geojson", outlines)
     write(tmp_path / "pred" / "a.tif", pred)
     (result,) = score(tmp_path, protocol="plain")["scores"]

@@ -339,7 +339,7 @@ plain/labels/human_bladder_1.tif: ...over...; expected another ...out...
 $ predict run flat plain/images --out p  # images of one stem
 plain/images/human_bladder_1.png: ...the stem of flat/human_bladder_1.png...expected ...
 $ predict run flat --out p --formats label  # a typo in the formats
-...formats: found ['label'], expected labels, geojson, csv, overlay
+...formats: found ['label'], expected labels, geojson, geojson.gz, csv, parquet, overlay
 $ predict run flat --out p --scale 2 --mpp 0.5  # two magnifications
 ...scale, ...mpp: found both, expected one
 $ predict run flat --out p --mpp 0  # no magnification

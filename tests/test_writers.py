@@ -6,6 +6,7 @@ import subprocess
 import sys
 from tempfile import TemporaryFile
 
+import geopandas
 import numpy as np
 import pytest
 import tifffile
@@ -16,12 +17,13 @@ from skimage.segmentation import find_boundaries, relabel_sequential
 from nucsam.data import draw, geojson
 from nucsam.data.images import read_label, read_mpp
 from nucsam.errors import UserError
+from nucsam.model.instances import Nuclei
 from nucsam.predict import writers
 from nucsam.predict.tiles import Window, own_nuclei, windows
 from nucsam.predict.writers import LabelBlocks, draw_overlay
 
 SIZE = (700, 1100)
-ALL = ("labels", "geojson", "csv", "overlay")
+ALL = ("labels", "geojson", "geojson.gz", "csv", "parquet", "overlay")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,8 @@ def scene():
 def in_windows(label, core=200, margin=60):
     """What a predictor gives: windows, and the nuclei that each keeps."""
     for window in windows(label.shape, core, margin):
-        yield window, own_nuclei(relabel_sequential(label[window.outer])[0], window)
+        own = own_nuclei(relabel_sequential(label[window.outer])[0], window)
+        yield window, Nuclei(own, np.linspace(0.5, 1, own.max()))
 
 
 def rows(path):
@@ -62,11 +65,13 @@ def test_all_files_show_the_same_nuclei(scene, tmp_path, core):
     files = writers.output_files(tmp_path / "new", "a b", ALL)
     count = writers.write_files(files, image, in_windows(label, core), mpp=0.25)
     paths = {str(p.relative_to(tmp_path / "new")) for p in tmp_path.rglob("*.*")}
-    assert paths == {"a b.tif", "a b.geojson", "a b.csv", "overlays/a b.png"}
+    tables = {"a b.geojson", "a b.geojson.gz", "a b.csv", "a b.parquet"}
+    assert paths == tables | {"a b.tif", "overlays/a b.png"}
     written = read_label(files["labels"])
     assert same_nuclei(written, label)
     assert np.unique(written).tolist() == list(range(count + 1))
-    np.testing.assert_array_equal(geojson.read(files["geojson"], SIZE), written)
+    for name in ("geojson", "geojson.gz"):
+        np.testing.assert_array_equal(geojson.read(files[name], SIZE), written)
     table = rows(files["csv"])
     for row, region in zip(table, regionprops(written), strict=True):
         y, x = region.centroid
@@ -77,11 +82,34 @@ def test_all_files_show_the_same_nuclei(scene, tmp_path, core):
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     measured = json.loads(files["geojson"].read_text())["features"][7]["properties"]["measurements"]
     assert measured == pytest.approx(table[7], rel=1e-5)
+    assert list(measured) == list(table[7]) and 0.5 <= measured["confidence"] <= 1
     with Image.open(files["overlay"]) as picture:
         pixels = np.asarray(picture)
     edge = (pixels == draw.PREDICTION).all(-1)
     np.testing.assert_array_equal(pixels[~edge], image[~edge])
     np.testing.assert_array_equal(edge, find_boundaries(label, mode="inner"))
+
+
+def test_readers_of_others_see_the_nuclei(scene, tmp_path, monkeypatch):
+    """GeoPandas opens both formats; every outline is valid, and its area that of the pixels."""
+    monkeypatch.setattr(writers, "GROUP", 100)
+    image, label = scene
+    files = writers.output_files(tmp_path, "a", ["geojson", "parquet", "csv"])
+    count = writers.write_files(files, image, in_windows(label))
+    table = rows(files["csv"])
+    collection = json.loads(files["geojson"].read_text())
+    frames = (
+        geopandas.GeoDataFrame.from_features(collection),
+        geopandas.read_parquet(files["parquet"]),
+    )
+    for frame in frames:
+        assert len(frame) == count > 200 and frame.crs is None
+        assert frame.geometry.is_valid.all()
+        np.testing.assert_array_equal(frame.geometry.area, [row["area_px"] for row in table])
+    assert frames[0].geometry.geom_equals(frames[1].geometry).all()
+    columns = frames[1].drop(columns="geometry")
+    assert list(columns) == list(table[0])
+    np.testing.assert_allclose(columns, [list(row.values()) for row in table], rtol=1e-8)
 
 
 @pytest.mark.parametrize("formats", [["labels"], ["csv", "labels"], ["geojson"]])
@@ -90,11 +118,13 @@ def test_writers_work_without_asserts_and_without_torch(tmp_path, formats):
 import sys
 from pathlib import Path
 import numpy as np
+from nucsam.model.instances import Nuclei
 from nucsam.predict.tiles import windows
 from nucsam.predict.writers import output_files, write_files
 (window,) = windows((9, 9), 99, 0)
 files = output_files(Path({str(tmp_path)!r}), "a", {formats})
-count = write_files(files, np.zeros((9, 9, 3), np.uint8), [(window, np.eye(9, dtype=np.int32))])
+nuclei = Nuclei(np.eye(9, dtype=np.int32), np.ones(1))
+count = write_files(files, np.zeros((9, 9, 3), np.uint8), [(window, nuclei)])
 print(count, __debug__, "torch" in sys.modules)
 """
     done = subprocess.run(
@@ -115,6 +145,7 @@ def test_an_image_without_nuclei(tmp_path):
     assert json.loads(files["geojson"].read_text()) == {"type": "FeatureCollection", "features": []}
     assert files["csv"].read_text().startswith("id,centroid_x,centroid_y,area_px,")
     assert rows(files["csv"]) == []
+    assert geopandas.read_parquet(files["parquet"]).empty
     assert Image.open(files["overlay"]).size == (16, 16)
 
 
@@ -158,7 +189,7 @@ def test_many_nuclei_need_32_bits(tmp_path, count, dtype):
     everything = (slice(0, 600), slice(0, 600))
     with TemporaryFile() as file:
         blocks = LabelBlocks(label.shape, file)
-        blocks.add(Window(everything, everything), label)
+        blocks.add(Window(everything, everything), Nuclei(label, np.ones(count)))
         blocks.write(tmp_path / "a.tif", None)
     assert tifffile.imread(tmp_path / "a.tif").dtype == dtype
     np.testing.assert_array_equal(read_label(tmp_path / "a.tif"), label)
@@ -174,8 +205,9 @@ def test_pixels_stay_with_the_first_nucleus(tmp_path):
     given = second.copy()
     with TemporaryFile() as file:
         blocks = LabelBlocks((600, 600), file)
-        np.testing.assert_array_equal(blocks.add(window, first), first)
-        added = blocks.add(window, second)
+        assert blocks.add(window, Nuclei(first, np.ones(1))).label.tolist() == first.tolist()
+        added, confidence = blocks.add(window, Nuclei(second, np.array([0.7, 0.8, 0.9])))
+        assert confidence.tolist() == [0.7, 0.9]
         assert blocks.count == 3
         blocks.write(tmp_path / "a.tif", None)
     np.testing.assert_array_equal(second, given)

@@ -14,7 +14,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,55 +28,77 @@ DETECTION = {"objectType": "detection", "classification": CLASS, "isLocked": Fal
 KINDS = ("annotation", "detection", "cell", "tile", "tmacore", "root")  # QuPath's objects
 NO_AREA = ("Point", "MultiPoint", "LineString", "MultiLineString", "GeometryCollection")
 GZIP = b"\x1f\x8b"
+HEAD, TAIL = '{"type": "FeatureCollection", "features": [\n', "\n]}\n"  # around `to_json`
+_JSON = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
-Rings = list[list[list[float]]]  # closed rings of [x, y]: the outer one, then the holes
 
-
-def features(
-    label: np.ndarray,
-    *,
-    offset: tuple[float, float] = (0, 0),
-    measurements: Mapping[str, np.ndarray] | None = None,
-) -> list[dict[str, Any]]:
-    """Make one GeoJSON Feature per nucleus, in ascending order of the ids.
+def geometries(label: np.ndarray, offset: tuple[float, float] = (0, 0)) -> Iterator[dict[str, Any]]:
+    """Yield the outline of each nucleus as a GeoJSON geometry, in ascending order of the ids.
 
     A nucleus is a Polygon, or a MultiPolygon where its pieces share no pixel edge. Rings are closed
-    and simple: outer ones counterclockwise in (x, y), holes clockwise. The object type is
-    "detection", of which QuPath shows many. The id is a UUID of the outline, the same in every run.
+    and simple: outer ones counterclockwise in (x, y), holes clockwise.
 
     Args:
         label: integer (H, W), 0 = background.
         offset: (x, y) of the label map in the image, px.
-        measurements: columns of numbers, one row per nucleus; a value that is not finite is left
-            out.
-
-    Returns:
-        The Features.
     """
-    columns = {name: np.asarray(column).tolist() for name, column in (measurements or {}).items()}
-    return [
-        _feature(polygons, {name: column[row] for name, column in columns.items()})
-        for row, polygons in enumerate(_outlines(label, offset))
-    ]
+    owner, starts, centres, following, turns, pinches = _edges(label)
+    if not len(owner):
+        return
+    starts, centres = starts + np.asarray(offset), centres + offset
+    order, walk = _walks(owner, following)
+    order, walk = order[turns[order]], walk[turns[order]]
+    begins = np.flatnonzero(np.diff(owner[order], prepend=0))  # of each nucleus
+    ends = np.append(begins[1:], len(order))
+    plain = ~np.logical_or.reduceat(pinches[order], begins) & (walk[begins] == walk[ends - 1])
+    points = starts[order].tolist()
+    for begin, end, is_plain in zip(begins.tolist(), ends.tolist(), plain.tolist()):
+        if is_plain:  # one simple ring
+            ring = [*points[begin:end], points[begin]]
+            yield {"type": "Polygon", "coordinates": [ring]}
+            continue
+        walks = np.split(order[begin:end], np.flatnonzero(np.diff(walk[begin:end])) + 1)
+        rings = [ring for corners in walks for ring in _simple_rings(corners, starts)]
+        yield _geometry([(starts[[*ring, ring[0]]], centres[ring[0]]) for ring in rings])
 
 
-def write_geojson(path: str | Path, features: Iterable[dict[str, Any]]) -> int:
-    """Write Features as they come to a FeatureCollection, or leave the old file.
+def features(
+    outlines: Iterable[dict[str, Any]], measurements: Mapping[str, np.ndarray] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield one GeoJSON Feature per nucleus.
+
+    The object type is "detection", of which QuPath shows many. The id is a UUID of the outline, the
+    same in every run.
 
     Args:
-        path: the GeoJSON file.
-        features: as of `features`; each becomes a line.
-
-    Returns:
-        The number of Features.
+        outlines: as of `geometries`.
+        measurements: columns of numbers, one row per nucleus; a value that is not finite is left
+            out.
     """
-    count = 0
-    with atomic(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
-        file.write('{"type": "FeatureCollection", "features": [')
-        for count, feature in enumerate(features, 1):
-            file.write((",\n" if count > 1 else "\n") + json.dumps(feature, allow_nan=False))
-        file.write("\n]}\n")
-    return count
+    columns = {name: np.asarray(column).tolist() for name, column in (measurements or {}).items()}
+    for row, geometry in enumerate(outlines):
+        values = {name: column[row] for name, column in columns.items()}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        properties = DETECTION | {"measurements": finite}
+        if geometry["type"] == "MultiPolygon":
+            properties["oneNucleus"] = True  # for `read_shapes`
+        yield {
+            "type": "Feature",
+            "id": str(uuid.uuid5(uuid.NAMESPACE_OID, str(geometry["coordinates"]))),
+            "geometry": geometry,
+            "properties": properties,
+        }
+
+
+def to_json(features: Iterable[dict[str, Any]]) -> str:
+    """Features or geometries as JSON, one a line, with commas between."""
+    return ",\n".join(map(_JSON.encode, features))
+
+
+def write_geojson(path: str | Path, features: Iterable[dict[str, Any]]) -> None:
+    """Write Features to a FeatureCollection, or leave the old file."""
+    with atomic(Path(path)) as partial:
+        partial.write_text(f"{HEAD}{to_json(features)}{TAIL}", encoding="utf-8")
 
 
 def read(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
@@ -128,33 +149,6 @@ def read_shapes(path: str | Path) -> tuple[list[Shape], Counter]:
 # Label map to outlines
 
 
-def _feature(polygons: list[Rings], measurements: dict[str, float]) -> dict[str, Any]:
-    geometry = {"type": "MultiPolygon", "coordinates": polygons}
-    if len(polygons) == 1:
-        geometry = {"type": "Polygon", "coordinates": polygons[0]}
-    finite = {name: value for name, value in measurements.items() if math.isfinite(value)}
-    properties = DETECTION | {"measurements": finite}
-    if len(polygons) > 1:
-        properties["oneNucleus"] = True  # for `read_shapes`
-    return {
-        "type": "Feature",
-        "id": str(uuid.uuid5(uuid.NAMESPACE_OID, str(polygons))),
-        "geometry": geometry,
-        "properties": properties,
-    }
-
-
-def _outlines(label: np.ndarray, offset: tuple[float, float]) -> Iterator[list[Rings]]:
-    """Yield the polygons of each nucleus, in ascending order of the ids."""
-    owner, starts, centres, following, turns = _edges(label)
-    starts, centres = starts + np.asarray(offset), centres + offset
-    order = np.argsort(owner, kind="stable")
-    walks = _walks(order.tolist(), following.tolist(), turns.tolist())
-    for _, nucleus_walks in groupby(walks, key=lambda corners: owner[corners[0]]):
-        rings = [ring for corners in nucleus_walks for ring in _simple_rings(corners, starts)]
-        yield _polygons([(starts[[*ring, ring[0]]], centres[ring[0]]) for ring in rings])
-
-
 def _edges(label: np.ndarray) -> tuple[np.ndarray, ...]:
     """Find the n sides of pixels that bound a nucleus, as directed edges.
 
@@ -163,7 +157,8 @@ def _edges(label: np.ndarray) -> tuple[np.ndarray, ...]:
 
     Returns:
         The id of the nucleus (n,); the start (x, y) of the edge and the centre (x, y) of its pixel
-        (n, 2), px; the edge that follows (n,); whether the walk turns at the start (n,).
+        (n, 2), px; the edge that follows (n,); whether the walk turns at the start (n,), and
+        whether the nucleus touches itself with a corner there (n,).
     """
     padded = np.pad(label, 1)
     width, flat = padded.shape[1], padded.ravel()
@@ -177,31 +172,42 @@ def _edges(label: np.ndarray) -> tuple[np.ndarray, ...]:
     left = ~right & (flat[diagonal] == flat[pixel])
     target = np.where(right, pixel, np.where(left, diagonal, ahead))
     following = np.searchsorted(4 * pixel + side, 4 * target + (side + right - left) % 4)
-    turns = np.empty(len(pixel), bool)
+    turns, pinches = np.empty((2, len(pixel)), bool)
     turns[following] = right | left
+    pinches[following] = right & (flat[diagonal] == flat[pixel])
     places = np.stack([pixel % width, pixel // width], 1) - 1
     starts = places + np.array([[0, 0], [1, 0], [1, 1], [0, 1]])[side]
-    return flat[pixel], starts, places + 0.5, following, turns
+    return flat[pixel], starts, places + 0.5, following, turns, pinches
 
 
-def _walks(order: list[int], following: list[int], turns: list[bool]) -> Iterator[list[int]]:
-    """Yield every closed walk over the edges: the edges at which it turns."""
-    seen = bytearray(len(order))
-    for edge in order:
-        corners = []
-        while not seen[edge]:
-            seen[edge] = 1
-            if turns[edge]:
-                corners.append(edge)
-            edge = following[edge]
-        if corners:
-            yield corners
+def _walks(owner: np.ndarray, following: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every closed walk over the edges, those of one nucleus after each other, by ascending id.
+
+    Returns:
+        The edges in the order of the walks (n,), and the number of the walk of each (n,).
+    """
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import connected_components, depth_first_order
+
+    def graph(following: np.ndarray) -> csr_array:
+        return csr_array((np.ones(n), following, np.arange(n + 1)), shape=(n, n))
+
+    n = len(owner)
+    _, walk = connected_components(graph(following), connection="weak")
+    _, first = np.unique(walk, return_index=True)
+    first = first[np.argsort(owner[first], kind="stable")]
+    before = np.empty_like(following)
+    before[following] = np.arange(n)
+    chained = following.copy()
+    chained[before[first]] = np.roll(first, -1)  # each walk leads to the next
+    order = depth_first_order(graph(chained), first[0], return_predecessors=False)
+    return order, walk[order]
 
 
-def _simple_rings(corners: list[int], starts: np.ndarray) -> Iterator[list[int]]:
+def _simple_rings(corners: np.ndarray, starts: np.ndarray) -> Iterator[list[int]]:
     """Cut a closed walk into simple rings, where it comes to a point again."""
     path = {}  # the edge at each point since the last cut, in order
-    for edge, point in zip(corners, map(tuple, starts[corners].tolist())):
+    for edge, point in zip(corners.tolist(), map(tuple, starts[corners].tolist())):
         ring = []
         while point in path:
             ring.append(path.popitem()[1])
@@ -211,7 +217,7 @@ def _simple_rings(corners: list[int], starts: np.ndarray) -> Iterator[list[int]]
     yield list(path.values())
 
 
-def _polygons(rings: list[tuple[np.ndarray, np.ndarray]]) -> list[Rings]:
+def _geometry(rings: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
     """Put the holes of one nucleus into its outer rings.
 
     Args:
@@ -226,7 +232,9 @@ def _polygons(rings: list[tuple[np.ndarray, np.ndarray]]) -> list[Rings]:
         if area < 0:  # a hole, in the smallest outer ring around its pixel
             piece = next(k for k, around in enumerate(outer) if points_in_poly([pixel], around))
             polygons[piece].append(ring.tolist())
-    return polygons
+    if len(polygons) == 1:
+        return {"type": "Polygon", "coordinates": polygons[0]}
+    return {"type": "MultiPolygon", "coordinates": polygons}
 
 
 # GeoJSON to shapes

@@ -16,6 +16,8 @@ K basins, S saddles. A flat image has an empty row above and below and W + 1 col
 is empty, so that the end of a row does not touch the start of the next one.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from scipy import ndimage
 from scipy.sparse import coo_array
@@ -24,6 +26,22 @@ from skimage.measure import label as label_pieces
 from skimage.segmentation import watershed
 
 from nucsam.config import Instances
+
+
+class Nuclei(NamedTuple):
+    """The nuclei of an image or of a part of it."""
+
+    label: np.ndarray  # int32 (H, W), 0 = background, ids 1, 2, ...
+    confidence: np.ndarray  # (n,), mean foreground of each, 0..1
+
+
+def with_confidence(label_HW: np.ndarray, foreground_HW: np.ndarray) -> Nuclei:
+    """The nuclei of a label map and the mean probability of nucleus over the pixels of each."""
+    pixels_P = np.flatnonzero(label_HW)
+    ids_P = label_HW.ravel()[pixels_P]
+    size = np.bincount(ids_P, minlength=1)[1:]
+    total = np.bincount(ids_P, foreground_HW.ravel()[pixels_P], minlength=1)[1:]
+    return Nuclei(label_HW, total / np.maximum(size, 1))
 
 
 def from_depth(foreground_HW: np.ndarray, depth_HW: np.ndarray, config: Instances) -> np.ndarray:

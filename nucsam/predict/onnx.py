@@ -67,7 +67,7 @@ def resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resize(maps, shape, order=1, mode="edge", anti_aliasing=False, preserve_range=True)
 
 
-def open_graph(path: Path, device: str) -> Opened:
+def open_graph(path: Path, device: str, per_device: int = 1) -> Opened:
     """As `pytorch.open_weights`, of an ONNX file.
 
     Raises:
@@ -76,7 +76,7 @@ def open_graph(path: Path, device: str) -> Opened:
     check_packages("onnx", "onnxruntime")
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected one of nucsam export")
-    session = _session(path, device)
+    session = _session(path, device, per_device)
     entries = session.get_modelmeta().custom_metadata_map
     maps, multiple = entries.get("maps"), entries.get("multiple", "")
     named = "nucsam" in entries and maps in SPLITS
@@ -89,7 +89,7 @@ def open_graph(path: Path, device: str) -> Opened:
     return make, config, metadata, session.get_providers()[0] == "CPUExecutionProvider"
 
 
-def _session(path: Path, device: str) -> Any:
+def _session(path: Path, device: str, per_device: int) -> Any:
     import onnxruntime
 
     name, _, number = device.partition(":")
@@ -99,7 +99,7 @@ def _session(path: Path, device: str) -> Any:
         raise UserError(f"device: found {device!r}, expected {expected}")
     providers: list[Any] = ["CPUExecutionProvider"]
     if gpu and name != "cpu":
-        number = number or os.environ.get("LOCAL_RANK", "0")
+        number = number or int(os.environ.get("LOCAL_RANK", "0")) // per_device
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": number}))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))  # 0 = all cores

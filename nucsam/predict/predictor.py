@@ -7,15 +7,23 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import groupby, repeat
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from PIL.Image import Image
 
 from nucsam.config import Config, Instances
+from nucsam.data import geojson
+from nucsam.data.images import read_image, read_mpp
 from nucsam.errors import UserError
+from nucsam.model.instances import Nuclei, with_confidence
+from nucsam.predict.measure import measure
 from nucsam.predict.threads import in_threads
 from nucsam.predict.tiles import Area, Key, Tiles, Window, own_nuclei, windows, windows_in
 from nucsam.predict.tissue import Tissue
+
+Picture = np.ndarray | str | Path | Image  # what `predict` takes
 
 CORE = 1024  # px: longest side of a window's core
 MARGIN = 128  # px: farthest that a nucleus reaches from its centroid
@@ -77,32 +85,45 @@ class Predictor:
             size: rows and columns of the maps.
 
         Returns:
-            Probabilities float32 (B, C, *size).
+            Probabilities float32 or float16 (B, C, *size).
         """
         raise NotImplementedError
 
     def nuclei(self, maps: np.ndarray, config: Instances) -> np.ndarray:
-        """Probabilities float32 (C, H, W) of one image -> label map int32 (H, W)."""
+        """Probabilities float32 (C, H, W), foreground first -> label map int32 (H, W)."""
         raise NotImplementedError
 
-    def predict(self, image: np.ndarray, *, mpp: float | None = None) -> np.ndarray:
+    def predict(self, image: Picture, *, mpp: float | None = None) -> np.ndarray:
         """Predict one image.
 
         Args:
-            image: uint8 (H, W, 3).
-            mpp: microns per px of the image; used where those trained on are known too.
+            image: uint8 (H, W, 3), an image file, or a Pillow image of 8 bits a channel.
+            mpp: microns per px of the image, by default what its file says; used where those
+                trained on are known too.
 
         Returns:
             A label map int32 (H, W), 0 = background, ids 1, 2, ...
 
         Raises:
-            UserError: another type or shape, or a magnification more than `RATIO` times off.
+            UserError: another type or shape, a file that cannot be read, or a magnification more
+                than `RATIO` times off.
         """
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise UserError(
-                f"image: found {image.dtype} of shape {image.shape}, expected uint8 (H, W, 3)"
-            )
-        return next(self.predict_many([image], [mpp]))
+        pixels, mpp = _opened(image, mpp)
+        return next(self.predict_many([pixels], [mpp]))
+
+    def predict_nuclei(self, image: Picture, *, mpp: float | None = None) -> dict[str, Any]:
+        """Predict one image as a table of its nuclei.
+
+        Args and errors as of `predict`.
+
+        Returns:
+            Columns with one row per nucleus: those of `measure`, and confidence, 0..1, the mean
+            foreground probability, all (n,); and outline, a list of GeoJSON geometries, px.
+        """
+        pixels, mpp = _opened(image, mpp)
+        nuclei = next(self._whole([pixels], [mpp]))
+        columns = measure(nuclei.label, pixels, mpp, confidence=nuclei.confidence)
+        return columns | {"outline": list(geojson.geometries(nuclei.label))}
 
     def predict_many(
         self, images: Iterable[np.ndarray], mpps: Iterable[float | None] = repeat(None)
@@ -115,17 +136,25 @@ class Predictor:
             images: uint8 (H, W, 3) each.
             mpps: microns per px of each.
         """
+        return (nuclei.label for nuclei in self._whole(images, mpps))
+
+    def _whole(
+        self, images: Iterable[np.ndarray], mpps: Iterable[float | None]
+    ) -> Iterator[Nuclei]:
+        """The nuclei of images, in order. Args as of `predict_many`."""
         grids = (self.grid(image, mpp=mpp) for image, mpp in zip(images, mpps))
         results = self.extract(grids)
         for tiles, parts in groupby(results, key=lambda result: result[0]):
             whole = np.zeros(tiles.size, np.int32)
+            confidences = [np.zeros(0)]
             count = 0
-            for _, window, label in parts:
+            for _, window, (label, confidence) in parts:
                 place = whole[window.outer]
                 free = (label > 0) & (place == 0)
                 place[free] = label[free] + count
-                count += int(label.max())
-            yield whole
+                confidences.append(confidence)
+                count += len(confidence)
+            yield Nuclei(whole, np.concatenate(confidences))
 
     def grid(
         self,
@@ -166,27 +195,28 @@ class Predictor:
         tiles.area = area
         return tiles
 
-    def extract(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, Window, np.ndarray]]:
+    def extract(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, Window, Nuclei]]:
         """The nuclei of each window of images, in order.
 
         An image that cannot be read to its end lacks windows, and its tiles' `failed` says why.
 
         Returns:
-            Tiles, window, and label map int32 of the window's outer place, its own nuclei alone.
+            Tiles, window, and the window's own nuclei in its outer place.
         """
         return in_threads(self._instances, self._stream(images))
 
     def _instances(
         self, tiles: Tiles, k: int, parts: list[tuple[Key, np.ndarray]]
-    ) -> tuple[Tiles, Window, np.ndarray]:
+    ) -> tuple[Tiles, Window, Nuclei]:
         """Stitch window k, and extract its own nuclei."""
         window = tiles.windows[k]
         if not parts:  # glass
             shape = [place.stop - place.start for place in window.outer]
-            return tiles, window, np.zeros(shape, np.int32)
+            return tiles, window, Nuclei(np.zeros(shape, np.int32), np.zeros(0))
         area = round(self.instances.area * (self.scale / tiles.scale) ** 2)
-        label = self.nuclei(tiles.stitch(k, parts), replace(self.instances, area=area))
-        return tiles, window, own_nuclei(label, window, tiles.area)
+        maps = tiles.stitch(k, parts)
+        label = self.nuclei(maps, replace(self.instances, area=area))
+        return tiles, window, with_confidence(own_nuclei(label, window, tiles.area), maps[0])
 
     def _stream(
         self, images: Iterable[Tiles]
@@ -254,6 +284,20 @@ class Predictor:
                 maps = self.maps(np.ascontiguousarray(turned), sides[::along], size[::along])
                 total = total + np.rot90(maps, -turns, (2, 3))[..., ::flip]
         return total / 8
+
+
+def _opened(image: Picture, mpp: float | None) -> tuple[np.ndarray, float | None]:
+    """The pixels uint8 (H, W, 3) of an image, and its microns per px."""
+    if isinstance(image, str | Path):
+        return read_image(image), mpp or read_mpp(image)
+    if isinstance(image, Image) and image.mode in ("L", "LA", "P", "RGBA"):
+        image = image.convert("RGB")
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise UserError(
+            f"image: found {pixels.dtype} of shape {pixels.shape}, expected uint8 (H, W, 3)"
+        )
+    return pixels, mpp
 
 
 def _planned(images: Iterable[Tiles]) -> Iterator[tuple[Tiles, int, Key | None]]:

@@ -190,6 +190,7 @@ class Tiles:
         ]
         self.failed: Exception | None = None  # why the image could not be read to its end
         self.asked: set[Key] = set()  # tiles given so far
+        self.run = 0  # tiles whose maps have come
         self.level = image.level(scale) if isinstance(image, Windows) else 0
         self._keys = self._plan()
         self._last = {key: k for k, keys in enumerate(self._keys) for key in keys}
@@ -230,6 +231,7 @@ class Tiles:
 
     def add(self, key: Key, maps: np.ndarray | None) -> None:
         """Take the dense maps float (C, h, w) of a tile; None for one that is not run."""
+        self.run += maps is not None
         self._maps[key] = maps
 
     def ready(self, k: int) -> bool:

@@ -9,6 +9,7 @@ mean darkness of 42 or more; glass has 7 to 20.
 2. `is_glass` looks at all pixels of a tile that the mask calls tissue.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,14 @@ from PIL import Image
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
+from nucsam.data import geojson
 from nucsam.data.slides import Windows
 
 CELL = 64  # px: side of a cell of the mask
 BLOCK = 4  # px: side of the squares of `is_glass`
 DETAIL = 1 / 8  # px of the overview per px of the image, at least
 PALE, FLOOR = 32, 8  # the highest and the lowest limit between glass and tissue
+ANNOTATION = {"objectType": "annotation", "classification": {"name": "Tissue"}}  # of QuPath
 BAND = 8  # rows of cells that are read at once
 
 
@@ -37,6 +40,27 @@ class Tissue:
 
     cells: np.ndarray
     limit: int = PALE
+
+    def features(self, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
+        """Yield a GeoJSON Feature of each piece of tissue, an annotation in QuPath.
+
+        Args:
+            size: height and width of the image, px.
+        """
+        pieces, _ = ndimage.label(self.cells)
+        ends = size[::-1]
+        for geometry in geojson.geometries(pieces):
+            polygons = geometry["coordinates"]
+            polygons = [polygons] if geometry["type"] == "Polygon" else polygons
+            scaled = [
+                [np.minimum(np.multiply(ring, CELL), ends).tolist() for ring in rings]
+                for rings in polygons
+            ]
+            yield {
+                "type": "Feature",
+                "geometry": {"type": "MultiPolygon", "coordinates": scaled},
+                "properties": ANNOTATION,
+            }
 
     def meets(self, place: tuple[slice, slice]) -> bool:
         """Whether a place of the image has tissue."""

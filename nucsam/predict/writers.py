@@ -1,13 +1,16 @@
-"""The files of one image's nuclei, written window by window: label TIFF, GeoJSON, CSV, overlay."""
+"""The files of one image's nuclei, written window by window: labels, tables, overlay."""
 
 import csv
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from io import StringIO
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, TextIO
+from typing import IO, Any
 
 import imagecodecs
 import numpy as np
@@ -17,15 +20,31 @@ from skimage.segmentation import find_boundaries
 
 from nucsam.data import draw, geojson
 from nucsam.files import atomic
+from nucsam.model.instances import Nuclei
 from nucsam.predict.measure import measure
+from nucsam.predict.threads import in_threads
 from nucsam.predict.tiles import Window, meet
 
-FILES = {"labels": "{}.tif", "geojson": "{}.geojson", "csv": "{}.csv", "overlay": "overlays/{}.png"}
+FILES = {  # format -> file, by the stem of the image
+    "labels": "{}.tif",
+    "geojson": "{}.geojson",
+    "geojson.gz": "{}.geojson.gz",
+    "csv": "{}.csv",
+    "parquet": "{}.parquet",
+    "overlay": "overlays/{}.png",
+    "tissue": "{}.tissue.geojson",
+}
 USUAL = ("labels", "geojson", "overlay")  # formats where none are named
 RECENT = 64  # blocks of labels that stay in memory as they are, 1 MiB each
 BLOCK = 512  # px: side of a block of labels, and of a tile of a label TIFF
 STRIPS = 2048  # px: a label map up to this side is a TIFF of strips, without tiles
+GROUP = 10_000  # least rows of a group of a Parquet file
+OUTLINED = ("geojson", "geojson.gz", "parquet")
 OVERLAY = 4096  # px: longest side of an overlay
+
+Columns = Mapping[str, np.ndarray]
+Outlines = list[dict[str, Any]]  # GeoJSON geometries
+Table = tuple[Callable[[Columns, Outlines], Any], Callable[[Any], Any]]  # encode, write
 
 
 def output_files(folder: Path, stem: str, formats: Iterable[str]) -> dict[str, Path]:
@@ -36,18 +55,18 @@ def output_files(folder: Path, stem: str, formats: Iterable[str]) -> dict[str, P
 def write_files(
     files: Mapping[str, Path],
     image: Any,
-    windows: Iterable[tuple[Window, np.ndarray]],
+    windows: Iterable[tuple[Window, Nuclei]],
     mpp: float | None = None,
 ) -> int:
     """Write the files of one image, all or none.
 
-    Ids continue from window to window. Where two nuclei claim a pixel, the first has it.
+    Ids continue from window to window. Where two nuclei claim a pixel, the first has it. Threads
+    measure and outline the nuclei of several windows at a time.
 
     Args:
         files: the file of each format, keys of `FILES`.
         image: uint8 (H, W, 3), or what slices like it.
-        windows: every window of the image, each with the label map int32 (h, w) of its outer place,
-            ids 1, 2, ...
+        windows: every window of the image, each with the nuclei of its outer place.
         mpp: microns per px; None = not known.
 
     Returns:
@@ -55,46 +74,112 @@ def write_files(
     """
     folder = next(iter(files.values())).parent
     with ExitStack() as stack:
-        partial = {name: stack.enter_context(atomic(file)) for name, file in files.items()}
+        paths = {name: stack.enter_context(atomic(file)) for name, file in files.items()}
         labels = LabelBlocks(image.shape[:2], stack.enter_context(TemporaryFile(dir=folder)))
-        table = None
-        if "csv" in files:
-            table = partial["csv"].open("w", newline="", encoding="utf-8")
-            stack.enter_context(table)
+        dot = np.zeros((1, 1, 3), np.uint8)
+        names = measure(dot[..., 0], dot, mpp, confidence=np.zeros(0))  # columns without rows
+        tables = [
+            stack.enter_context(TABLES[name](paths[name], names)) for name in files.keys() & TABLES
+        ]
+        outlined = files.keys() & OUTLINED
 
-        def features() -> Iterator[dict[str, Any]]:
-            """The GeoJSON Features of each window, which this adds to the other files."""
-            for window, label in windows:
+        def encoded(window: Window, nuclei: Nuclei, before: int) -> list[Any]:
+            """What each table takes of a window."""
+            corner = window.outer[0].start, window.outer[1].start
+            columns = measure(nuclei.label, image[window.outer], mpp, corner, nuclei.confidence)
+            columns["id"] += before
+            outlines = list(geojson.geometries(nuclei.label, corner[::-1])) if outlined else []
+            return [encode(columns, outlines) for encode, _ in tables]
+
+        def jobs() -> Iterator[tuple[Window, Nuclei, int]]:
+            for window, nuclei in windows:
                 before = labels.count
-                label = labels.add(window, label)
-                corner = window.outer[0].start, window.outer[1].start
-                columns = {}
-                if table or "geojson" in files:
-                    columns = measure(label, image[window.outer], mpp, corner)
-                    columns["id"] += before
-                if table:
-                    write_rows(table, columns)
-                if "geojson" in files:
-                    yield from geojson.features(label, offset=corner[::-1], measurements=columns)
+                nuclei = labels.add(window, nuclei)
+                if tables and labels.count > before:
+                    yield window, nuclei, before
 
-        if "geojson" in files:
-            geojson.write_geojson(partial["geojson"], features())
-        else:
-            deque(features(), maxlen=0)
+        for parts in in_threads(encoded, jobs()):
+            for (_, write), part in zip(tables, parts):
+                write(part)
         if "labels" in files:
-            labels.write(partial["labels"], mpp)
+            labels.write(paths["labels"], mpp)
         if "overlay" in files:
-            draw.write_png(partial["overlay"], draw_overlay(image, labels))
+            draw.write_png(paths["overlay"], draw_overlay(image, labels))
     return labels.count
 
 
-def write_rows(table: TextIO, columns: Mapping[str, np.ndarray]) -> None:
-    """Append rows to a CSV file, after the names of the columns where it is empty."""
-    writer = csv.writer(table)
-    if not table.tell():
-        writer.writerow(columns)
-    for row in zip(*(column.tolist() for column in columns.values())):
-        writer.writerow(f"{value:.9g}" if isinstance(value, float) else value for value in row)
+# The tables: each gives what encodes a window in a thread, and what writes that
+
+
+@contextmanager
+def geojson_table(
+    path: Path, _: Columns, *, pack: Callable[[bytes], bytes] = bytes
+) -> Iterator[Table]:
+    """A GeoJSON file. `pack` compresses each window on its own: parts of gzip can be joined."""
+
+    def encode(columns: Columns, outlines: Outlines) -> bytes:
+        text = geojson.to_json(geojson.features(outlines, columns))
+        return pack((text if columns["id"][0] == 1 else ",\n" + text).encode())
+
+    with path.open("wb") as file:
+        file.write(pack(geojson.HEAD.encode()))
+        yield encode, file.write
+        file.write(pack(geojson.TAIL.encode()))
+
+
+@contextmanager
+def csv_table(path: Path, columns: Columns) -> Iterator[Table]:
+    """A CSV file, with the names of the columns first."""
+
+    def encode(columns: Columns, _: Outlines) -> str:
+        rows = zip(*(column.tolist() for column in columns.values()))
+        text = StringIO()
+        csv.writer(text).writerows(
+            [f"{value:.9g}" if isinstance(value, float) else value for value in row] for row in rows
+        )
+        return text.getvalue()
+
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerow(columns)
+        yield encode, file.write
+
+
+@contextmanager
+def parquet_table(path: Path, columns: Columns) -> Iterator[Table]:
+    """A GeoParquet 1.0 file: the columns, and the outlines as WKB.
+
+    Rows are written in groups of at least `GROUP`, because each group takes memory until the end.
+    """
+    import pyarrow
+    import shapely
+    from pyarrow.parquet import ParquetWriter
+
+    def encode(columns: Columns, outlines: Outlines) -> pyarrow.Table:
+        shapes = shapely.from_geojson([geojson.to_json([outline]) for outline in outlines])
+        geometry = pyarrow.array(shapely.to_wkb(shapes).tolist(), pyarrow.binary())
+        return pyarrow.table({**columns, "geometry": geometry})
+
+    def write(part: pyarrow.Table) -> None:
+        waiting.append(part)
+        if sum(map(len, waiting)) >= GROUP:
+            file.write_table(pyarrow.concat_tables(waiting).combine_chunks())
+            waiting.clear()
+
+    waiting = [encode(columns, [])]
+    about = {"encoding": "WKB", "geometry_types": ["Polygon", "MultiPolygon"], "crs": None}
+    geo = {"version": "1.0.0", "primary_column": "geometry", "columns": {"geometry": about}}
+    schema = waiting[0].schema.with_metadata({"geo": json.dumps(geo)})
+    with ParquetWriter(path, schema, compression="zstd") as file:
+        yield encode, write
+        file.write_table(pyarrow.concat_tables([encode(columns, []), *waiting]))
+
+
+TABLES = {
+    "geojson": geojson_table,
+    "geojson.gz": partial(geojson_table, pack=partial(gzip.compress, compresslevel=4, mtime=0)),
+    "csv": csv_table,
+    "parquet": parquet_table,
+}
 
 
 class LabelBlocks:
@@ -134,7 +219,7 @@ class LabelBlocks:
             self._places[at] = self._file.seek(0, 2), len(data)
             self._file.write(data)
 
-    def add(self, window: Window, label: np.ndarray) -> np.ndarray:
+    def add(self, window: Window, nuclei: Nuclei) -> Nuclei:
         """Add a window's nuclei.
 
         A pixel stays with the nucleus that had it first. A nucleus without a pixel of its own is
@@ -142,12 +227,12 @@ class LabelBlocks:
 
         Args:
             window: the window.
-            label: int32 (h, w) of its outer place, ids 1, 2, ...; they go on from `count` here.
+            nuclei: of its outer place; their ids go on from `count` here.
 
         Returns:
-            The label map int32 (h, w) of what was added, ids 1, 2, ...
+            What was added, ids 1, 2, ...
         """
-        label = label.copy()
+        label = nuclei.label.copy()
         pieces = []
         hidden = False
         for at in product(*(range(p.start // BLOCK, -(-p.stop // BLOCK)) for p in window.outer)):
@@ -162,7 +247,7 @@ class LabelBlocks:
                     piece[taken] = 0
                     hidden = True
                 pieces.append((at, block, block[y, x], piece))
-        ids = np.arange(label.max(initial=0) + 1, dtype=np.int32)
+        ids = np.arange(len(nuclei.confidence) + 1, dtype=np.int32)
         if hidden:
             visible = np.bincount(label.ravel(), minlength=len(ids)) > 0
             visible[0] = False
@@ -172,7 +257,9 @@ class LabelBlocks:
             np.maximum(place, numbers[piece], out=place)
             self._keep(at, block)
         self.count += int(ids.max())
-        return ids[label] if hidden else label
+        if not hidden:
+            return Nuclei(label, nuclei.confidence)
+        return Nuclei(ids[label], nuclei.confidence[ids[1:] > 0])
 
     def write(self, path: Path, mpp: float | None) -> None:
         """Write a deflated TIFF: uint16, or uint32 where an id is over 65535.
