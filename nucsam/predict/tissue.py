@@ -5,7 +5,7 @@ brightness. In the H&E images of four public sets every nucleus has a square of 
 mean darkness of 42 or more; glass has 7 to 20.
 
 1. `find_tissue` takes an overview of the slide: the darkest pixel of each cell. Otsu's threshold of
-   all pixels, at most `PALE`, tells tissue from glass. Holes are filled, and a margin is added.
+   all pixels, from `FLOOR` to `PALE`, tells tissue from glass. Holes are filled, and a margin is added.
 2. `is_glass` looks at all pixels of a tile that the mask calls tissue.
 """
 
@@ -24,7 +24,7 @@ from nucsam.data.slides import Windows
 CELL = 64  # px: side of a cell of the mask
 BLOCK = 4  # px: side of the squares of `is_glass`
 DETAIL = 1 / 8  # px of the overview per px of the image, at least
-PALE, FLOOR = 32, 8  # the highest and the lowest limit between glass and tissue
+FLOOR, PALE = 24, 32  # the lowest and the highest limit between glass and tissue
 ANNOTATION = {"objectType": "annotation", "classification": {"name": "Tissue"}}  # of QuPath
 BAND = 8  # rows of cells that are read at once
 
@@ -86,15 +86,16 @@ def find_tissue(image: Any, *, whole: bool = False) -> Tissue:
         return Tissue(np.ones(shape, bool))
     counts = np.zeros(256, np.int64)
     darkest = np.zeros(shape, np.uint8)
+    px = CELL // BLOCK  # of the overview, a cell
+    if level:
+        px = max(1, round(CELL * image.sizes[level][0] / H))
     for top in range(0, H, BAND * CELL):
         rows, columns = slice(top, min(top + BAND * CELL, H)), slice(0, W)
-        px = CELL
         if level:
-            px = max(1, round(CELL * image.sizes[level][0] / H))  # of the overview, a cell
-            size = [-(-(p.stop - p.start) * px // CELL) for p in (rows, columns)]
+            size = [-(-(place.stop - place.start) * px // CELL) for place in (rows, columns)]
             dark = darkness(image.resampled(level, rows, columns, size))
         else:
-            dark = darkness(image[rows, columns])
+            dark = darkness(shrunk(image[rows, columns]))
         counts += np.bincount(dark.ravel(), minlength=256)
         dark = np.pad(dark, [(0, -length % px) for length in dark.shape])
         cells = dark.reshape(dark.shape[0] // px, px, -1, px).max((1, 3))
@@ -121,5 +122,9 @@ def is_glass(pixels: np.ndarray, limit: int = PALE) -> bool:
     """
     if darkness(pixels[:: 2 * BLOCK, :: 2 * BLOCK]).mean() > limit:
         return False
-    squares = Image.fromarray(pixels).reduce(BLOCK)
-    return int(darkness(np.asarray(squares)).max()) <= limit
+    return int(darkness(shrunk(pixels)).max()) <= limit
+
+
+def shrunk(pixels: np.ndarray) -> np.ndarray:
+    """The means of squares of `BLOCK` px, uint8."""
+    return np.asarray(Image.fromarray(pixels).reduce(BLOCK))
