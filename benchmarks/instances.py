@@ -1,7 +1,7 @@
 """How long does it take to split an image's dense maps into nuclei?
 
     python benchmarks/instances.py [--image-size 512] [--nuclei 10 100 600] [--repeat 30]
-        [--json FILE]
+        [--stardist PYTHON] [--tiatoolbox PYTHON] [--json FILE]
 
 The peers are the ways of HoVer-Net and micro-sam, written with scipy and scikit-image after their
 public code. All three get maps of the same synthetic nuclei, with the same blur and noise.
@@ -10,6 +10,12 @@ public code. All three get maps of the same synthetic nuclei, with the same blur
 - hover: Sobel edges of the horizontal and vertical offsets, markers, watershed (Graham et al. 2019,
   `__proc_np_hv`).
 - micro-sam: smoothed distances to centre and boundary, markers, watershed (Archit et al. 2025).
+
+With the Python of an environment that has them, two packages run too, each in a process of its own:
+
+- stardist: non-maximum suppression and drawing, with the thresholds of `2D_versatile_he`, on its
+  own distances and probabilities of the labels, without blur and noise (Weigert and Schmidt 2022).
+- tiatoolbox: `HoVerNet._proc_np_hv` at 40x, on the maps of hover.
 
 Each runs on one CPU core. "times ours" compares CPU time, to which other programs do not add. AJI
 against the labels behind the maps shows whether speed costs quality. --device, --batch and --dtype
@@ -20,7 +26,11 @@ import os
 
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
+import argparse
+import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -154,26 +164,86 @@ def ours(maps: Maps) -> np.ndarray:
     return from_depth(maps["foreground"], maps["depth"], Instances(confidence=0.0))
 
 
+PACKAGES = {
+    "stardist": """
+from stardist.geometry import polygons_to_label, star_dist
+from stardist.nms import non_maximum_suppression
+from stardist.utils import edt_prob
+truth = inputs["labels"]
+distances = star_dist(truth, 32)[::2, ::2].copy()
+probabilities = edt_prob(truth)[::2, ::2].astype("float32")
+def way():
+    points, scores, kept = non_maximum_suppression(
+        distances, probabilities, grid=(2, 2), prob_thresh=0.692478, nms_thresh=0.3
+    )
+    return polygons_to_label(kept, points, truth.shape, prob=scores)
+""",
+    "tiatoolbox": """
+from tiatoolbox.models.architecture.hovernet import HoVerNet
+foreground = inputs["foreground"][..., None]
+offsets = np.stack([inputs["across"], inputs["down"]], -1)
+def way():
+    return HoVerNet._proc_np_hv(foreground, offsets)
+""",
+}
+CHILD = """
+import json, sys, time
+import numpy as np
+inputs = np.load(sys.argv[1])
+{package}
+way()
+wall, cpu = [], []
+for _ in range({repeat}):
+    start = time.perf_counter(), time.process_time()
+    labels = way()
+    wall.append(1e3 * (time.perf_counter() - start[0]))
+    cpu.append(1e3 * (time.process_time() - start[1]))
+np.save(sys.argv[2], labels)
+row = dict(ms=np.median(wall), ms_min=min(wall), ms_max=max(wall), cpu_ms=np.median(cpu))
+print(json.dumps(row))
+"""
+
+
+def packaged(
+    name: str, python: Path, maps: Maps, truth: np.ndarray, repeat: int
+) -> tuple[dict[str, float], np.ndarray]:
+    """The times of a package in its own environment, and its label map."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(Path(folder) / file) for file in ("inputs.npz", "labels.npy")]
+        np.savez(files[0], labels=truth, **maps)
+        code = CHILD.format(package=PACKAGES[name], repeat=repeat)
+        done = subprocess.run([python, "-c", code, *files], check=True, stdout=subprocess.PIPE)
+        return json.loads(done.stdout.splitlines()[-1]), np.load(files[1])
+
+
 WAYS = {"ours": ours, "hover": hover, "micro-sam": micro_sam}
 
 
-def measure(machine: bench.Machine, side: int, n: int, repeat: int, copy: float) -> dict[str, dict]:
+def measure(
+    machine: bench.Machine, args: argparse.Namespace, n: int, copy: float
+) -> dict[str, dict]:
     """The cost of each way on one scene of n nuclei; `copy` is the speed of a copy, GB/s."""
-    truth = scene(side, n)
+    truth = scene(args.image_size, n)
     maps = maps_of(truth)
-    rows = machine.turns({name: lambda _, way=way: way(maps) for name, way in WAYS.items()}, repeat)
+    calls = {name: lambda _, way=way: way(maps) for name, way in WAYS.items()}
+    rows = machine.turns(calls, args.repeat)
+    results = {name: way(maps) for name, way in WAYS.items()}
+    for name in PACKAGES:
+        if python := getattr(args, name):
+            rows[name], results[name] = packaged(name, python, maps, truth, args.repeat)
     moved = sum(maps[name].nbytes for name in ("foreground", "depth")) + truth.nbytes
-    for name, way in WAYS.items():
-        labels, row = way(maps).astype(np.int32), rows[name]
+    for name, row in rows.items():
+        labels = results[name].astype(np.int32)
         row |= {
             "images_per_second": 1e3 / row["ms"],
             "times_ours": row["cpu_ms"] / rows["ours"]["cpu_ms"],
             "nuclei": len(np.unique(labels)) - 1,
             "truth": len(np.unique(truth)) - 1,
             "aji": float(score_maps(truth, labels, protocol=PROTOCOLS["plain"]).aji),
-            "peak_mib": machine.peak_mib(partial(way, maps)),
             "part_of_copy": 1e-6 * moved / row["ms"] / copy,
         }
+        if name in WAYS:
+            row["peak_mib"] = machine.peak_mib(partial(WAYS[name], maps))
     return rows
 
 
@@ -186,7 +256,7 @@ def cells(row: dict) -> dict[str, str | float]:
         "times ours": row["times_ours"],
         "nuclei": f"{row['nuclei']} of {row['truth']}",
         "AJI": f"{row['aji']:.3f}",
-        "peak MiB": row["peak_mib"],
+        "peak MiB": row.get("peak_mib", ""),
         "of a copy": f"{row['part_of_copy']:.1%}",
     }
 
@@ -194,11 +264,13 @@ def cells(row: dict) -> dict[str, str | float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = bench.parser(__doc__, repeat=30)
     parser.add_argument("--nuclei", type=bench.integer(), nargs="+", default=[10, 100, 600])
+    for name in PACKAGES:
+        parser.add_argument(f"--{name}", type=Path, metavar="PYTHON")
     args = bench.parse(parser, arguments)
     args.device = "cpu"  # nuclei are extracted on the CPU, also beside a GPU
     machine, console = bench.Machine(args), Console(width=125)
     copy = machine.ceiling()["gb_per_s"]
-    results = {str(n): measure(machine, args.image_size, n, args.repeat, copy) for n in args.nuclei}
+    results = {str(n): measure(machine, args, n, copy) for n in args.nuclei}
     rows = {
         f"{n} {name}": cells(row) for n, scene in results.items() for name, row in scene.items()
     }

@@ -289,8 +289,10 @@ def predict_command(
 ) -> None:
     """Predict images of any size: label maps, GeoJSON for QuPath, tables of nuclei, overlays.
 
-    Formats: labels (STEM.tif), geojson, csv, overlay (overlays/STEM.png), and tissue
-    (STEM.tissue.geojson), the mask of what is not glass.
+    Formats: labels (STEM.tif), geojson, geojson.gz, csv, parquet, overlay (overlays/STEM.png), and
+    tissue (STEM.tissue.geojson), the mask of what is not glass.
+    The tables give sizes in px and with mpp in µm, colours as 0..255, haematoxylin and eosin as
+    optical density, and confidence, the mean foreground probability, 0..1.
 
     With --roi, only nuclei inside the regions of a file are predicted, such as QuPath exports.
 

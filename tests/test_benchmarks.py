@@ -21,6 +21,7 @@ import metrics
 import scaling
 import stock
 import train_step
+import writing
 
 SMALL = ["--device", "cpu", "--batch", "1", "--threads", "1", "--repeat", "1"]
 COMMON = {"benchmark", "device", "batch", "image_size", "dtype", "machine", "date", "versions"}
@@ -30,6 +31,7 @@ SCRIPTS = {  # arguments; keys of the document beside the common ones
     metrics: "--image-size 96 --peers; results goals",
     instances: "--image-size 96 --nuclei 9; results ratios met",
     inference: "--image-size 64 --scale 0.25 --size 300 --images 1 --sample 1; results ratios",
+    writing: "--before= --nuclei 9 --memory 9; results memory met",
     scaling: "--only image-size nuclei data --sides 64 --nuclei 5 --counts 2 4; exponents",
 }
 
@@ -49,6 +51,8 @@ def test_the_last_line_is_a_document(script, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train_step, "SIDE", 96)
     monkeypatch.setattr(train_step, "IMAGES", 2)
     monkeypatch.setattr(inference, "PERIOD", 512)
+    monkeypatch.setattr(writing, "SIDE", 96)
+    monkeypatch.setattr(writing, "TABLES", ["geojson", "csv"])
 
     arguments, keys = (text.split() for text in SCRIPTS[script].split(";"))
     script.main([*SMALL, *arguments, "--json", str(tmp_path / "out.json")])

@@ -316,6 +316,8 @@ $ predict other.onnx flat --out p --device mps  # a device that onnxruntime lack
 ...device: found 'mps', expected auto or cpu (no CUDA in onnxruntime)
 $ BARE predict other.onnx flat --out p  # the package is not installed
 found no onnxruntime: pip install 'nucsam[onnx]' installs it
+$ BARE predict run flat --out p --formats parquet  # a format of an extra
+found no pyarrow, shapely: pip install 'nucsam[spatial]' installs it
 $ TORCHLESS predict run flat --out p  # PyTorch is not installed
 run: needs PyTorch, found none; expected an .onnx file of nucsam export
 $ predict other.pt flat --out p  # a file that is no model
@@ -524,7 +526,7 @@ def without_torch(name: str, *_: object) -> object:
 
 
 def without_extras(name: str, *_: object) -> object:
-    extras = ("onnx", "onnxscript", "onnxruntime", "matplotlib", "jinja2")
+    extras = ("onnx", "onnxscript", "onnxruntime", "matplotlib", "jinja2", "pyarrow", "shapely")
     return None if name in extras else FIND_SPEC(name)
 
 

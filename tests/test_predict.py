@@ -5,10 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import shapely.geometry
+import tifffile
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
 from torch import nn
 
 from nucsam.config import Instances, Model
@@ -346,6 +350,54 @@ def test_a_net_in_windows_is_the_net_in_one(base):
     for _, k, taken in parts._stream([tiles]):
         same = whole[:, *tiles.windows[k].outer]
         np.testing.assert_allclose(tiles.stitch(k, taken), same, atol=1e-3 * whole.std())
+
+
+# ---- one call ----
+
+
+def test_an_array_a_file_and_a_pillow_image_are_predicted_alike(tmp_path):
+    image, _ = discs(100)
+    expected = predictor(Colour()).predict(image)
+    assert expected.max() > 5
+    Image.fromarray(image).save(tmp_path / "a.png")
+    alpha = Image.fromarray(np.dstack([image, image[..., 0]]))
+    for same in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(image), alpha):
+        np.testing.assert_array_equal(predictor(Colour()).predict(same), expected)
+    grey = predictor().predict(Image.fromarray(image[..., 0]))
+    np.testing.assert_array_equal(grey, image[..., 0])
+    with pytest.raises(UserError, match=r"b\.png"):
+        predictor().predict(tmp_path / "b.png")
+    with pytest.raises(UserError, match="image: found uint16"):
+        predictor().predict(Image.fromarray(np.zeros((64, 64), np.uint16)))
+
+
+def test_a_files_microns_set_the_scale_and_the_table(tmp_path):
+    tags = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER", "photometric": "rgb"}
+    tifffile.imwrite(tmp_path / "a.tif", discs(100)[0], **tags)
+    p = predictor(Colour(), mpp=0.25)
+    table = p.predict_nuclei(tmp_path / "a.tif")
+    assert p.model.seen[-1][2] == 224  # at least twice 100 px, a multiple of 32
+    np.testing.assert_allclose(table["area_um2"], table["area_px"] / 4)
+    assert "area_um2" not in p.predict_nuclei(discs(100)[0])
+    assert p.predict_nuclei(tmp_path / "a.tif", mpp=0.25)["area_um2"].sum() > 0
+    assert p.model.seen[-1][2] == 128
+
+
+def test_a_table_of_nuclei():
+    """In windows, the confidence of each nucleus is the mean of the stitched foreground."""
+    image, p = discs(400)[0], predictor(Colour(), tile=128, core=150, margin=40)
+    table, label = p.predict_nuclei(image), p.predict(image)
+    ((foreground, _),) = maps_of(p, [image])
+    n = label.max()
+    assert table["id"].tolist() == list(range(1, n + 1)) and n > 100
+    means = ndimage.mean(foreground, label, table["id"])
+    np.testing.assert_allclose(table["confidence"], means, atol=1e-4)
+    assert 0.7 < table["confidence"].min() < table["confidence"].max() < 1
+    areas = [shapely.geometry.shape(outline).area for outline in table["outline"]]
+    np.testing.assert_array_equal(areas, np.bincount(label.ravel())[1:])
+    empty = predictor(Colour()).predict_nuclei(np.zeros((64, 64, 3), np.uint8))
+    assert all(len(column) == 0 for column in empty.values())
+    assert empty.keys() == table.keys()
 
 
 # ---- magnification ----

@@ -10,7 +10,7 @@ from test_writers import same_nuclei
 
 from nucsam.data.images import open_image
 from nucsam.predict import images as predict_images
-from nucsam.predict.tissue import CELL, Tissue, darkness, find_tissue, is_glass
+from nucsam.predict.tissue import CELL, darkness, find_tissue, is_glass
 
 GLASS = 236
 
@@ -74,8 +74,7 @@ def test_glass_is_not_run_and_no_nucleus_is_lost(tmp_path):
     """The nuclei of the discs are the same, with a fifth of the tiles."""
     image = np.full((1500, 1500, 3), 255, np.uint8)
     image[..., 0] = 254  # what `Colour` takes for background, as bright as glass
-    discs_image, truth = discs(560)
-    image[448:1008, 192:752] = discs_image
+    image[448:1008, 192:752] = discs(560)[0]
     slide = pyramid(tmp_path / "a.tif", image)
 
     class OnGlass(Colour):

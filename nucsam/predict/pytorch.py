@@ -81,7 +81,7 @@ def open_weights(path: Path, device: str, per_device: int = 1) -> Opened:
     model, config, metadata = open_model(path)
     cast = autocast_dtype(metadata.get("precision"), where)
     if where.type == "cpu" and has_bf16():
-        cast = torch.bfloat16  # of every model: AJI of its label maps with those of fp32 is over 0.98
+        cast = torch.bfloat16  # label maps agree with those of fp32: mean AJI 0.99
     sha256 = state_sha256(model.state_dict())
     make = partial(TorchPredictor, model.fold().to(where), autocast=cast, sha256=sha256)
     return make, config, metadata, where.type == "cpu"

@@ -5,7 +5,8 @@ brightness. In the H&E images of four public sets every nucleus has a square of 
 mean darkness of 42 or more; glass has 7 to 20.
 
 1. `find_tissue` takes an overview of the slide: the darkest pixel of each cell. Otsu's threshold of
-   all pixels, from `FLOOR` to `PALE`, tells tissue from glass. Holes are filled, and a margin is added.
+   all pixels, from `FLOOR` to `PALE`, tells tissue from glass. Holes are filled, and a margin is
+   added.
 2. `is_glass` looks at all pixels of a tile that the mask calls tissue.
 """
 

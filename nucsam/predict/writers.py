@@ -108,7 +108,8 @@ def write_files(
     return labels.count
 
 
-# The tables: each gives what encodes a window in a thread, and what writes that
+# A table yields two functions: one encodes the rows of a window in any thread, the other writes
+# them in order.
 
 
 @contextmanager
