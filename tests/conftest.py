@@ -5,8 +5,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # also where there is a GPU
 
-os.environ["NUCSAM_CPU_BF16"] = "0"  # the same numbers on every CPU
-
 import pytest
 
 TINY = {

@@ -67,12 +67,6 @@ def test_a_loaded_model_predicts(trained):
 
 
 @one_head
-def test_a_cpu_with_bf16_predicts_in_it(trained, monkeypatch):
-    monkeypatch.setattr("nucsam.predict.pytorch.has_bf16", lambda: True)
-    assert nucsam.load(trained[1], device="cpu").autocast == torch.bfloat16
-
-
-@one_head
 def test_arguments_at_their_limits_and_beyond(trained):
     beyond = [("device", "cpu:1"), ("tile", 63), ("overlap", 129), ("overlap", -1)]
     for name, value in [*beyond, ("batch", 0), ("scale", -1.0), ("scale", 0.0)]:

@@ -48,12 +48,6 @@ def find_device(name: str, per_device: int = 1) -> torch.device:
     return torch.device("cuda", number)
 
 
-def has_bf16() -> bool:
-    """Whether this CPU multiplies in bf16 natively (x86), and NUCSAM_CPU_BF16 is not 0."""
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return native and parse_flag_from_env("NUCSAM_CPU_BF16", True)
-
-
 def autocast_dtype(precision: str | None, device: torch.device) -> torch.dtype | None:
     """The type in which a model runs that was trained in a precision; None = its own.
 

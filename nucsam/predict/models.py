@@ -28,11 +28,9 @@ def load(
 
         label = nucsam.load("model.safetensors").predict(image)
 
-    On a GPU it runs in the precision of its training. On a CPU that computes bf16 natively it runs
-    in bf16, if the environment variable NUCSAM_CPU_BF16 is not 0; on another CPU in fp32. An ONNX
-    file runs in fp32, by onnxruntime, and needs no torch. It gives the same nuclei as fp32; for an
-    image of another magnification than the training's, nearly the same, because tiles are resized
-    twice.
+    On a GPU it runs in the precision of its training, on a CPU in bf16 or fp32. An ONNX file runs
+    in fp32, by onnxruntime, and needs no torch. It gives the same nuclei; for an image of another
+    magnification than the training's, nearly the same, because tiles are resized twice.
 
     Batch: tiles of one size go through the model together. A larger batch changes no result beyond
     rounding; it is faster on a GPU, rarely on a CPU.

@@ -14,7 +14,7 @@ from nucsam.config import Config, Instances
 from nucsam.errors import UserError
 from nucsam.model.network import Nucsam, build_model
 from nucsam.model.weights import load_base, state_sha256
-from nucsam.predict.devices import autocast_dtype, find_device, has_bf16
+from nucsam.predict.devices import autocast_dtype, find_device
 from nucsam.predict.predictor import Opened, Predictor
 from nucsam.run import checkpoint
 from nucsam.run.metadata import check_metadata
@@ -80,8 +80,6 @@ def open_weights(path: Path, device: str, per_device: int = 1) -> Opened:
     where = find_device(device, per_device)
     model, config, metadata = open_model(path)
     cast = autocast_dtype(metadata.get("precision"), where)
-    if where.type == "cpu" and has_bf16():
-        cast = torch.bfloat16  # label maps agree with those of fp32: mean AJI 0.99
     sha256 = state_sha256(model.state_dict())
     make = partial(TorchPredictor, model.fold().to(where), autocast=cast, sha256=sha256)
     return make, config, metadata, where.type == "cpu"
