@@ -23,6 +23,9 @@ from nucsam.predict.threads import in_threads
 from nucsam.predict.tiles import Area, Key, Tiles, Window, own_nuclei, windows, windows_in
 from nucsam.predict.tissue import Tissue
 
+Parts = list[tuple[Key, np.ndarray]]  # tiles with their maps
+Group = list[tuple[Tiles, Key, np.ndarray]]  # a batch: tiles with pixels or maps
+Read = tuple[Tiles, int, Key | None, np.ndarray | None]  # a tile with its pixels; see `_planned`
 Picture = np.ndarray | str | Path | Image  # what `predict` takes
 
 CORE = 1024  # px: longest side of a window's core
@@ -205,9 +208,7 @@ class Predictor:
         """
         return in_threads(self._instances, self._stream(images))
 
-    def _instances(
-        self, tiles: Tiles, k: int, parts: list[tuple[Key, np.ndarray]]
-    ) -> tuple[Tiles, Window, Nuclei]:
+    def _instances(self, tiles: Tiles, k: int, parts: Parts) -> tuple[Tiles, Window, Nuclei]:
         """Stitch window k, and extract its own nuclei."""
         window = tiles.windows[k]
         if not parts:  # glass
@@ -218,9 +219,7 @@ class Predictor:
         label = self.nuclei(maps, replace(self.instances, area=area))
         return tiles, window, with_confidence(own_nuclei(label, window, tiles.area), maps[0])
 
-    def _stream(
-        self, images: Iterable[Tiles]
-    ) -> Iterator[tuple[Tiles, int, list[tuple[Key, np.ndarray]]]]:
+    def _stream(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, int, Parts]]:
         """Tiles, number of the window, and what `Tiles.take` gives for it, in order.
 
         Other threads read the next tiles, and run the model on a batch or two.
@@ -234,14 +233,12 @@ class Predictor:
             yield from _taken(waiting)
         yield from _taken(waiting)
 
-    def _groups(
-        self, tiles_read: Iterator[tuple[Tiles, int, Key | None, np.ndarray | None]], waiting: deque
-    ) -> Iterator[tuple[list[tuple[Tiles, Key, np.ndarray]]]]:
+    def _groups(self, tiles_read: Iterable[Read], waiting: deque) -> Iterator[tuple[Group]]:
         """Batches of tiles of one scale and size, which may be of several images.
 
         A window whose tiles have all been read joins `waiting`.
         """
-        group: list[tuple[Tiles, Key, np.ndarray]] = []
+        group: Group = []
         kind_of_group = None
         for tiles, k, key, pixels in tiles_read:
             if key is None:
@@ -260,9 +257,7 @@ class Predictor:
         if group:
             yield (group,)
 
-    def _run(
-        self, group: list[tuple[Tiles, Key, np.ndarray]]
-    ) -> list[tuple[Tiles, Key, np.ndarray]]:
+    def _run(self, group: Group) -> Group:
         """Run the model on a batch of tiles: each tile with its maps."""
         pixels = np.stack([tile for *_, tile in group])
         if self.lanes > 1:  # one shape of batch: a GPU's plans and graphs are made once
@@ -311,16 +306,12 @@ def _planned(images: Iterable[Tiles]) -> Iterator[tuple[Tiles, int, Key | None]]
                 break
 
 
-def _read(
-    tiles: Tiles, k: int, key: Key | None
-) -> tuple[Tiles, int, Key | None, np.ndarray | None]:
+def _read(tiles: Tiles, k: int, key: Key | None) -> Read:
     """An item of `_planned` with the tile's pixels."""
     return tiles, k, key, None if key is None or tiles.failed else tiles.read(key)
 
 
-def _taken(
-    waiting: deque[tuple[Tiles, int]],
-) -> Iterator[tuple[Tiles, int, list[tuple[Key, np.ndarray]]]]:
+def _taken(waiting: deque[tuple[Tiles, int]]) -> Iterator[tuple[Tiles, int, Parts]]:
     """Remove the first windows from the queue, as long as their maps are there."""
     while waiting and waiting[0][0].ready(waiting[0][1]):
         tiles, k = waiting.popleft()
