@@ -52,7 +52,7 @@ def test_the_last_line_is_a_document(script, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train_step, "IMAGES", 2)
     monkeypatch.setattr(inference, "PERIOD", 512)
     monkeypatch.setattr(writing, "SIDE", 96)
-    monkeypatch.setattr(writing, "TABLES", ["geojson", "csv"])
+    monkeypatch.setattr(writing, "TABLES", ["geojson", "csv", "parquet"])
 
     arguments, keys = (text.split() for text in SCRIPTS[script].split(";"))
     script.main([*SMALL, *arguments, "--json", str(tmp_path / "out.json")])
