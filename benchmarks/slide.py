@@ -206,12 +206,13 @@ def predict(model: Path, images: Sequence[Path], out: Path, until: Path | None =
 
 def stock_seconds(tissue: np.ndarray) -> float:
     """CPU seconds a megapixel of the stock encoder on tissue tiles, one at a time, fp32."""
-    sam = stock_sam(random_base(torch.from_numpy(tissue[:1]).permute(0, 3, 1, 2).float()), TILE)
+    tiles = torch.from_numpy(tissue).permute(0, 3, 1, 2).float()
+    sam = stock_sam(random_base(tiles[:1]), TILE)
     with torch.no_grad():
-        for tile in (tissue[0], *tissue):
-            if tile is tissue[0]:
-                began = time.process_time()  # the first one warms up
-            embed(sam, torch.from_numpy(tile).permute(2, 0, 1)[None].float())
+        embed(sam, tiles[:1])  # warms up
+        began = time.process_time()
+        for tile in tiles:
+            embed(sam, tile[None])
     return (time.process_time() - began) / (len(tissue) * TILE**2 / 1e6)
 
 
