@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Training on a cluster under SLURM. Adapt the #SBATCH lines and the activation of the environment.
+# Training and prediction on a cluster under SLURM. Adapt the #SBATCH lines and the activation of the environment.
 #
 #   sbatch launch/slurm.sh folds CONFIG.toml --out RUNS [--grid ...]
 #
@@ -8,9 +8,15 @@
 #   sbatch launch/slurm.sh train CONFIG.toml --out RUN
 #
 # runs one fold on all GPUs of all nodes: DDP (NCCL). Use it for a single run that is too slow on
-# one GPU, and folds for everything else. The job is requeued after a preemption, and two minutes
-# before the end of its time. Then both commands resume, as they do when you submit the same line
-# again. RUNS must lie on a file system that all nodes see. For folds it needs file locks: NFS, or
+# one GPU, and folds for everything else.
+#
+#   sbatch --array=0-7 --nodes=1 launch/slurm.sh predict MODEL SLIDES --out OUT
+#
+# predicts many slides. The tasks of all elements of the array share them; with or without an array.
+# For two tasks a GPU, double --ntasks-per-node and add --per-device 2. Remove results that you want
+# anew: --force would make an element that starts late predict them again. The job is requeued after a preemption, and two minutes
+# before the end of its time. Then all commands resume, as they do when you submit the same line
+# again. RUNS and OUT must lie on a file system that all nodes see. It needs file locks: NFS, or
 # Lustre mounted with -o flock.
 #SBATCH --job-name=nucsam
 #SBATCH --nodes=2
@@ -27,7 +33,7 @@ set -euo pipefail
 # source .venv/bin/activate
 export ACCELERATE_MIXED_PRECISION=${ACCELERATE_MIXED_PRECISION:-bf16} # fp16 for GPUs without bf16
 
-command=${1:?folds or train, and its arguments}
+command=${1:?folds, train or predict, and its arguments}
 shift
 case $command in
 folds)
@@ -36,6 +42,15 @@ folds)
   # exec: Python itself is the task and gets the signals
   task='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
     exec python -m nucsam.folds "$@"'
+  ;;
+predict)
+  tasks=$((SLURM_NNODES * SLURM_NTASKS_PER_NODE)) # of an element of the array
+  export WORLD_SIZE=$((${SLURM_ARRAY_TASK_COUNT:-1} * tasks))
+  export FIRST=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) * tasks))
+  step=(--ntasks-per-node="$SLURM_NTASKS_PER_NODE" --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=0)
+  task='export RANK=$((FIRST + SLURM_PROCID)) LOCAL_RANK=$SLURM_LOCALID
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
+    exec python -m nucsam.predict "$@"'
   ;;
 train)
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -50,7 +65,7 @@ train)
     exec accelerate launch "${launch[@]}" -m nucsam.train "$@" --resume'
   ;;
 *)
-  echo "$command: expected folds or train" >&2
+  echo "$command: expected folds, train or predict" >&2
   exit 2
   ;;
 esac

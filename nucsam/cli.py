@@ -284,11 +284,16 @@ def predict_command(
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     tta: Annotated[bool, Option("--tta", help="Average 8 flips and turns: 8 times slower")] = False,
     roi: Annotated[Path | None, Option(help="GeoJSON, or a folder of STEM.geojson.")] = None,
+    tissue: Annotated[
+        bool, Option("--tissue-mask/--no-tissue-mask", help="Skip tiles that show glass alone.")
+    ] = True,
+    per_device: Annotated[int, Option(help="Launched processes that share a GPU.")] = 1,
     force: Force = False,
 ) -> None:
     """Predict images of any size: label maps, GeoJSON for QuPath, tables of nuclei, overlays.
 
-    Formats: labels (STEM.tif), geojson, geojson.gz, csv, parquet, and overlay (overlays/STEM.png).
+    Formats: labels (STEM.tif), geojson, geojson.gz, csv, parquet, overlay (overlays/STEM.png), and
+    tissue (STEM.tissue.geojson), the mask of what is not glass.
     The tables give sizes in px and with mpp in µm, colours as 0..255, haematoxylin and eosin as
     optical density, and confidence, the mean foreground probability, 0..1.
 
@@ -297,13 +302,24 @@ def predict_command(
     A failed image is named, the others continue, and the exit status is 1.
 
     Several devices: accelerate launch --multi_gpu --num_processes 4 -m nucsam.predict ...
+    With twice as many processes and --per-device 2, two share a GPU.
     """
     from nucsam.predict.images import predict_files
 
     names = [name.strip() for name in formats.split(",") if name.strip()]
     tiling = {"scale": scale, "mpp": mpp, "tile": tile, "overlap": overlap, "batch": batch}
     status = predict_files(
-        model, paths, out, formats=names, device=device, tta=tta, force=force, roi=roi, **tiling
+        model,
+        paths,
+        out,
+        formats=names,
+        device=device,
+        per_device=per_device,
+        tta=tta,
+        force=force,
+        roi=roi,
+        tissue=tissue,
+        **tiling,
     )
     raise typer.Exit(status)
 

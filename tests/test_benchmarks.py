@@ -22,6 +22,7 @@ import instances
 import metrics
 import roofline
 import scaling
+import slide
 import stock
 import train_step
 import writing
@@ -36,6 +37,7 @@ SCRIPTS = {  # arguments; keys of the document beside the common ones
     inference: "--image-size 64 --scale 0.25 --size 300 --images 1 --sample 1; results ratios",
     writing: "--before= --nuclei 9 --memory 9; results memory met",
     encoders: "--image-size 64 --encoders mobile_sam; rows",
+    slide: "--side 1024 --stored --against=; mp_tissue results",
     scaling: "--only image-size nuclei data --sides 64 --nuclei 5 --counts 2 4; exponents",
 }
 
@@ -55,6 +57,7 @@ def test_the_last_line_is_a_document(script, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train_step, "SIDE", 96)
     monkeypatch.setattr(train_step, "IMAGES", 2)
     monkeypatch.setattr(inference, "PERIOD", 512)
+    monkeypatch.setattr(slide, "FORMATS", "labels,csv")
     monkeypatch.setattr(writing, "SIDE", 96)
     monkeypatch.setattr(writing, "TABLES", ["geojson", "csv", "parquet"])
 

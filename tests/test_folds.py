@@ -441,6 +441,15 @@ def test_slurm_runs_one_launcher_a_node_for_ddp(cluster):
     assert "-m nucsam.train c.toml --out run --resume" in text
 
 
+def test_slurm_predicts_with_the_tasks_of_an_array(cluster):
+    array = {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "1"}
+    assert cluster("predict", "model", "slides", "--out", "out", **array).wait(20) == 0
+    tasks = sorted(line for line in calls().splitlines() if line.startswith("python"))
+    command = "python -m nucsam.predict model slides --out out"
+    ranks = [f"RANK={rank} LOCAL_RANK={local} bf16" for rank, local in ((4, 0), (5, 1))]
+    assert tasks == [f"{command} {rank}" for rank in ranks]
+
+
 def test_slurm_signals_the_tasks_and_requeues(cluster):
     process = cluster("folds", "--out", "runs", HANG="1")
     wait_for("ready0")

@@ -342,7 +342,11 @@ plain/labels/human_bladder_1.tif: ...over...; expected another ...out...
 $ predict run flat plain/images --out p  # images of one stem
 plain/images/human_bladder_1.png: ...the stem of flat/human_bladder_1.png...expected ...
 $ predict run flat --out p --formats label  # a typo in the formats
-...formats: found ['label'], expected labels, geojson, geojson.gz, csv, parquet, overlay
+...formats: found ['label'], expected labels, geojson, geojson.gz, csv, parquet, overlay, tissue
+$ predict run flat --out p --formats tissue  # a mask alone
+...formats: found tissue alone, expected another format beside it
+$ predict run flat --out p --per-device 0  # no process a GPU
+...per_device: found 0, expected at least 1
 $ predict run flat --out p --scale 2 --mpp 0.5  # two magnifications
 ...scale, ...mpp: found both, expected one
 $ predict run flat --out p --mpp 0  # no magnification

@@ -76,7 +76,9 @@ def predictor(model: nn.Module | None = None, scale: float = 1.0, **arguments) -
 def maps_of(predictor: Predictor, images: list[np.ndarray]) -> Iterator[np.ndarray]:
     """Dense maps float32 (C, H, W) of images, in order."""
     one_window = replace(predictor, core=2**31)
-    return (maps for _, _, maps in one_window._dense(map(one_window.grid, images)))
+    return (
+        tiles.stitch(*part) for tiles, *part in one_window._stream(map(one_window.grid, images))
+    )
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -345,8 +347,9 @@ def test_a_net_in_windows_is_the_net_in_one(base):
     parts = predictor(net, core=100, margin=30, **arguments)
     tiles = parts.grid(image)
     assert len(tiles.windows) == 9
-    for _, window, maps in parts._dense([tiles]):
-        np.testing.assert_allclose(maps, whole[:, *window.outer], atol=1e-3 * whole.std())
+    for _, k, taken in parts._stream([tiles]):
+        same = whole[:, *tiles.windows[k].outer]
+        np.testing.assert_allclose(tiles.stitch(k, taken), same, atol=1e-3 * whole.std())
 
 
 # ---- one call ----

@@ -372,13 +372,13 @@ def stay(*_):
     while True:
         time.sleep(0.01)
 
-writers.measure = stay
+writers.LabelBlocks.add = stay
 runpy.run_module("nucsam.predict", run_name="__main__")
 """
 
 
 def start_stuck(*arguments, cwd, **environment):
-    """`nucsam predict` in a process that stays where it measures the nuclei of its first window."""
+    """`nucsam predict` in a process that stays where it adds the nuclei of its first window."""
     process = start("-c", STUCK, *arguments, cwd=cwd, **environment)
     assert process.stdout.readline() == "measuring\n", process.communicate()[1]
     return process

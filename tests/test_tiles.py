@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skimage.segmentation import relabel_sequential
 
 from nucsam.errors import UserError
-from nucsam.predict.tiles import STRIP, Tiles, Window, grid, meet, own_nuclei, ramp, windows
+from nucsam.predict.tiles import STRIP, Tiles, Window, grid, meet, own_nuclei, ramps, windows
 
 
 @settings(max_examples=200, deadline=None)
@@ -54,13 +55,17 @@ def test_tiles_by_hand(arguments, starts, px, model_px):
 
 @settings(max_examples=100, deadline=None)
 @given(side=st.integers(1, 300), overlap=st.integers(0, 300))
-def test_weights_are_positive_and_rise_to_the_middle(side, overlap):
-    weights = ramp(side, overlap)
-    assert len(weights) == side
-    assert (weights > 0).all() and (weights <= 1).all()
-    np.testing.assert_array_equal(weights, weights[::-1])
-    assert (np.diff(weights[: (side + 1) // 2]) >= 0).all()
-    assert ramp(100, 4).tolist() == pytest.approx([0.25, 0.5, 0.75, *[1.0] * 94, 0.75, 0.5, 0.25])
+def test_weights_are_positive_and_sum_to_one(side, overlap):
+    starts = [0, side - min(overlap, side // 2), 2 * side - min(overlap, side // 2)]
+    weights = ramps(starts, side, overlap)
+    total = np.zeros(starts[-1] + side)
+    for start, part in zip(starts, weights, strict=True):
+        assert len(part) == side and (part > 0).all()
+        total[start : start + side] += part
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+    first, second = ramps([0, 96], 100, 4)
+    assert first.tolist() == pytest.approx([1.0] * 96 + [0.8, 0.6, 0.4, 0.2])
+    assert second.tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 96)
 
 
 @settings(max_examples=100, deadline=None)
@@ -108,14 +113,14 @@ def stitched(image, core, margin, overlap=20, tile=64):
     tiles = Tiles(image, scale=1.0, tile=tile, overlap=overlap, windows=places)
     parts, asked, held = [], [], []
     for k, window in enumerate(places):
-        for key, pixels in tiles.ask(k):
+        for key in tiles.ask(k):
             assert not tiles.ready(k)
-            assert pixels.shape == (*tiles.sides, 3)
+            assert tiles.read(key).shape == (*tiles.sides, 3)
             asked.append(key[:2])
             tiles.add(key, np.random.default_rng(key[:2]).random((2, *tiles.sides), np.float32))
         assert tiles.ready(k)
         held.append(len(tiles._maps))
-        parts.append((window, tiles.maps(k)))
+        parts.append((window, tiles.stitch(k, tiles.take(k))))
     assert not tiles._maps
     assert len(tiles.asked) == len(asked)
     return parts, asked, held
@@ -155,9 +160,9 @@ def test_tiles_show_the_image_and_weights_sum_to_one(height, width, overlap):
     image = noise(height, width)
     (window,) = windows((height, width), 2**20, 0)
     tiles = Tiles(image, scale=1.0, tile=64, overlap=overlap, windows=[window])
-    for key, pixels in tiles.ask(0):
-        tiles.add(key, pixels.transpose(2, 0, 1).astype(np.float32))
-    np.testing.assert_allclose(tiles.maps(0), image.transpose(2, 0, 1), atol=1e-4)
+    for key in tiles.ask(0):
+        tiles.add(key, tiles.read(key).transpose(2, 0, 1).astype(np.float32))
+    np.testing.assert_allclose(tiles.stitch(0, tiles.take(0)), image.transpose(2, 0, 1), atol=1e-4)
 
 
 def test_one_window_keeps_a_nucleus():
@@ -171,7 +176,7 @@ def test_one_window_keeps_a_nucleus():
     keepers = np.zeros(301, int)
     for window in windows(label.shape, 100, 60):
         seen = label[window.outer]
-        kept = own_nuclei(seen, window)
+        kept = own_nuclei(relabel_sequential(seen)[0], window)
         ids = np.unique(seen[kept > 0])
         keepers[ids] += 1
         for new, old in enumerate(ids, 1):
@@ -184,11 +189,11 @@ def test_one_window_keeps_a_nucleus():
 
 
 def test_a_window_that_is_the_whole_image_keeps_all():
-    label = np.array([[0, 3], [7, 7]], np.int32)
+    label = np.array([[0, 1], [2, 2]], np.int32)
     everything = (slice(0, 2), slice(0, 2))
     np.testing.assert_array_equal(own_nuclei(label, Window(everything, everything)), label)
     left = Window((slice(0, 2), slice(0, 1)), everything)
-    # The centroid 0.5 of nucleus 7 counts as column 0
+    # The centroid 0.5 of nucleus 2 counts as column 0
     np.testing.assert_array_equal(own_nuclei(label, left), [[0, 0], [1, 1]])
     nothing = own_nuclei(np.zeros((2, 2), np.int32), left)
     assert nothing.dtype == np.int32 and not nothing.any()
@@ -205,7 +210,8 @@ def test_an_image_that_cannot_be_read_to_its_end_fails(error):
             return np.zeros((64, 64, 3), np.uint8)
 
     tiles = Tiles(Torn(), scale=1.0, tile=64, overlap=10, windows=windows((200, 64), 100, 0))
-    assert [key[:2] for key, _ in tiles.ask(0)] == [(0, 0), (1, 0), (2, 0)]
-    assert tiles.failed is None
-    assert list(tiles.ask(1)) == []
+    keys = list(tiles.ask(0))
+    assert [key[:2] for key in keys] == [(0, 0), (1, 0), (2, 0)]
+    assert all(tiles.read(key) is not None for key in keys) and tiles.failed is None
+    assert [tiles.read(key) for key in tiles.ask(1)] == [None]
     assert tiles.failed is error

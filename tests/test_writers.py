@@ -12,7 +12,7 @@ import pytest
 import tifffile
 from PIL import Image
 from skimage.measure import regionprops
-from skimage.segmentation import find_boundaries
+from skimage.segmentation import find_boundaries, relabel_sequential
 
 from nucsam.data import draw, geojson
 from nucsam.data.images import read_label, read_mpp
@@ -43,7 +43,7 @@ def scene():
 def in_windows(label, core=200, margin=60):
     """What a predictor gives: windows, and the nuclei that each keeps."""
     for window in windows(label.shape, core, margin):
-        own = own_nuclei(label[window.outer], window)
+        own = own_nuclei(relabel_sequential(label[window.outer])[0], window)
         yield window, Nuclei(own, np.linspace(0.5, 1, own.max()))
 
 

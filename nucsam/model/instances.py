@@ -12,8 +12,8 @@ highest path to a higher maximum. Here h is `instances.seed_rise`.
 4. `_numbered`: nuclei that are too small or too unsure go, the others get their ids.
 
 Shape suffixes: H W rows and columns, N pixels of a flat image, P nucleus pixels in raster order,
-K basins, S saddles. A flat image has W + 1 columns. The last one is empty, so that the end of a row
-does not touch the start of the next one.
+K basins, S saddles. A flat image has an empty row above and below and W + 1 columns. The last one
+is empty, so that the end of a row does not touch the start of the next one.
 """
 
 from typing import NamedTuple
@@ -34,9 +34,10 @@ class Nuclei(NamedTuple):
 
 def with_confidence(label_HW: np.ndarray, foreground_HW: np.ndarray) -> Nuclei:
     """The nuclei of a label map and the mean probability of nucleus over the pixels of each."""
-    ids = label_HW.ravel()
-    size = np.bincount(ids, minlength=1)[1:]
-    total = np.bincount(ids, foreground_HW.ravel(), minlength=1)[1:]
+    pixels_P = np.flatnonzero(label_HW)
+    ids_P = label_HW.ravel()[pixels_P]
+    size = np.bincount(ids_P, minlength=1)[1:]
+    total = np.bincount(ids_P, foreground_HW.ravel()[pixels_P], minlength=1)[1:]
     return Nuclei(label_HW, total / np.maximum(size, 1))
 
 
@@ -52,21 +53,20 @@ def from_depth(foreground_HW: np.ndarray, depth_HW: np.ndarray, config: Instance
         Label map int32 (H, W), ids 1.. in raster order, 0 = background.
     """
     H, W = foreground_HW.shape
-    nucleus_HW = foreground_HW > config.foreground
-    height = np.full((H, W + 1), -np.inf, np.float32)
-    np.copyto(height[:, :W], depth_HW, where=nucleus_HW)
-    basin_N, peak_K = _basins(height.ravel(), W + 1)
-    seed_K = _seeds(peak_K, *_saddles(basin_N, height.ravel(), W + 1), config.seed_rise)
-
-    pixels_P = np.flatnonzero(nucleus_HW)
-    basin_P = basin_N.reshape(H, W + 1)[:, :W].ravel()[pixels_P]
-    foreground_P = foreground_HW.ravel()[pixels_P]
+    places_P = np.flatnonzero(foreground_HW > config.foreground)
+    row = W + 1
+    pixels_P = places_P + places_P // W + row  # the same pixels of the flat image
+    height_N = np.full((H + 2) * row, -np.inf, np.float32)
+    height_N[pixels_P] = depth_HW.ravel()[places_P]
+    basin_P, peak_K = _basins(height_N, pixels_P, row)
+    saddles = _saddles(basin_P, height_N, pixels_P, row)
+    seed_K = _seeds(peak_K, *saddles, config.seed_rise)
     labels = np.zeros(H * W, np.int32)
-    labels[pixels_P] = _numbered(seed_K[basin_P], foreground_P, config)
+    labels[places_P] = _numbered(seed_K[basin_P], foreground_HW.ravel()[places_P], config)
     return labels.reshape(H, W)
 
 
-def _basins(height_N: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
+def _basins(height_N: np.ndarray, pixels_P: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
     """The basin of each pixel, by steepest ascent to one of its four neighbours.
 
     A pixel without a higher neighbour is a maximum. So every pixel of a plateau is one; `_seeds`
@@ -74,41 +74,31 @@ def _basins(height_N: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         height_N: float32, -inf outside of the nuclei.
+        pixels_P: places of the nucleus pixels.
         row: step to the next row.
 
     Returns:
-        Basin of each pixel int32 (N,), 1.., 0 outside; height of each basin's maximum (K,), -inf
-        for basin 0.
+        Basin of each pixel int (P,), 1..; height of each basin's maximum (K,), -inf for basin 0,
+        which has no pixel.
     """
-    steps = (1, -1, row, -row)
-    highest_N = height_N.copy()
-    for step in steps:
-        here, there = _neighbours(step)
-        np.maximum(highest_N[here], height_N[there], out=highest_N[here])
+    height_P = height_N.take(pixels_P)
+    steps = np.array([0, 1, -1, row, -row])
+    around = [height_N.take(pixels_P + step) for step in steps[1:]]
+    highest_P = np.maximum.reduce(around)
     # Number of the step to the highest neighbour, the last one of a tie; 0 stays.
-    ascent_N = np.zeros(len(height_N), np.int8)
-    for number, step in enumerate(steps, 1):
-        here, there = _neighbours(step)
-        leads = (height_N[there] == highest_N[here]).view(np.int8)
-        np.maximum(ascent_N[here], leads * np.int8(number), out=ascent_N[here])
-    ascent_N *= highest_N > height_N
-
-    pixels_P = np.flatnonzero(height_N > -np.inf)
-    index_N = np.zeros(len(height_N), np.intp)
-    index_N[pixels_P] = np.arange(len(pixels_P))
-    step_P = np.array([0, *steps]).take(ascent_N.take(pixels_P))
-    top_P = _roots(index_N.take(pixels_P + step_P))
-    is_maximum = top_P == np.arange(len(pixels_P))
-    basin_N = np.zeros(len(height_N), np.int32)
-    basin_N[pixels_P] = np.cumsum(is_maximum)[top_P]
-    return basin_N, np.append(np.float32(-np.inf), height_N[pixels_P[is_maximum]])
-
-
-def _neighbours(step: int) -> tuple[slice, slice]:
-    """Slices of a flat image: the pixels that have a neighbour at `step`, and those neighbours."""
-    if step > 0:
-        return np.s_[:-step], np.s_[step:]
-    return np.s_[-step:], np.s_[:step]
+    ascent_P = np.zeros(len(pixels_P), np.int8)
+    for number, there_P in enumerate(around, 1):
+        leads = (there_P == highest_P).view(np.int8)
+        np.maximum(ascent_P, leads * np.int8(number), out=ascent_P)
+    ascent_P *= highest_P > height_P
+    step_P = steps.take(ascent_P)
+    numbers_P = np.arange(len(pixels_P))
+    number_N = np.zeros(len(height_N), np.int32)
+    number_N[pixels_P] = numbers_P
+    top_P = _roots(number_N.take(pixels_P + step_P).astype(np.intp))
+    is_maximum = top_P == numbers_P
+    basin_P = np.cumsum(is_maximum)[top_P]
+    return basin_P, np.append(np.float32(-np.inf), height_P[is_maximum])
 
 
 def _roots(parent: np.ndarray) -> np.ndarray:
@@ -123,15 +113,18 @@ def _roots(parent: np.ndarray) -> np.ndarray:
 
 
 def _saddles(
-    basin_N: np.ndarray, height_N: np.ndarray, row: int
+    basin_P: np.ndarray, height_N: np.ndarray, pixels_P: np.ndarray, row: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where basins touch: basin, neighbour and height there, (S,) each; every place both ways."""
+    basin_N = np.zeros(len(height_N), np.int32)
+    basin_N[pixels_P] = basin_P
     places = []
     for step in (1, row):
-        basin, neighbour = basin_N[:-step], basin_N[step:]
-        touch = np.flatnonzero((basin != neighbour) & (basin > 0) & (neighbour > 0))
-        basin, neighbour = basin[touch], neighbour[touch]
-        height = np.minimum(height_N[touch], height_N[touch + step])
+        neighbour_P = basin_N.take(pixels_P + step)
+        touch = np.flatnonzero((neighbour_P != basin_P) & (neighbour_P > 0))
+        basin, neighbour = basin_P[touch], neighbour_P[touch]
+        pixels = pixels_P[touch]
+        height = np.minimum(height_N[pixels], height_N[pixels + step])
         places += [(basin, neighbour, height), (neighbour, basin, height)]
     basin_S, neighbour_S, height_S = (np.concatenate(values) for values in zip(*places))
     return basin_S, neighbour_S, height_S

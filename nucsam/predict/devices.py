@@ -21,11 +21,12 @@ def uses_gpu() -> bool:
     return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, per_device: int = 1) -> torch.device:
     """The device of a name; with auto and cuda, each launched process has a GPU of its own.
 
     Args:
         name: auto, cpu, cuda, cuda:N or mps (Apple's GPU).
+        per_device: launched processes that share a GPU.
 
     Raises:
         UserError: no such device.
@@ -43,7 +44,7 @@ def find_device(name: str) -> torch.device:
         name = "mps" if mps and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
     if name in ("cpu", "mps"):
         return torch.device(name)
-    number = int(match[1] or os.environ.get("LOCAL_RANK", 0))
+    number = int(match[1] or int(os.environ.get("LOCAL_RANK", 0)) // per_device)
     count = torch.cuda.device_count()
     if number >= count:
         raise UserError(

@@ -1,9 +1,9 @@
 """Image files in, files of their nuclei out: `nucsam predict`.
 
-Several launched processes share the images by claims. Each takes the next image that nobody holds,
-predicts it, and notes the outcome in its claim. The system drops the claims of a process that dies,
-so that another one takes its images. One image stays with one process: no result depends on their
-number.
+Several launched processes share the images by claims. Each takes the largest image that nobody
+holds, predicts it, and notes the outcome in its claim. The system drops the claims of a process
+that dies, so that another one takes its images. One image stays with one process: no result depends
+on their number.
 """
 
 import json
@@ -24,7 +24,7 @@ from nucsam import __version__
 from nucsam.claims import Claim, read_note
 from nucsam.console import PlainConsole
 from nucsam.data.folders import list_folder, stem_of
-from nucsam.data.geojson import read_shapes
+from nucsam.data.geojson import read_shapes, write_geojson
 from nucsam.data.images import IMAGES, open_image, read_metadata
 from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
@@ -34,6 +34,7 @@ from nucsam.predict import writers
 from nucsam.predict.models import load
 from nucsam.predict.predictor import Predictor
 from nucsam.predict.tiles import Tiles, Window
+from nucsam.predict.tissue import Tissue, find_tissue
 from nucsam.processes import exit_on_sigterm, is_first, launch_time, process_count
 
 POLL = 0.5  # s between looks at the images that other processes hold
@@ -49,6 +50,7 @@ def predict_files(
     mpp: float | None = None,
     force: bool = False,
     roi: Path | None = None,
+    tissue: bool = True,
     **options: Any,
 ) -> int:
     """Predict images into files of `out`, and return the exit status of this process.
@@ -61,6 +63,7 @@ def predict_files(
         mpp: microns per px of every image, instead of what its file says.
         force: predict also the images that have all their files.
         roi: GeoJSON of the regions of one image to predict in, or a folder of STEM.geojson.
+        tissue: skip the tiles that show glass alone.
         options: of `models.load`; `scale` and `mpp` exclude each other.
 
     Returns:
@@ -70,19 +73,18 @@ def predict_files(
         UserError: a mistake that concerns more than one image; nothing has been written.
     """
     _check_options(formats, options.get("scale"), mpp)
-    files = {
-        path: writers.output_files(out, stem_of(path), formats) for path in find_image_files(paths)
-    }
+    images = sorted(find_image_files(paths), key=lambda path: path.stat().st_size, reverse=True)
+    files = {path: writers.output_files(out, stem_of(path), formats) for path in images}
     _check_files(files, out)
     outlines = _read_rois(roi, files) if roi else {}
     predictor = load(model, **options)
-    settings = _settings(model, predictor, mpp) | {"roi": roi and str(roi)}
+    settings = _settings(model, predictor, mpp) | {"roi": roi and str(roi), "tissue": tissue}
     claims = out / ".claims" if process_count() > 1 else None
     (claims or out).mkdir(parents=True, exist_ok=True)
     with exit_on_sigterm():
         with Claim.take(claims / "predict.json", wait=True) if claims else nullcontext():
             _record(out / "predict.json", settings, files, force)
-        batch = Batch(predictor, files, mpp, force=force, claims=claims, rois=outlines)
+        batch = Batch(predictor, files, mpp, force, claims, outlines, tissue)
         try:
             return batch.run()
         except predictor.out_of_memory as error:
@@ -93,6 +95,8 @@ def _check_options(formats: Sequence[str], scale: float | None, mpp: float | Non
     unknown = [name for name in formats if name not in writers.FILES]
     if unknown or not formats:
         raise UserError(f"formats: found {unknown or 'none'}, expected {', '.join(writers.FILES)}")
+    if set(formats) == {"tissue"}:
+        raise UserError("formats: found tissue alone, expected another format beside it")
     if "parquet" in formats:
         check_packages("spatial", "pyarrow", "shapely")
     if scale and mpp:
@@ -241,6 +245,7 @@ class Batch:
         force: predict also the images that have all their files.
         claims: folder of the claims, one file per image; None where this process is alone.
         rois: regions to predict in, by image; empty = everywhere.
+        tissue: skip the tiles that show glass alone.
     """
 
     predictor: Predictor
@@ -249,6 +254,7 @@ class Batch:
     force: bool = False
     claims: Path | None = None
     rois: Mapping[Path, Outlines] = field(default_factory=dict)
+    tissue: bool = True
 
     def __post_init__(self) -> None:
         self.since = launch_time()
@@ -358,7 +364,8 @@ class Batch:
                         raise UserError(f"{path}: found no pixels")
                     roi = self.rois.get(path)
                     area = roi and roi.inside
-                    tiles = self.predictor.grid(image, mpp=self._mpp(path), area=area)
+                    mpp, tissue = self._mpp(path), self._tissue(path, image)
+                    tiles = self.predictor.grid(image, mpp=mpp, area=area, tissue=tissue)
                     if not tiles.windows:
                         found = f"found no pixel in the regions of {roi.path}"
                         raise UserError(f"{path}: {found}, expected coordinates in px")
@@ -373,6 +380,16 @@ class Batch:
             self._write(opened.pop(tiles), tiles, ((window, label) for _, window, label in labels))
         for tiles, path in opened.items():  # not one of its windows could be read
             self._fail(path, tiles.failed)
+
+    def _tissue(self, path: Path, image: Any) -> Tissue | None:
+        """Where to predict an image; None = everywhere. Writes the mask if a file is for it."""
+        file = self.files[path].get("tissue")
+        if not (file or self.tissue):
+            return None
+        tissue = find_tissue(image, whole=file is not None)
+        if file:
+            write_geojson(file, tissue.features(image.shape[:2]))
+        return tissue if self.tissue else None
 
     def _mpp(self, path: Path) -> float | None:
         """Microns per px of an image. Warns once where an image or the training lacks them."""
@@ -396,11 +413,12 @@ class Batch:
                 raise tiles.failed
 
         try:
-            nuclei = writers.write_files(self.files[path], tiles.image, windows(), self._mpp(path))
+            files = {name: file for name, file in self.files[path].items() if name != "tissue"}
+            nuclei = writers.write_files(files, tiles.image, windows(), self._mpp(path))
         except (UserError, OSError) as error:
             self._fail(path, error)
         else:
-            self._end(path, nuclei=nuclei, tiles=len(tiles.asked))
+            self._end(path, nuclei=nuclei, tiles=tiles.run)
 
     def _fail(self, path: Path, error: Exception) -> None:
         text = str(error) if str(path) in str(error) else f"{path}: {error}"

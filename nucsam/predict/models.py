@@ -17,6 +17,7 @@ def load(
     path: str | Path,
     *,
     device: str = "auto",
+    per_device: int = 1,
     scale: float | None = None,
     tile: int | None = None,
     overlap: int | None = None,
@@ -44,6 +45,7 @@ def load(
     Args:
         path: a run directory, or a safetensors or ONNX file of `nucsam export`.
         device: auto, cpu, cuda, cuda:N or mps.
+        per_device: launched processes that share a GPU.
         scale: model px per image px of any image; None = as trained, by microns per px.
         tile: longest side of a tile, px; None = a training crop.
         overlap: what neighbouring tiles share, px; None = one 32nd of a tile.
@@ -62,7 +64,9 @@ def load(
         )
     else:
         from nucsam.predict.pytorch import open_weights as open_file
-    make, config, metadata, on_cpu = open_file(path, device)
+    if per_device < 1:
+        raise UserError(f"per_device: found {per_device}, expected at least 1")
+    make, config, metadata, on_cpu = open_file(path, device, per_device)
     tile = max(config.data.crop, 256) if tile is None else tile
     overlap = tile // SHARE if overlap is None else overlap
     if batch is None:

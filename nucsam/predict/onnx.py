@@ -69,7 +69,7 @@ def resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     )
 
 
-def open_graph(path: Path, device: str) -> Opened:
+def open_graph(path: Path, device: str, per_device: int = 1) -> Opened:
     """As `pytorch.open_weights`, of an ONNX file.
 
     Raises:
@@ -78,7 +78,7 @@ def open_graph(path: Path, device: str) -> Opened:
     check_packages("onnx", "onnxruntime")
     if not path.is_file():
         raise UserError(f"{path}: no such file, expected one of nucsam export")
-    session = _session(path, device)
+    session = _session(path, device, per_device)
     entries = session.get_modelmeta().custom_metadata_map
     maps, multiple = entries.get("maps"), entries.get("multiple", "")
     named = "nucsam" in entries and maps in SPLITS
@@ -91,7 +91,7 @@ def open_graph(path: Path, device: str) -> Opened:
     return make, config, metadata, session.get_providers()[0] == "CPUExecutionProvider"
 
 
-def _session(path: Path, device: str) -> Any:
+def _session(path: Path, device: str, per_device: int) -> Any:
     import onnxruntime
 
     name, _, number = device.partition(":")
@@ -101,7 +101,7 @@ def _session(path: Path, device: str) -> Any:
         raise UserError(f"device: found {device!r}, expected {expected}")
     providers: list[Any] = ["CPUExecutionProvider"]
     if gpu and name != "cpu":
-        number = number or os.environ.get("LOCAL_RANK", "0")
+        number = number or int(os.environ.get("LOCAL_RANK", "0")) // per_device
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": number}))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))  # 0 = all cores

@@ -21,11 +21,16 @@ from nucsam.model.instances import Nuclei, with_confidence
 from nucsam.predict.measure import measure
 from nucsam.predict.threads import in_threads
 from nucsam.predict.tiles import Area, Key, Tiles, Window, own_nuclei, windows, windows_in
+from nucsam.predict.tissue import Tissue
 
+Parts = list[tuple[Key, np.ndarray]]  # tiles with their maps
+Group = list[tuple[Tiles, Key, np.ndarray]]  # a batch: tiles with pixels or maps
+Read = tuple[Tiles, int, Key | None, np.ndarray | None]  # a tile with its pixels; see `_planned`
 Picture = np.ndarray | str | Path | Image  # what `predict` takes
 
 CORE = 1024  # px: longest side of a window's core
 MARGIN = 128  # px: farthest that a nucleus reaches from its centroid
+READERS = 2  # threads that read tiles
 RATIO = 8.0  # most that an image's magnification may differ from that of the training
 
 
@@ -68,6 +73,7 @@ class Predictor:
     margin: int = MARGIN
     sha256: str = ""
 
+    lanes: ClassVar[int] = 1  # batches that are on the device together
     out_of_memory: ClassVar[type[Exception]] = MemoryError  # what `maps` raises then
 
     def __post_init__(self) -> None:
@@ -82,7 +88,7 @@ class Predictor:
             size: rows and columns of the maps.
 
         Returns:
-            Probabilities float32 (B, C, *size).
+            Probabilities float32 or float16 (B, C, *size).
         """
         raise NotImplementedError
 
@@ -153,13 +159,21 @@ class Predictor:
                 count += len(confidence)
             yield Nuclei(whole, np.concatenate(confidences))
 
-    def grid(self, image: Any, *, mpp: float | None = None, area: Area | None = None) -> Tiles:
+    def grid(
+        self,
+        image: Any,
+        *,
+        mpp: float | None = None,
+        area: Area | None = None,
+        tissue: Tissue | None = None,
+    ) -> Tiles:
         """The tiles and windows of an image.
 
         Args:
             image: uint8 (H, W, 3), or what slices like it.
             mpp: microns per px of the image; None = not known.
             area: where to predict; None = everywhere.
+            tissue: where the image shows tissue; None = everywhere.
 
         Raises:
             UserError: a magnification more than `RATIO` times off.
@@ -177,7 +191,10 @@ class Predictor:
         places = windows(image.shape[:2], core, margin)
         if area is not None:
             places = windows_in(places, area, margin)
-        tiles = Tiles(image, scale=self.scale / ratio, tile=tile, overlap=overlap, windows=places)
+        if tissue is not None:
+            places = [window for window in places if tissue.meets(window.core)] or places[:1]
+        sizes = {"scale": self.scale / ratio, "tile": tile, "overlap": overlap}
+        tiles = Tiles(image, **sizes, windows=places, tissue=tissue)
         tiles.area = area
         return tiles
 
@@ -189,48 +206,66 @@ class Predictor:
         Returns:
             Tiles, window, and the window's own nuclei in its outer place.
         """
-        return in_threads(self._instances, self._dense(images))
+        return in_threads(self._instances, self._stream(images))
 
-    def _instances(
-        self, tiles: Tiles, window: Window, maps: np.ndarray
-    ) -> tuple[Tiles, Window, Nuclei]:
+    def _instances(self, tiles: Tiles, k: int, parts: Parts) -> tuple[Tiles, Window, Nuclei]:
+        """Stitch window k, and extract its own nuclei."""
+        window = tiles.windows[k]
+        if not parts:  # glass
+            shape = [place.stop - place.start for place in window.outer]
+            return tiles, window, Nuclei(np.zeros(shape, np.int32), np.zeros(0))
         area = round(self.instances.area * (self.scale / tiles.scale) ** 2)
+        maps = tiles.stitch(k, parts)
         label = self.nuclei(maps, replace(self.instances, area=area))
         return tiles, window, with_confidence(own_nuclei(label, window, tiles.area), maps[0])
 
-    def _dense(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, Window, np.ndarray]]:
-        """Tiles, window and dense maps (C, h, w) of its outer place, in order.
+    def _stream(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, int, Parts]]:
+        """Tiles, number of the window, and what `Tiles.take` gives for it, in order.
 
-        A batch may hold tiles of several images, of one scale and size.
+        Other threads read the next tiles, and run the model on a batch or two.
         """
         waiting: deque[tuple[Tiles, int]] = deque()
-        group: list[tuple[Tiles, Key, np.ndarray]] = []
-        kind_of_group = None
-        for tiles in images:
-            for k in range(len(tiles.windows)):
-                for key, tile in tiles.ask(k):
-                    kind = tiles.scale, tile.shape
-                    if group and (len(group) == self.batch or kind != kind_of_group):
-                        self._run(group)
-                        group = []
-                    kind_of_group = kind
-                    group.append((tiles, key, tile))
-                if tiles.failed:
-                    break
-                waiting.append((tiles, k))
-                yield from _stitched(waiting)
-        if group:
-            self._run(group)
-        yield from _stitched(waiting)
+        tiles_read = in_threads(_read, _planned(images), READERS)
+        for group in in_threads(self._run, self._groups(tiles_read, waiting), self.lanes):
+            self.tiles_done += len(group)
+            for tiles, key, maps in group:
+                tiles.add(key, maps)
+            yield from _taken(waiting)
+        yield from _taken(waiting)
 
-    def _run(self, group: list[tuple[Tiles, Key, np.ndarray]]) -> None:
-        """Run the model on a batch of tiles, and give each tile its maps."""
+    def _groups(self, tiles_read: Iterable[Read], waiting: deque) -> Iterator[tuple[Group]]:
+        """Batches of tiles of one scale and size, which may be of several images.
+
+        A window whose tiles have all been read joins `waiting`.
+        """
+        group: Group = []
+        kind_of_group = None
+        for tiles, k, key, pixels in tiles_read:
+            if key is None:
+                if not tiles.failed:
+                    waiting.append((tiles, k))
+                continue
+            if pixels is None:
+                tiles.add(key, None)
+                continue
+            kind = tiles.scale, pixels.shape
+            if group and (len(group) == self.batch or kind != kind_of_group):
+                yield (group,)
+                group = []
+            kind_of_group = kind
+            group.append((tiles, key, pixels))
+        if group:
+            yield (group,)
+
+    def _run(self, group: Group) -> Group:
+        """Run the model on a batch of tiles: each tile with its maps."""
         pixels = np.stack([tile for *_, tile in group])
+        if self.lanes > 1:  # one shape of batch: a GPU's plans and graphs are made once
+            pixels = np.pad(pixels, ((0, self.batch - len(group)), *[(0, 0)] * 3), mode="edge")
         forward = self._averaged if self.tta else self.maps
         maps = forward(pixels, group[0][0].model_sides, group[0][0].sides)
-        self.tiles_done += len(group)
-        for (tiles, key, _), maps_of_tile in zip(group, maps):
-            tiles.add(key, maps_of_tile.copy())  # a view would keep the whole batch
+        # A view would keep the whole batch.
+        return [(tiles, key, part.copy()) for (tiles, key, _), part in zip(group, maps)]
 
     def _averaged(
         self, pixels: np.ndarray, sides: tuple[int, int], size: tuple[int, int]
@@ -260,11 +295,27 @@ def _opened(image: Picture, mpp: float | None) -> tuple[np.ndarray, float | None
     return pixels, mpp
 
 
-def _stitched(waiting: deque[tuple[Tiles, int]]) -> Iterator[tuple[Tiles, Window, np.ndarray]]:
-    """Remove the first windows from the queue, as long as their maps are there, and stitch them."""
+def _planned(images: Iterable[Tiles]) -> Iterator[tuple[Tiles, int, Key | None]]:
+    """The tiles of each window of images, and None where all of a window have been named."""
+    for tiles in images:
+        for k in range(len(tiles.windows)):
+            for key in tiles.ask(k):
+                yield tiles, k, key
+            yield tiles, k, None
+            if tiles.failed:
+                break
+
+
+def _read(tiles: Tiles, k: int, key: Key | None) -> Read:
+    """An item of `_planned` with the tile's pixels."""
+    return tiles, k, key, None if key is None or tiles.failed else tiles.read(key)
+
+
+def _taken(waiting: deque[tuple[Tiles, int]]) -> Iterator[tuple[Tiles, int, Parts]]:
+    """Remove the first windows from the queue, as long as their maps are there."""
     while waiting and waiting[0][0].ready(waiting[0][1]):
         tiles, k = waiting.popleft()
-        yield tiles, tiles.windows[k], tiles.maps(k)
+        yield tiles, k, tiles.take(k)
 
 
 # What opens a model: the predictor without its options, its configuration and metadata, and whether

@@ -37,28 +37,47 @@ class TorchPredictor(Predictor):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.device = next(self.model.parameters()).device
+        if self.device.type == "cuda":
+            self.lanes = 2  # the host prepares a batch while the device runs another
 
     def maps(self, pixels: np.ndarray, sides: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float()
+        uploaded = torch.from_numpy(pixels)
+        if self.device.type == "cuda":
+            uploaded = uploaded.pin_memory()
+        images = uploaded.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
         if images.shape[2:] != sides:
             images = F.interpolate(images, size=sides, mode="bilinear")
         cast = torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
         with torch.no_grad():
             with cast:
                 maps = self.model(images, size)
-            return self.model.probabilities(maps.float()).cpu().numpy()
+            return _on_host(self.model.probabilities(maps.float()))
 
     def nuclei(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         return self.model.instances(maps, config)
 
 
-def open_weights(path: Path, device: str) -> Opened:
+def _on_host(maps: torch.Tensor) -> np.ndarray:
+    """Probabilities (B, C, H, W) as an array: float32, or float16 from a GPU.
+
+    Half precision and pinned memory take a quarter of the time to leave a GPU.
+    """
+    if maps.device.type != "cuda":
+        return maps.cpu().numpy()
+    maps = maps.half()
+    host = torch.empty(maps.shape, dtype=maps.dtype, pin_memory=True)
+    host.copy_(maps, non_blocking=True)
+    torch.cuda.current_stream(maps.device).synchronize()
+    return host.numpy()
+
+
+def open_weights(path: Path, device: str, per_device: int = 1) -> Opened:
     """A predictor without its options, of a run directory or a safetensors file.
 
     Raises:
         UserError: as of `open_model`, or no such device.
     """
-    where = find_device(device)
+    where = find_device(device, per_device)
     model, config, metadata = open_model(path)
     cast = autocast_dtype(metadata.get("precision"), where)
     sha256 = state_sha256(model.state_dict())

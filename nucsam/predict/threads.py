@@ -1,4 +1,4 @@
-"""Threads that extract, measure and outline nuclei."""
+"""Threads that read tiles, run the model, and extract, measure and outline nuclei."""
 
 import os
 from collections import deque
@@ -9,16 +9,18 @@ from typing import Any
 THREADS = min(4, os.cpu_count() or 1)
 
 
-def in_threads(call: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+def in_threads(
+    call: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], threads: int = THREADS
+) -> Iterator[Any]:
     """The result of the call with each job's arguments, in order.
 
-    Up to `THREADS` calls run while the next job is made; memory is that of a few jobs.
+    Up to `threads` calls run while the next job is made; memory is that of a few jobs.
     """
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         running: deque[Future] = deque()
         for job in jobs:
             running.append(pool.submit(call, *job))
-            while len(running) > THREADS + 1 or (running and running[0].done()):
+            while len(running) > threads + 1 or (running and running[0].done()):
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()

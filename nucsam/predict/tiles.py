@@ -23,6 +23,7 @@ import numpy as np
 
 from nucsam.data.slides import Windows
 from nucsam.errors import UserError
+from nucsam.predict.tissue import Tissue, is_glass
 
 STRIP = 8  # windows abreast: in a narrow strip, few maps wait for the next row of windows
 
@@ -121,10 +122,25 @@ def grid(size: int, tile: int, overlap: int, scale: float) -> tuple[list[int], i
     return [round(k * (size - px) / (count - 1)) for k in range(count)], px, model_px
 
 
-def ramp(side: int, overlap: int) -> np.ndarray:
-    """Weights float32 (side,) in 0..1 that rise from each end over `overlap` px and are never 0."""
+def ramps(starts: Sequence[int], side: int, overlap: int) -> list[np.ndarray]:
+    """The weights of each tile of an axis, float32 (side,) in 0..1: they sum to 1 at every px.
+
+    They rise from each end of a tile over `overlap` px and are never 0.
+    """
     distance = np.minimum(np.arange(side), np.arange(side)[::-1]) + 1
-    return np.minimum(distance / max(1, overlap), 1).astype(np.float32)
+    ramp = np.minimum(distance / max(1, overlap), 1)
+    total = np.zeros(starts[-1] + side)
+    for start in starts:
+        total[start : start + side] += ramp
+    return [(ramp / total[start : start + side]).astype(np.float32) for start in starts]
+
+
+def edges(weights: np.ndarray) -> list[slice]:
+    """The two ends of weights, up to where they are 1."""
+    ones = np.flatnonzero(weights == 1)
+    if not len(ones):
+        return [slice(0, len(weights))]
+    return [slice(0, ones[0]), slice(ones[-1] + 1, len(weights))]
 
 
 def meet(start: int, length: int, place: slice) -> tuple[slice, slice]:
@@ -137,7 +153,8 @@ def meet(start: int, length: int, place: slice) -> tuple[slice, slice]:
 class Tiles:
     """Gives one image's tiles, takes their dense maps, and stitches the maps of each window.
 
-    The maps of a tile stay until the last window that needs them.
+    The maps of a tile stay until the last window that needs them. Only `read` and `stitch` may run
+    in other threads.
 
     Args:
         image: uint8 (H, W, 3), or a `data.slides.Windows`. Its pyramid is read at the level nearest
@@ -146,84 +163,105 @@ class Tiles:
         tile: longest side of a tile, image px.
         overlap: what neighbours share, image px.
         windows: windows of this image, in the order in which they are asked for.
+        tissue: tiles without tissue are not run, and their maps are 0; None = all tiles are run.
     """
 
     area: Area | None = None  # where nuclei are kept; None = everywhere
 
     def __init__(
-        self, image: Any, *, scale: float, tile: int, overlap: int, windows: Sequence[Window]
+        self,
+        image: Any,
+        *,
+        scale: float,
+        tile: int,
+        overlap: int,
+        windows: Sequence[Window],
+        tissue: Tissue | None = None,
     ) -> None:
         self.image = image
         self.scale = scale
         self.windows = windows
+        self.tissue = tissue
         self.size = tuple(image.shape[:2])
         grids = [grid(length, tile, overlap, scale) for length in self.size]
         self.starts, self.sides, self.model_sides = zip(*grids)  # image px, image px, model px
-        self.ramps = [ramp(length, overlap) for length in self.sides]
+        self.ramps = [
+            ramps(starts, length, overlap) for starts, length in zip(self.starts, self.sides)
+        ]
         self.failed: Exception | None = None  # why the image could not be read to its end
         self.asked: set[Key] = set()  # tiles given so far
+        self.run = 0  # tiles whose maps have come
         self.level = image.level(scale) if isinstance(image, Windows) else 0
         self._keys = self._plan()
         self._last = {key: k for k, keys in enumerate(self._keys) for key in keys}
-        self._maps: dict[Key, np.ndarray] = {}
+        self._maps: dict[Key, np.ndarray | None] = {}
 
-    def ask(self, k: int) -> Iterator[tuple[Key, np.ndarray]]:
-        """Key and pixels uint8 (h, w, 3) of each tile that window k needs and that is still to run.
+    def ask(self, k: int) -> Iterator[Key]:
+        """The key of each tile that window k needs and that is still to run."""
+        for key in self._keys[k]:
+            if key not in self.asked:
+                self.asked.add(key)
+                yield key
+
+    def read(self, key: Key) -> np.ndarray | None:
+        """The pixels uint8 (h, w, 3) of a tile; None where it is glass or cannot be read.
 
         A tile from a smaller level has the model's px. An image smaller than a tile is mirrored.
-        Where the image cannot be read, `failed` is set and the tiles end early.
+        Where the image cannot be read, `failed` is set.
         """
-        for key in self._keys[k]:
-            if key in self.asked:
-                continue
-            self.asked.add(key)
-            y, x = self.starts[0][key[0]], self.starts[1][key[1]]
-            try:
-                tile = self._read(y, x)
-            except (UserError, OSError) as error:
-                self.failed = error
-                return
-            height, width = self.model_sides if self.level else self.sides
-            missing = ((0, height - tile.shape[0]), (0, width - tile.shape[1]), (0, 0))
-            yield key, np.pad(tile, missing, mode="symmetric")
+        corner = [starts[n] for starts, n in zip(self.starts, key)]
+        ends = [min(y + side, end) for y, side, end in zip(corner, self.sides, self.size)]
+        rows, columns = map(slice, corner, ends)
+        if self.tissue and not self.tissue.meets((rows, columns)):
+            return None
+        try:
+            if self.level:
+                size = [round((place.stop - place.start) * self.scale) for place in (rows, columns)]
+                tile = self.image.resampled(self.level, rows, columns, size)
+            else:
+                tile = self.image[rows, columns]
+        except (UserError, OSError) as error:
+            self.failed = error
+            return None
+        if self.tissue and is_glass(tile, self.tissue.limit):
+            return None
+        height, width = self.model_sides if self.level else self.sides
+        missing = ((0, height - tile.shape[0]), (0, width - tile.shape[1]), (0, 0))
+        return np.pad(tile, missing, mode="symmetric")
 
-    def _read(self, y: int, x: int) -> np.ndarray:
-        """The tile from (y, x) on, cut off at the edges of the image."""
-        bottom, right = (
-            min(start + side, length) for start, side, length in zip((y, x), self.sides, self.size)
-        )
-        rows, columns = slice(y, bottom), slice(x, right)
-        if not self.level:
-            return self.image[rows, columns]
-        size = round((bottom - y) * self.scale), round((right - x) * self.scale)
-        return self.image.resampled(self.level, rows, columns, size)
-
-    def add(self, key: Key, maps: np.ndarray) -> None:
-        """Take the dense maps float32 (C, h, w) of a tile."""
+    def add(self, key: Key, maps: np.ndarray | None) -> None:
+        """Take the dense maps float (C, h, w) of a tile; None for one that is not run."""
+        self.run += maps is not None
         self._maps[key] = maps
 
     def ready(self, k: int) -> bool:
         """Whether the maps of all tiles of window k are there."""
         return all(key in self._maps for key in self._keys[k])
 
-    def maps(self, k: int) -> np.ndarray:
-        """Dense maps float32 (C, h, w) of window k's outer place."""
-        outer = self.windows[k].outer
+    def take(self, k: int) -> list[tuple[Key, np.ndarray]]:
+        """The tiles of window k that were run, with their maps. Drops what no window needs."""
         keys = self._keys[k]
-        weight = np.zeros([place.stop - place.start for place in outer], np.float32)
-        total = np.zeros((len(self._maps[keys[0]]), *weight.shape), np.float32)
-        for key in keys:
-            maps = self._maps.pop(key) if self._last[key] == k else self._maps[key]
+        maps = [self._maps.pop(key) if self._last[key] == k else self._maps[key] for key in keys]
+        return [pair for pair in zip(keys, maps) if pair[1] is not None]
+
+    def stitch(self, k: int, parts: Sequence[tuple[Key, np.ndarray]]) -> np.ndarray:
+        """Dense maps float32 (C, h, w) of window k's outer place, of what `take` gave."""
+        outer = self.windows[k].outer
+        total = np.zeros((len(parts[0][1]), *(p.stop - p.start for p in outer)), np.float32)
+        for key, maps in parts:
             (y, y_in), (x, x_in) = (
                 meet(starts[n], length, place)
                 for starts, n, length, place in zip(self.starts, key, self.sides, outer)
             )
-            if len(self.starts[0]) == len(self.starts[1]) == 1:
-                return maps[:, y, x]
-            fade = self.ramps[0][y, None] * self.ramps[1][x]
-            total[:, y_in, x_in] += maps[:, y, x] * fade
-            weight[y_in, x_in] += fade
-        return total / weight
+            down, across = (ramps[n][part] for ramps, n, part in zip(self.ramps, key, (y, x)))
+            # Inside, a tile is alone; over the seams, the weights of neighbours sum to 1.
+            faded = maps[:, y, x].astype(np.float32)
+            for rows in edges(down):
+                faded[:, rows] *= down[rows, None]
+            for columns in edges(across):
+                faded[:, :, columns] *= across[columns]
+            total[:, y_in, x_in] += faded
+        return total
 
     def _plan(self) -> list[list[Key]]:
         """The keys of each window's tiles.
@@ -255,7 +293,7 @@ def own_nuclei(label: np.ndarray, window: Window, area: Area | None = None) -> n
     Centroids are rounded down to whole px, so that all windows that see a nucleus whole agree.
 
     Args:
-        label: int32 (h, w) of the window's outer place, 0 = background.
+        label: int32 (h, w) of the window's outer place, 0 = background, ids 1, 2, ...
         window: the window.
         area: where nuclei are kept; None = everywhere.
 
@@ -264,16 +302,24 @@ def own_nuclei(label: np.ndarray, window: Window, area: Area | None = None) -> n
     """
     if window.core == window.outer and area is None:
         return label
+    inner = [slice(c.start - o.start, c.stop - o.start) for c, o in zip(*window)]
+    moved = np.full(int(label.max()) + 1, area is not None)  # ids whose centroid must be looked at
+    for strip in (slice(0, inner[0].start), slice(inner[0].stop, None)):
+        moved[label[strip]] = True
+    for strip in (slice(0, inner[1].start), slice(inner[1].stop, None)):
+        moved[label[:, strip]] = True
+    moved[0] = False
     flat = label.ravel()
-    pixels = np.flatnonzero(flat)
-    sizes = np.bincount(flat[pixels], minlength=1)
-    inside = sizes > 0
+    pixels = np.flatnonzero(moved[flat])
+    ids = flat[pixels]
+    sizes = np.bincount(ids, minlength=len(moved))
+    inside = np.ones(len(moved), bool)
+    inside[0] = False
     centroids = []
-    for values, core, outer in zip(np.divmod(pixels, label.shape[1]), window.core, window.outer):
-        total = np.bincount(flat[pixels], values, len(sizes)).astype(np.int64)
+    for values, core in zip(np.divmod(pixels, label.shape[1]), inner):
+        total = np.bincount(ids, values, len(sizes)).astype(np.int64)
         centroids.append(total // np.maximum(sizes, 1))
-        centre = centroids[-1] + outer.start
-        inside &= (centre >= core.start) & (centre < core.stop)
+        inside &= ~moved | ((centroids[-1] >= core.start) & (centroids[-1] < core.stop))
     if area is not None:
         inside &= area(window.outer)[tuple(centroids)]
     return (np.cumsum(inside) * inside).astype(np.int32)[label]

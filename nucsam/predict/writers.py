@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+import imagecodecs
 import numpy as np
 import tifffile
 from skimage.measure import block_reduce
@@ -32,8 +32,10 @@ FILES = {  # format -> file, by the stem of the image
     "csv": "{}.csv",
     "parquet": "{}.parquet",
     "overlay": "overlays/{}.png",
+    "tissue": "{}.tissue.geojson",
 }
 USUAL = ("labels", "geojson", "overlay")  # formats where none are named
+RECENT = 64  # blocks of labels that stay in memory as they are, 1 MiB each
 BLOCK = 512  # px: side of a block of labels, and of a tile of a label TIFF
 STRIPS = 2048  # px: a label map up to this side is a TIFF of strips, without tiles
 GROUP = 10_000  # least rows of a group of a Parquet file
@@ -182,7 +184,7 @@ TABLES = {
 
 
 class LabelBlocks:
-    """A label map of any size in a file, as deflated blocks: memory is that of a block.
+    """A label map of any size in a file, as compressed blocks: memory is that of `RECENT` blocks.
 
     Args:
         size: height and width, px.
@@ -195,15 +197,28 @@ class LabelBlocks:
         self.count = 0  # nuclei so far
         self._file = file
         self._places: dict[tuple[int, ...], tuple[int, int]] = {}  # block -> offset, length
+        self._recent: dict[tuple[int, ...], np.ndarray] = {}  # blocks, the last changed one last
 
     def block(self, at: tuple[int, ...]) -> np.ndarray:
         """int32 (BLOCK, BLOCK) at a row and column of blocks, 0 beyond the image."""
+        if at in self._recent:
+            return self._recent[at]
         if at not in self._places:
             return np.zeros((BLOCK, BLOCK), np.int32)
         offset, length = self._places[at]
         self._file.seek(offset)
-        block = np.frombuffer(zlib.decompress(self._file.read(length)), np.int32)
-        return block.reshape(BLOCK, BLOCK).copy()
+        data = bytearray(imagecodecs.zstd_decode(self._file.read(length)))
+        return np.frombuffer(data, np.int32).reshape(BLOCK, BLOCK)
+
+    def _keep(self, at: tuple[int, ...], block: np.ndarray) -> None:
+        """Keep a changed block; the one that has not changed for longest goes into the file."""
+        self._recent.pop(at, None)
+        self._recent[at] = block
+        if len(self._recent) > RECENT:
+            at = next(iter(self._recent))
+            data = imagecodecs.zstd_encode(self._recent.pop(at), 1)
+            self._places[at] = self._file.seek(0, 2), len(data)
+            self._file.write(data)
 
     def add(self, window: Window, nuclei: Nuclei) -> Nuclei:
         """Add a window's nuclei.
@@ -220,6 +235,7 @@ class LabelBlocks:
         """
         label = nuclei.label.copy()
         pieces = []
+        hidden = False
         for at in product(*(range(p.start // BLOCK, -(-p.stop // BLOCK)) for p in window.outer)):
             (y, y_in), (x, x_in) = (
                 meet(BLOCK * k, BLOCK, place) for k, place in zip(at, window.outer)
@@ -227,18 +243,24 @@ class LabelBlocks:
             piece = label[y_in, x_in]
             if piece.any():
                 block = self.block(at)
-                piece[block[y, x] > 0] = 0
+                taken = (block[y, x] > 0) & (piece > 0)
+                if taken.any():
+                    piece[taken] = 0
+                    hidden = True
                 pieces.append((at, block, block[y, x], piece))
-        visible = np.bincount(label.ravel(), minlength=len(nuclei.confidence) + 1) > 0
-        visible[0] = False
-        ids = (np.cumsum(visible) * visible).astype(np.int32)
+        ids = np.arange(len(nuclei.confidence) + 1, dtype=np.int32)
+        if hidden:
+            visible = np.bincount(label.ravel(), minlength=len(ids)) > 0
+            visible[0] = False
+            ids = (np.cumsum(visible) * visible).astype(np.int32)
+        numbers = np.where(ids > 0, ids + self.count, 0).astype(np.int32)
         for at, block, place, piece in pieces:
-            np.copyto(place, ids[piece] + self.count, where=piece > 0)
-            data = zlib.compress(block, 1)
-            self._places[at] = self._file.seek(0, 2), len(data)
-            self._file.write(data)
-        self.count += int(visible.sum())
-        return Nuclei(ids[label], nuclei.confidence[visible[1:]])
+            np.maximum(place, numbers[piece], out=place)
+            self._keep(at, block)
+        self.count += int(ids.max())
+        if not hidden:
+            return Nuclei(label, nuclei.confidence)
+        return Nuclei(ids[label], nuclei.confidence[ids[1:] > 0])
 
     def write(self, path: Path, mpp: float | None) -> None:
         """Write a deflated TIFF: uint16, or uint32 where an id is over 65535.
@@ -246,16 +268,24 @@ class LabelBlocks:
         Over `STRIPS` px a side it is a tiled BigTIFF.
         """
         dtype = np.dtype(np.uint16 if self.count <= 65535 else np.uint32)
-        down, across = self.grid
-        blocks = (self.block(at).astype(dtype) for at in product(range(down), range(across)))
+        places = list(product(*map(range, self.grid)))
         tags: dict[str, Any] = {"compression": "zlib", "photometric": "minisblack"}
         if mpp:
             tags |= {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}
         if max(self.size) > STRIPS:
+            empty = imagecodecs.deflate_encode(np.zeros((BLOCK, BLOCK), dtype))
+            blocks = (
+                imagecodecs.deflate_encode(self.block(at).astype(dtype))
+                if at in self._places or at in self._recent
+                else empty
+                for at in places
+            )
             tags |= {"shape": self.size, "dtype": dtype, "tile": (BLOCK, BLOCK), "bigtiff": True}
             tifffile.imwrite(path, blocks, buffersize=2**24, **tags)
         else:
-            whole = np.block([[next(blocks) for _ in range(across)] for _ in range(down)])
+            whole = np.zeros([BLOCK * length for length in self.grid], dtype)
+            for y, x in places:
+                whole[BLOCK * y :, BLOCK * x :][:BLOCK, :BLOCK] = self.block((y, x))
             tifffile.imwrite(path, whole[: self.size[0], : self.size[1]], **tags)
 
 
