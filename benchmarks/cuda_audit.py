@@ -157,6 +157,7 @@ class FakeGpu(TorchDispatchMode):
         self._stack.enter_context(patch("torch.cuda.amp.common.amp_definitely_not_available", bool))
         self._stack.enter_context(patch("torch.cuda.is_bf16_supported", lambda *_: True))
         self._stack.enter_context(patch.object(Tensor, "pin_memory", lambda x: self.pin(x)))
+        self._stack.enter_context(patch("torch.cuda.current_stream", lambda *_: self))
         for place in ("torch.optim.optimizer", "torch.utils._foreach_utils"):  # as on real tensors
             types = patch(f"{place}._foreach_supported_types", [Tensor, nn.Parameter, FakeTensor])
             self._stack.enter_context(types)
@@ -172,6 +173,10 @@ class FakeGpu(TorchDispatchMode):
         super().__exit__(*error)
         augment._noise_table.cache_clear()
         self._stack.__exit__(*error)
+
+    def synchronize(self) -> None:
+        """Of the stream: the host waits for all of it."""
+        self.counts.syncs[f"synchronize at {_place()}"] += 1
 
     def pin(self, tensor: Tensor) -> Tensor:
         """A copy in pinned memory, from where the GPU copies while the host goes on."""

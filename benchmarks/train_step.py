@@ -502,7 +502,7 @@ class Bench(bench.Machine):
             features = way.encoder(images)
         hook.remove()
         mark("encoder, adapted part")
-        leaves = type(features)(*(f.detach().requires_grad_(f.requires_grad) for f in features))
+        leaves = tuple(f.detach().requires_grad_(f.requires_grad) for f in features)
         with self.cast():
             maps = way.head(leaves, (self.crop, self.crop))
         mark("head")

@@ -310,7 +310,8 @@ def label_maps(file: Path, out: Path | None = None, **options) -> tuple[np.ndarr
     p = nucsam.load(file, device="cpu", tile=64, overlap=8, **options)
     p.autocast = None  # the run's metadata say bf16
     whole = replace(p, core=2**31)
-    ((_, _, maps),) = whole._dense([whole.grid(IMAGE, mpp=mpp)])
+    ((tiles, *part),) = whole._stream([whole.grid(IMAGE, mpp=mpp)])
+    maps = tiles.stitch(*part)
     p.instances = replace(UNSURE, foreground=float(np.median(maps[0])))
     return maps, p.predict(IMAGE, mpp=mpp)
 

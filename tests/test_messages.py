@@ -175,7 +175,7 @@ $ train PLAIN model.weights=nan.pt  # weights that are not numbers
 nan.pt: found NaN or infinity in 1 tensors: weight
 $ train PLAIN model.weights=run/adapter.safetensors  # an adapter as base
 run/adapter.safetensors does not fit model.encoder ... nucsam export...
-$ train PLAIN model.encoder=efficient_sam_s  # an encoder whose file no address serves
+$ train PLAIN model.encoder=efficient_sam_s model.weights=auto  # no address is known
 model.weights: found 'auto', but no address serves EfficientSAM-S's efficient_sam_vits.pt, ...
 $ train PLAIN model.encoder=efficient_sam_ti model.head=sam  # an encoder without SAM's decoder
 ...model.head: found 'sam' with model.encoder = 'efficient_sam_ti', ... expected 'instance'

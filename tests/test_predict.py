@@ -186,7 +186,7 @@ def test_images_are_read_as_they_are_needed():
 
     labels = predictor(batch=4).predict_many(stream())
     np.testing.assert_array_equal(next(labels), picture(64, 64)[..., 0])
-    assert len(read) <= 12
+    assert len(read) < 20  # two batches, and what threads have begun
     assert len(list(labels)) == 29
     assert read == list(range(30))
     assert list(predictor().predict_many([])) == []

@@ -73,9 +73,11 @@ def predict_files(
         UserError: a mistake that concerns more than one image; nothing has been written.
     """
     _check_options(formats, options.get("scale"), mpp)
-    images = sorted(find_image_files(paths), key=lambda path: path.stat().st_size, reverse=True)
+    images = find_image_files(paths)
     files = {path: writers.output_files(out, stem_of(path), formats) for path in images}
     _check_files(files, out)
+    largest_first = sorted(images, key=lambda path: path.stat().st_size, reverse=True)
+    files = {path: files[path] for path in largest_first}
     outlines = _read_rois(roi, files) if roi else {}
     predictor = load(model, **options)
     settings = _settings(model, predictor, mpp) | {"roi": roi and str(roi), "tissue": tissue}

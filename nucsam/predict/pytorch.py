@@ -64,9 +64,7 @@ def _on_host(maps: torch.Tensor) -> np.ndarray:
     """
     if maps.device.type != "cuda":
         return maps.cpu().numpy()
-    maps = maps.half()
-    host = torch.empty(maps.shape, dtype=maps.dtype, pin_memory=True)
-    host.copy_(maps, non_blocking=True)
+    host = maps.half().to("cpu", non_blocking=True)  # that is into pinned memory
     torch.cuda.current_stream(maps.device).synchronize()
     return host.numpy()
 

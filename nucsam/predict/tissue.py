@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
-from skimage.filters import threshold_otsu
 
 from nucsam.data import geojson
 from nucsam.data.slides import Windows
@@ -48,6 +46,8 @@ class Tissue:
         Args:
             size: height and width of the image, px.
         """
+        from scipy import ndimage
+
         pieces, _ = ndimage.label(self.cells)
         ends = size[::-1]
         for geometry in geojson.geometries(pieces):
@@ -80,6 +80,9 @@ def find_tissue(image: Any, *, whole: bool = False) -> Tissue:
     Raises:
         UserError: the image cannot be read.
     """
+    from scipy import ndimage
+    from skimage.filters import threshold_otsu
+
     H, W = image.shape[:2]
     level = image.level(DETAIL) if isinstance(image, Windows) else 0
     shape = -(-H // CELL), -(-W // CELL)
