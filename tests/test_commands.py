@@ -179,7 +179,7 @@ def trained(tmp_path_factory, folder):
 
 def test_training_prints_what_must_be_known(trained):
     run, output = trained
-    assert "284,828 of 6,028,720 parameters" in output
+    assert "283,124 of 6,027,016 parameters" in output
     assert (run / "scores.json").is_file()
 
 

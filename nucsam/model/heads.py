@@ -22,7 +22,7 @@ from nucsam.model.pixels import Features
 
 NUCLEUS_WEIGHT = 3.0  # of a nucleus pixel in the distance loss; a background pixel has 1
 
-STRIDES = (16, 8, 4, 2, 1)  # of the instance head
+STRIDES = (16, 8, 4, 2)  # of the levels of the instance head
 
 # A missed pixel costs as much as a false one: with CellViT's 0.7 and 0.3 crowded nuclei swell.
 TVERSKY = {"alpha": 0.5, "beta": 0.5}
@@ -112,8 +112,9 @@ class Block(nn.Sequential):
 class InstanceHead(nn.Module):
     """A small U-Net on the encoder's maps and on a convolution branch of its own.
 
-    The branch sees the image at strides 1, 2, 4 and 8. The encoder's maps at those strides were not
-    made for nuclei, and most of the layers before them stay frozen.
+    The branch sees the image at strides 2, 4 and 8. The encoder's maps at those strides were not
+    made for nuclei, and most of the layers before them stay frozen. A level at stride 1 would cost
+    a fifth of a step, and lowers the scores (benchmarks/accuracy.md).
 
     Maps (B, 4, H, W): logits of background, inside and boundary (`targets.classes`), and of the
     depth (`targets.depth`).
@@ -128,10 +129,10 @@ class InstanceHead(nn.Module):
     def __init__(self, width: int = 128, maps: Sequence[tuple[int, int]] = MAPS) -> None:
         super().__init__()
         self.strides = [stride for stride, _ in maps]
-        widths = (width, width * 3 // 4, width // 2, width // 4, width // 8)  # strides 16 to 1
-        self.stem = Block(3, widths[4])
+        widths = (width, width * 3 // 4, width // 2, width // 4)  # strides 16 to 2
         self.branch = nn.ModuleList(
-            nn.Sequential(Block(a, b, stride=2), Block(b, b)) for a, b in pairwise(widths[:0:-1])
+            nn.Sequential(Block(a, b, stride=2), Block(b, b))
+            for a, b in pairwise((3, *widths[:0:-1]))
         )
         # Of the branch, which has no stage at stride 16, and of the encoder's maps there.
         inputs = [0, *widths[1:]]
@@ -139,16 +140,15 @@ class InstanceHead(nn.Module):
             inputs[STRIDES.index(stride)] += channels
         self.lateral = nn.ModuleList(nn.Conv2d(i, w, 1, bias=False) for i, w in zip(inputs, widths))
         self.top_down = nn.ModuleList(nn.Conv2d(a, b, 1, bias=False) for a, b in pairwise(widths))
-        self.blocks = nn.ModuleList(nn.Sequential(Block(w, w), Block(w, w)) for w in widths[:4])
-        self.blocks.append(Block(widths[4], widths[4]))
-        self.out = nn.Conv2d(widths[4], self.channels, 1)
+        self.blocks = nn.ModuleList(nn.Sequential(Block(w, w), Block(w, w)) for w in widths)
+        self.out = nn.Conv2d(widths[-1], self.channels, 1)
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """Features of images in model px -> maps (B, 4, *size), image px."""
         image, *maps = features
-        branch = [self.stem(image)]
+        branch = []
         for stage in self.branch:
-            branch.append(stage(branch[-1]))
+            branch.append(stage(branch[-1] if branch else image))
         levels = {stride: [] for stride in STRIDES}
         for stride, x in zip(self.strides, maps, strict=True):
             levels[stride].append(x)
