@@ -13,7 +13,7 @@ BACKGROUND, INSIDE, BOUNDARY = 0, 1, 2
 
 REACH = 32  # px; depths are exact up to here, and no pixel counts as deeper
 
-_FAR = 1e6  # px, or px squared: beyond the size of any image
+_FAR = 1e6  # px: beyond the size of any image
 
 
 def classes(labels_BHW: Tensor) -> Tensor:
@@ -61,17 +61,19 @@ def _distance(inside_BHW: Tensor) -> Tensor:
     """1 + Euclidean distance to the nearest pixel that is not inside, px, exact up to REACH.
 
     In two passes: the distance within each row, then the nearest of the rows up to REACH away.
+    The second pass moves most of the bytes, so its squares are of 16 bits.
     """
     H, W = inside_BHW.shape[1:]
     column = torch.arange(W, device=inside_BHW.device, dtype=torch.float32).expand(inside_BHW.shape)
     left = torch.where(inside_BHW, -_FAR, column).cummax(2).values
     right = torch.where(inside_BHW, _FAR, column).flip(2).cummin(2).values.flip(2)
-    squared = torch.minimum(column - left, right - column).square()
-    squared = F.pad(squared, (0, 0, REACH, REACH), value=_FAR)
+    beyond = 2 * REACH**2
+    squared = torch.minimum(column - left, right - column).square().clamp_(max=beyond).short()
+    squared = F.pad(squared, (0, 0, REACH, REACH), value=beyond)
     nearest = squared[:, REACH : REACH + H].clone()
     for shift in range(1, REACH + 1):
         above = squared[:, REACH - shift :][:, :H]
         below = squared[:, REACH + shift :][:, :H]
         either = torch.minimum(above, below).add_(shift * shift)
         torch.minimum(nearest, either, out=nearest)
-    return 1 + nearest.sqrt_().clamp_(max=REACH)
+    return 1 + nearest.float().sqrt_().clamp_(max=REACH)
