@@ -321,7 +321,7 @@ def test_onnx_gives_the_same_tiles_and_nuclei(run, onnx, options):
     """Of an image whose sides are no multiple of the graph's."""
     (maps, label), (same, again) = (label_maps(file, **options) for file in (run, onnx[0]))
     np.testing.assert_allclose(same, maps, atol=1e-5)
-    assert label.max() > 20 and maps[0].std() > 0.005
+    assert label.max() > 20 and maps[0].std() > 0.003
     assert (again != label).mean() < 1e-3
 
 

@@ -364,8 +364,8 @@ def test_two_folds_by_accelerate_launch(tiny, tmp_path):
     assert table["protocols"][0]["mean"]["dice"] == pytest.approx(mean)
     assert "RANDOM BASE WEIGHTS" in done.stdout
     assert load_config(runs[1] / "config.toml").data.fold == 1
-    assert table["parameters_trainable"] == 114_800 - 44_544 // 2  # rank 2, not 4
-    assert "trains 92,528 of" in runs[1].with_name("fold1.log").read_text()
+    assert table["parameters_trainable"] == 114_428 - 44_544 // 2  # rank 2, not 4
+    assert "trains 92,156 of" in runs[1].with_name("fold1.log").read_text()
 
 
 SRUN = """#!/bin/sh

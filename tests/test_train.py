@@ -43,7 +43,7 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def once(tmp_path_factory, tiny):
     """A finished run and its configuration."""
-    few_steps = ("model.width=64", "augment.stain=0", "train.batch=1", "train.lr_head=0.02")
+    few_steps = ("model.width=64", "augment.stain=0", "train.batch=1", "train.lr_head=0.005")
     config = tiny("train.epochs=3", *few_steps)
     run = tmp_path_factory.mktemp("runs") / "once"
     return run, config, fit(config, run)
@@ -56,7 +56,7 @@ def test_run_directory_explains_itself(once):
     assert {path.name for path in run.iterdir()} == {*names.split()} | weights
     assert load_config(run / "config.toml") == config
     assert [line["epoch"] for line in history(run)] == [1, 2, 3]
-    rates = [0.02 * rate(step, 15, 5, config.train) for step in (4, 9, 14)]
+    rates = [0.005 * rate(step, 15, 5, config.train) for step in (4, 9, 14)]
     assert [line["lr"] for line in history(run)] == rates  # of the last step of each epoch
     environment = json.loads((run / "environment.json").read_text())
     assert environment["images"] == {"train": 5, "inner": 3, "test": 4}
@@ -231,6 +231,7 @@ def test_auto_is_the_fast_precision_unless_a_launcher_or_the_run_says_another(
     assert training_module._precision("auto", False, run) == "bf16"
 
     numbers = {"parameters_trainable": 1, "parameters": 2, "processes": 1, "epochs": 1, "steps": 9}
+    numbers |= {"threads": 1, "loader_processes": 0, "idle_cores": 2}
     facts = {"images": {"train": 9}, "base": "a.pt", "precision": "bf16", **numbers}
     print_start(facts, torch.device("cuda"), "auto")
     assert "on the GPU in bf16 (train.precision=auto)" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -186,8 +187,8 @@ class Training:
             self.base = checkpoint.run_base(self.run, self.config)
         if accelerator.is_main_process:
             facts = self._environment()
-            # that of the start names the settings; --resume alone says nothing
-            facts["command"] = self.run.read_environment().get("command", facts["command"])
+            with suppress(UserError):  # of a damaged file; that of the start names the settings
+                facts["command"] = self.run.read_environment().get("command", facts["command"])
             self.run.write_environment(facts)
             data = f"{self.config.data.root}: {taken(self.samples.records)}"
             console.print(data, markup=False, soft_wrap=True)
