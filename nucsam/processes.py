@@ -121,10 +121,10 @@ def allowed_cores() -> int:
 def idle_cores() -> int:
     """This process's share of the `allowed_cores` that no other program uses; at least 1.
 
-    A program counts if it runs now, or if the load average still tells of it. The look at what runs
-    now takes a fifth of a second.
+    A program counts if it runs now, for which this looks half a second. The load average would
+    count what ended a minute ago too, such as an installation.
     """
     cores = os.cpu_count() or 1
-    busy = max(psutil.getloadavg()[0], cores * psutil.cpu_percent(0.2) / 100)
+    busy = cores * psutil.cpu_percent(0.5) / 100
     idle = min(allowed_cores(), round(cores - busy))
     return max(1, idle // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -11,12 +11,12 @@ from nucsam import processes
 def machine(monkeypatch, tmp_path):
     """A machine of 8 cores, of which this process may use those that a test says."""
 
-    def make(*, load=0.0, percent=0.0, affinity=8, quota=None, version=2, share=1):
+    def make(*, percent=0.0, affinity=8, quota=None, version=2, share=1):
         monkeypatch.setattr(processes.os, "cpu_count", lambda: 8)
         monkeypatch.setattr(
             processes.os, "sched_getaffinity", lambda _: range(affinity), raising=False
         )
-        usage = SimpleNamespace(getloadavg=lambda: (load, 0, 0), cpu_percent=lambda _: percent)
+        usage = SimpleNamespace(cpu_percent=lambda _: percent)
         monkeypatch.setattr(processes, "psutil", usage)
         monkeypatch.setattr(processes, "CGROUP", tmp_path)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(share))
@@ -35,11 +35,11 @@ def machine(monkeypatch, tmp_path):
     ("facts", "cores"),
     [
         ({}, 8),
-        ({"load": 2.4}, 6),
-        ({"load": 30.0}, 1),
-        ({"percent": 75.0}, 2),  # programs that began a moment ago
+        ({"percent": 30.0}, 6),
+        ({"percent": 75.0}, 2),
+        ({"percent": 100.0}, 1),
         ({"affinity": 3}, 3),
-        ({"affinity": 3, "load": 4.0}, 3),  # on the other five
+        ({"affinity": 3, "percent": 50.0}, 3),  # on the other five
         ({"quota": 250_000}, 2),
         ({"quota": 50_000}, 1),
         ({"quota": "max"}, 8),
