@@ -13,11 +13,12 @@
 #   sbatch --array=0-7 --nodes=1 launch/slurm.sh predict MODEL SLIDES --out OUT
 #
 # predicts many slides. The tasks of all elements of the array share them; with or without an array.
-# For two tasks a GPU, double --ntasks-per-node and add --per-device 2. Remove results that you want
-# anew: --force would make an element that starts late predict them again. The job is requeued after a preemption, and two minutes
-# before the end of its time. Then all commands resume, as they do when you submit the same line
-# again. RUNS and OUT must lie on a file system that all nodes see. It needs file locks: NFS, or
-# Lustre mounted with -o flock.
+# For two tasks a GPU, double --ntasks-per-node and add --per-device 2. To predict images again,
+# remove their results: with --force, each element of the array that starts late would do so.
+#
+# The job is requeued after a preemption, and two minutes before the end of its time. Then all
+# commands resume, as they do when you submit the same line again. RUNS and OUT must lie on a file
+# system that all nodes see. It needs file locks: NFS, or Lustre mounted with -o flock.
 #SBATCH --job-name=nucsam
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
