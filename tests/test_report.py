@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +24,7 @@ from nucsam.cli import run_command
 from nucsam.config import load_config, to_toml
 from nucsam.data import find_records
 from nucsam.report import facts, gallery
-from nucsam.report.page import finish, write_report
+from nucsam.report.page import finish, without_folders, write_report
 from nucsam.score.metrics import protocol_named, score_maps
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -249,6 +250,13 @@ def test_every_image_is_in_the_gallery_on_demand(one, no_charts):
     names = {image["name"] for image in read_scores(one)["scores"][0]["images"]}
     assert page.count("article") == len(names) == 4 and "--every-image" not in page.text
     assert "--every-image" in written(one).text
+
+
+def test_a_path_goes_with_all_its_folders():
+    """Also where a private place is only the beginning of the path."""
+    for path in ("/home/ann/.cache/nucsam/base.pt", "/home/Anna M/set/a.png", "/data/x/a.png"):
+        places = [Path("/home/ann/runs"), Path("/home/Anna M/runs")]
+        assert without_folders(f"base {path}, kept", places) == f"base {Path(path).name}, kept"
 
 
 def test_a_page_names_no_folder_of_this_machine(one, folder, tmp_path, no_charts):

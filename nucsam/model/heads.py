@@ -146,9 +146,10 @@ class InstanceHead(nn.Module):
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
         """Features of images in model px -> maps (B, 4, *size), image px."""
         image, *maps = features
-        branch = []
+        x, branch = image, []
         for stage in self.branch:
-            branch.append(stage(branch[-1] if branch else image))
+            x = stage(x)
+            branch.append(x)
         levels = {stride: [] for stride in STRIDES}
         for stride, x in zip(self.strides, maps, strict=True):
             levels[stride].append(x)

@@ -126,9 +126,10 @@ def without_folders(text: str, places: Iterable[Path] = ()) -> str:
         text: for a person to read; of a path with spaces, the folders before them go.
         places: paths whose folders go wherever they stand, spaces or not.
     """
+    inner = r"([^\s'\"=;,/\\]+[/\\])"
     for folder in sorted({str(path.absolute().parent) for path in places}, key=len, reverse=True):
-        text = text.replace(folder.rstrip("/\\") + os.sep, "")
-    return re.sub(r"(?<![\w.:/-])(~|[A-Za-z]:)?[/\\]([^\s'\"=;,/\\]+[/\\])+", "", text)
+        text = re.sub(re.escape(folder.rstrip("/\\") + os.sep) + f"{inner}*", "", text)
+    return re.sub(rf"(?<![\w.:/-])(~|[A-Za-z]:)?[/\\]{inner}+", "", text)
 
 
 def _render(private: Sequence[Path], **values: Any) -> str:

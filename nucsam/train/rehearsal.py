@@ -89,13 +89,13 @@ def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
     d, least = training.config.data, training.config.instances.area
     labels = [training.samples[i].label for i in training.train]
     areas = np.concatenate([np.bincount(label.ravel())[1:] for label in labels])
-    tiny = float(np.mean(areas[areas > 0] < least))
+    areas = areas[areas > 0]
+    tiny, removed = (float(np.mean(areas < px)) for px in (least, SMALLEST))
     if len(training.select) < FEWEST:
         yield f"data.inner: only {len(training.select)} image(s) choose the epoch, partly by chance"
     if len(training.score) < FEWEST:
         images = f"only {len(training.score)} image(s) are scored"
         yield f"data.folds: {images}; nucsam folds scores every image once"
-    removed = float(np.mean(areas[areas > 0] < SMALLEST))
     if removed > TINY:
         yield (
             f"{removed:.0%} of the nuclei are under {SMALLEST} px: the protocol nuinsseg "
