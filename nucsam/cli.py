@@ -390,22 +390,28 @@ def inspect_command(
 @app.command("export")
 def export_command(
     run: Annotated[Path, Argument(metavar="RUN", help="Run directory, or an exported adapter.")],
-    out: Annotated[Path, Option(help="File to write.")],
+    out: Annotated[Path | None, Option(help="File to write.")] = None,
+    push: Annotated[str, Option(help="USER/NAME: upload it to the Hugging Face Hub.")] = "",
     format: Annotated[str, Option(help="One of the formats above; default: by suffix.")] = "",
     base: Annotated[str, Option(help="Base of an exported adapter: a path or auto.")] = "",
+    half: Annotated[bool, Option("--half", help="Half precision: half the size.")] = False,
     force: Force = False,
 ) -> None:
-    """Write a finished run's model as one file.
+    """Write a finished run's model as one file, or upload it with a card that describes it.
 
     Formats: safetensors (merged LoRA and head, for nucsam), onnx, sam (the base's own tensors,
     .pt), or adapter (LoRA and head alone).
     """
     from nucsam.console import PlainConsole
-    from nucsam.export.merged import export_run
+    from nucsam.export.merged import export_run, push_run
 
-    with PlainConsole(stderr=True).status(f"writing {out}"):
-        sentence = export_run(run, out, format=format, base=base, force=force)
-    print(printable(sentence))
+    if not (out or push):
+        raise UserError("export: expected --out FILE, --push USER/NAME, or both")
+    with PlainConsole(stderr=True).status(f"writing {out or push}"):
+        if out:
+            print(printable(export_run(run, out, format=format, base=base, half=half, force=force)))
+        if push:
+            print(printable(push_run(run, push, base=base, half=half)))
 
 
 @app.command("report")

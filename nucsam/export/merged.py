@@ -14,12 +14,13 @@ No path of this machine goes into a file. Of the data folder it holds the name.
 import io
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nucsam import __version__
+from nucsam import __version__, hub
 from nucsam.config import Config
 from nucsam.errors import UserError, check_packages
 from nucsam.export import graph
@@ -29,6 +30,7 @@ from nucsam.model.network import Nucsam
 from nucsam.model.weights import Base
 from nucsam.run import checkpoint
 from nucsam.run.directory import RunDirectory
+from nucsam.score.tables import COLUMNS
 
 FORMATS = {  # format -> `kind` in the metadata of its files
     "safetensors": "merged",
@@ -49,6 +51,7 @@ def export_run(
     *,
     format: str = "",
     base: str = "",
+    half: bool = False,
     force: bool = False,
 ) -> str:
     """Write the best weights of a finished run as one file.
@@ -58,6 +61,7 @@ def export_run(
         out: the file.
         format: one of `FORMATS`; "" = the one of the suffix in `SUFFIXES`, else safetensors.
         base: base weights of an adapter file, as `load_base` takes them; "" = auto.
+        half: keep fractions in half precision; for nucsam's own formats.
         force: replace an existing file.
 
     Returns:
@@ -69,13 +73,18 @@ def export_run(
         RuntimeError: onnxruntime gives other maps than PyTorch.
     """
     format = format or SUFFIXES.get(out.suffix, ("safetensors",))[0]
-    _check(source, out, format, base, force)
+    _check(source, out, format, base, half, force)
     if source.is_file():
         net, config, stock, metadata = checkpoint.open_adapter(source, base or "auto")
     else:
         net, config, stock, metadata = checkpoint.open_run(source)
         metadata |= _finished(RunDirectory(source), config)
     tensors = _tensors(format, net, stock)
+    if half:
+        tensors = {
+            name: tensor.half() if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
     metadata = _portable(metadata, config) | {"kind": FORMATS[format]}
     remark = _write(out, format, tensors, metadata, net, config)
     values = sum(tensor.numel() for tensor in tensors.values())
@@ -83,7 +92,42 @@ def export_run(
     return f"{out}: {len(tensors)} tensors, {values:,} values{remark}, {size:.2f} MiB"
 
 
-def _check(source: Path, out: Path, format: str, base: str, force: bool) -> None:
+def push_run(source: Path, name: str, *, base: str = "", half: bool = False) -> str:
+    """Upload the merged model of a finished run, with a card, to the Hugging Face Hub.
+
+    Args:
+        source, base, half: as of `export_run`.
+        name: USER/NAME of the repository, which is made if need be.
+
+    Returns:
+        A sentence with the name that predicts and trains.
+
+    Raises:
+        UserError: as of `export_run`, or the Hub refuses.
+    """
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / hub.FILE
+        export_run(source, file, format="safetensors", base=base, half=half)
+        _, metadata = checkpoint.read_tensors(file, "merged")
+        name = name.removeprefix(hub.PREFIX)
+        pushed = hub.push_model(name, file, model_card(name, metadata))
+    return f"{pushed}: uploaded; nucsam predict {hub.PREFIX}{name} IMAGES --out DIR takes it"
+
+
+def model_card(name: str, metadata: dict[str, Any]) -> str:
+    """The README.md of a model's repository: what the metadata of its file say, as Markdown."""
+    from jinja2 import Environment, PackageLoader
+
+    loader = PackageLoader("nucsam.export")
+    template = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True).get_template(
+        "card.md"
+    )
+    config = Config.from_dict(metadata["config"], "metadata")
+    metric = COLUMNS[config.train.best]
+    return template.render(name=name, m=metadata, c=config, metric=metric) + "\n"
+
+
+def _check(source: Path, out: Path, format: str, base: str, half: bool, force: bool) -> None:
     """Refuse what can be refused before the model is read."""
     if format not in FORMATS:
         raise UserError(f"format: found {format!r}, expected one of {', '.join(FORMATS)}")
@@ -92,6 +136,8 @@ def _check(source: Path, out: Path, format: str, base: str, force: bool) -> None
         raise UserError(f"out: found {out} for the format {format}, expected {expected}")
     if base and source.is_dir():
         raise UserError(f"base: {source} is a run and names its base, expected an adapter file")
+    if half and format not in ("safetensors", "adapter"):
+        raise UserError(f"half: found it for the format {format}, expected safetensors or adapter")
     if format == "onnx":
         check_packages("onnx", "onnx", "onnxscript", "onnxruntime")
     if out.is_file() and not force:
@@ -152,10 +198,15 @@ def _write(
 def _portable(metadata: dict[str, Any], config: Config) -> dict[str, Any]:
     """An adapter's metadata without the paths of this machine."""
     data = replace(config.data, root=Path(config.data.root).resolve().name)
-    model = replace(config.model, weights=Path(config.model.weights).name)
+    model = replace(config.model, weights=_without_path(config.model.weights))
     return metadata | {
         "version": __version__,
         "config": replace(config, data=data, model=model).to_dict(),
-        "base": metadata["base"] | {"source": Path(metadata["base"]["source"]).name},
+        "base": metadata["base"] | {"source": _without_path(metadata["base"]["source"])},
         "data": data.root,
     }
+
+
+def _without_path(source: str) -> str:
+    """The name of a file, or a name on the Hub."""
+    return source if source.startswith(hub.PREFIX) else Path(source).name
