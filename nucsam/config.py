@@ -151,6 +151,7 @@ class Data:
     connected: bool = setting(False, "for masks: each connected component of a label is a nucleus")
     region_class: str = setting("", "class of outlines of annotated regions, beside Region*")
     select: Literal["inner", "test"] = setting("inner", "split that chooses the epoch")
+    images: int = setting(0, "images outside the test fold to use, at most; 0: all", at_least(0))
     inner: float = setting(0.15, "share of the training images in the inner split", UP_TO_HALF)
     seed: int = setting(19, "of the folds", seed_below(2**32))
     crop: int = setting(512, "side of a training crop, image px", between(1, 2**15))

@@ -19,7 +19,7 @@ from nucsam.data import geojson
 from nucsam.data.folders import Record, find_records
 from nucsam.data.images import read_image, read_label, read_mpp, write_label
 from nucsam.data.samples import Crops, EpochBatches, Samples, read_sample
-from nucsam.data.splits import split_records
+from nucsam.data.splits import inventory, split_records
 from nucsam.data.summary import inspect_folder, summary_table
 from nucsam.errors import UserError
 
@@ -487,6 +487,25 @@ def test_the_inner_split_depends_on_the_fold():
 @pytest.mark.parametrize("count, inner", [(2, 0), (3, 1)])
 def test_two_training_images_are_enough_for_an_inner_split(count, inner):
     assert len(split_records(fake_records([""] * count), Data(folds=count)).inner) == inner
+
+
+def test_fewer_images_are_part_of_more_and_leave_the_test_fold_alone():
+    groups = [f"g{number // 2}" for number in range(60)]
+    records = fake_records([""] * 60, groups)
+    whole = split_records(records, Data(fold=1))
+    last = set()
+    for images in (5, 8, 16, 200):
+        split = split_records(records, Data(fold=1, images=images))
+        used = {*split.train, *split.inner}
+        assert split.test == whole.test
+        assert len(used) == min(images // 2 * 2, 48)  # whole groups of two
+        assert last < used
+        assert split.inner
+        last = used
+    assert split == whole
+    unused = split_records(records, Data(images=8))
+    parts = [entry["part"] for entry in inventory(records, unused, ["0"] * 60).values()]
+    assert parts.count("unused") == 40 and parts.count("test") == 12
 
 
 def test_more_folds_than_groups_are_refused():

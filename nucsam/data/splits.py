@@ -12,7 +12,7 @@ from nucsam.data.samples import by_region
 from nucsam.errors import UserError
 from nucsam.files import shortened
 
-TRAIN, INNER, TEST = range(3)
+TRAIN, INNER, TEST, UNUSED = range(4)
 PARTS = ("train", "inner", "test")
 CHANGES = {  # entry of an inventory -> what a reader is told where it differs
     "sha256": "other pixels or labels",
@@ -57,12 +57,17 @@ def inventory(
 
     Args:
         records: the images.
-        split: names the part of each: train, inner or test.
+        split: names the part of each: train, inner or test; "unused" where it holds none.
         digests: of `samples.digest`, in the order of the records.
     """
     parts = {i: part for part in PARTS for i in getattr(split, part)}
     return {
-        record.name: {"organ": record.organ, "group": record.group, "part": parts[i], "sha256": sha}
+        record.name: {
+            "organ": record.organ,
+            "group": record.group,
+            "part": parts.get(i, "unused"),
+            "sha256": sha,
+        }
         for i, (record, sha) in enumerate(zip(records, digests))
     }
 
@@ -89,6 +94,8 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
       records, or over the sorted groups where a group has several images. `"organ"` gives each fold
       its share of every organ.
     - `fold = "all"` tests on nothing.
+    - `images` limits how many others are used: whole groups, drawn from (seed, fold) so that a
+      smaller number takes part of what a larger one takes.
     - The inner split is one part of round(1 / inner) of the training images, stratified by organ
       and drawn from (seed, fold). It is never empty where there are two groups.
 
@@ -115,9 +122,14 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
         else:
             test = _stratified(organs, sizes, data.folds, data.seed) == data.fold
         kind[test] = TEST
+    number = data.folds if data.fold == "all" else data.fold
+    if data.images:
+        others = np.random.default_rng((data.seed, number)).permutation(
+            np.flatnonzero(kind != TEST)
+        )
+        kind[others[sizes[others].cumsum() > data.images]] = UNUSED
     rest = np.flatnonzero(kind == TRAIN)
     if len(rest) > 1:
-        number = data.folds if data.fold == "all" else data.fold
         parts = _stratified(organs[rest], sizes[rest], round(1 / data.inner), (data.seed, number))
         kind[rest[parts == 0]] = INNER
     kind_of = dict(zip(groups, kind))
