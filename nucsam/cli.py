@@ -271,7 +271,7 @@ def evaluate_command(
 @app.command("predict")
 def predict_command(
     model: Annotated[
-        Path, Argument(metavar="MODEL", help="Run directory or nucsam export, .onnx too.")
+        str, Argument(metavar="MODEL", help="starter, hf:USER/NAME, run directory or export.")
     ],
     paths: Annotated[list[Path], Argument(metavar="PATHS...", help="Image files or folders.")],
     out: Annotated[Path, Option(help="Folder of the results, named by the images' stems.")],
@@ -322,6 +322,26 @@ def predict_command(
         **tiling,
     )
     raise typer.Exit(status)
+
+
+@app.command("models")
+def models_command() -> None:
+    """List the models that have a name: the starter, and what lies in the caches.
+
+    Names go to predict and model.weights; those of published weights to model.encoder.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from nucsam.console import PlainConsole
+    from nucsam.predict.models import list_models
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("name", "origin", "MiB", "file"):
+        table.add_column(heading, overflow="fold")
+    for name, origin, size, path in list_models():
+        table.add_row(name, origin, f"{size / 2**20:.1f}", printable(str(path)))
+    PlainConsole().print(table)
 
 
 @app.command("synth")
@@ -389,7 +409,7 @@ def inspect_command(
 
 @app.command("export")
 def export_command(
-    run: Annotated[Path, Argument(metavar="RUN", help="Run directory, or an exported adapter.")],
+    run: Annotated[str, Argument(metavar="RUN", help="Run directory, adapter file or starter.")],
     out: Annotated[Path | None, Option(help="File to write.")] = None,
     push: Annotated[str, Option(help="USER/NAME: upload it to the Hugging Face Hub.")] = "",
     format: Annotated[str, Option(help="One of the formats above; default: by suffix.")] = "",

@@ -151,7 +151,7 @@ class Data:
     connected: bool = setting(False, "for masks: each connected component of a label is a nucleus")
     region_class: str = setting("", "class of outlines of annotated regions, beside Region*")
     select: Literal["inner", "test"] = setting("inner", "split that chooses the epoch")
-    images: int = setting(0, "images outside the test fold to use, at most; 0: all", at_least(0))
+    images: int = setting(0, "images outside the test fold that are used; 0: all", at_least(0))
     inner: float = setting(0.15, "share of the training images in the inner split", UP_TO_HALF)
     seed: int = setting(19, "of the folds", seed_below(2**32))
     crop: int = setting(512, "side of a training crop, image px", between(1, 2**15))
@@ -190,7 +190,9 @@ class Model:
         "efficient_sam_s",
     ] = setting("mobile_sam", "the network whose weights are fine-tuned")
     weights: str = setting(
-        "auto", "auto: the encoder's published file; none: random; else a file, or an export"
+        "auto",
+        "auto: the encoder's published file; none: random; starter; hf:USER/NAME; else a file, "
+        "such as an export",
     )
     head: Literal["instance", "sam"] = setting("instance", "sam: SAM's mask decoder")
     train: Literal["lora", "full", "head"] = setting("lora", "what trains in the encoder")
@@ -344,7 +346,7 @@ MAY_CHANGE = ("data.root", "data.workers", "data.memory", "train.save_minutes", 
 
 
 # The settings of [data] that decide which image trains, chooses the epoch, or is tested.
-SPLIT = ("layout", "split", "folds", "fold", "group", "select", "inner", "seed")
+SPLIT = ("layout", "split", "folds", "fold", "group", "select", "images", "inner", "seed")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -494,13 +494,14 @@ def test_fewer_images_are_part_of_more_and_leave_the_test_fold_alone():
     records = fake_records([""] * 60, groups)
     whole = split_records(records, Data(fold=1))
     last = set()
-    for images in (5, 8, 16, 200):
+    for images in (5, 16, 30, 200):
         split = split_records(records, Data(fold=1, images=images))
         used = {*split.train, *split.inner}
         assert split.test == whole.test
-        assert len(used) == min(images // 2 * 2, 48)  # whole groups of two
-        assert last < used
-        assert split.inner
+        assert len(used) == min(images, 48)
+        assert len({groups[i] for i in used}) == min(images, 24)  # each group before any twice
+        assert not {groups[i] for i in split.train} & {groups[i] for i in split.inner}
+        assert last < used and split.inner
         last = used
     assert split == whole
     unused = split_records(records, Data(images=8))

@@ -14,7 +14,7 @@ ROWS = (  # a wing imports from rows above its own; only files of one wing may i
     "errors",
     "processes files config claims progress",
     "console",
-    "download",
+    "download names",
     "data",
     "model",
     "run",

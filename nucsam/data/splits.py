@@ -94,8 +94,8 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
       records, or over the sorted groups where a group has several images. `"organ"` gives each fold
       its share of every organ.
     - `fold = "all"` tests on nothing.
-    - `images` limits how many others are used: whole groups, drawn from (seed, fold) so that a
-      smaller number takes part of what a larger one takes.
+    - `images` is how many of the others are used. They are drawn from (seed, fold), spread over the
+      groups; a smaller number takes some of what a larger one takes.
     - The inner split is one part of round(1 / inner) of the training images, stratified by organ
       and drawn from (seed, fold). It is never empty where there are two groups.
 
@@ -112,30 +112,43 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
     organs = np.array([organ_of[group] for group in groups])
     sizes = np.array([images[group] for group in groups])
     kind = np.full(len(groups), TRAIN)
-    if data.fold != "all":
-        if data.folds > len(groups):
-            expected = f"at most one per group: {len(groups)}"
-            raise UserError(f"folds: found {data.folds}, expected {expected}")
-        if data.split == "official":
-            shuffled = np.random.RandomState(data.seed).permutation(len(groups))
-            test = np.array_split(shuffled, data.folds)[data.fold]
-        else:
-            test = _stratified(organs, sizes, data.folds, data.seed) == data.fold
-        kind[test] = TEST
-    number = data.folds if data.fold == "all" else data.fold
-    if data.images:
-        others = np.random.default_rng((data.seed, number)).permutation(
-            np.flatnonzero(kind != TEST)
-        )
-        kind[others[sizes[others].cumsum() > data.images]] = UNUSED
-    rest = np.flatnonzero(kind == TRAIN)
-    if len(rest) > 1:
-        parts = _stratified(organs[rest], sizes[rest], round(1 / data.inner), (data.seed, number))
-        kind[rest[parts == 0]] = INNER
+    number = data.fold
+    if data.fold == "all":
+        number = data.folds
+    elif data.folds > len(groups):
+        expected = f"at most one per group: {len(groups)}"
+        raise UserError(f"folds: found {data.folds}, expected {expected}")
+    elif data.split == "official":
+        shuffled = np.random.RandomState(data.seed).permutation(len(groups))
+        kind[np.array_split(shuffled, data.folds)[data.fold]] = TEST
+    else:
+        kind[_stratified(organs, sizes, data.folds, data.seed) == data.fold] = TEST
     kind_of = dict(zip(groups, kind))
-    kinds = [kind_of[record.group] for record in records]
-    indices = (np.flatnonzero(np.equal(kinds, wanted)) for wanted in (TRAIN, INNER, TEST))
+    others = [i for i, record in enumerate(records) if kind_of[record.group] == TRAIN]
+    used = _drawn(others, records, data.images, (data.seed, number)) if data.images else others
+    sizes = Counter(records[i].group for i in used)
+    rest = [k for k, group in enumerate(groups) if sizes[group]]
+    if len(rest) > 1:
+        counts = np.array([sizes[groups[k]] for k in rest])
+        parts = _stratified(organs[rest], counts, round(1 / data.inner), (data.seed, number))
+        kind_of |= {groups[k]: INNER for k, part in zip(rest, parts) if part == 0}
+    kinds = np.array([kind_of[record.group] for record in records])
+    kinds[sorted(set(others) - set(used))] = UNUSED
+    indices = (np.flatnonzero(kinds == wanted) for wanted in (TRAIN, INNER, TEST))
     return Split(*(tuple(found.tolist()) for found in indices))
+
+
+def _drawn(
+    indices: Sequence[int], records: Sequence[Record], most: int, seed: tuple[int, int]
+) -> list[int]:
+    """At most `most` of the indices, at random: one of each group, then a second of each, ..."""
+    order = np.random.default_rng(seed).permutation(indices).tolist()
+    seen = Counter()
+    turns = {}
+    for i in order:
+        turns[i] = seen[records[i].group]
+        seen[records[i].group] += 1
+    return sorted(order, key=turns.get)[:most]
 
 
 def find_split(data: Data, root: str = "") -> tuple[list[Record], Split]:

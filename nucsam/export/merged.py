@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nucsam import __version__, hub
+from nucsam import __version__
 from nucsam.config import Config
 from nucsam.errors import UserError, check_packages
 from nucsam.export import graph
@@ -28,6 +28,7 @@ from nucsam.files import atomic
 from nucsam.model.bases import BASES
 from nucsam.model.network import Nucsam
 from nucsam.model.weights import Base
+from nucsam.names import FILE, PREFIX, find_model, push_model, portable_name
 from nucsam.run import checkpoint
 from nucsam.run.directory import RunDirectory
 from nucsam.score.tables import COLUMNS
@@ -46,7 +47,7 @@ SUFFIXES = {  # of a file -> formats that it may have, the first one without bei
 
 
 def export_run(
-    source: Path,
+    source: str | Path,
     out: Path,
     *,
     format: str = "",
@@ -57,10 +58,10 @@ def export_run(
     """Write the best weights of a finished run as one file.
 
     Args:
-        source: a run directory, or a file of the format adapter.
+        source: a run directory, or a file of the format adapter, or a name of one: "starter".
         out: the file.
         format: one of `FORMATS`; "" = the one of the suffix in `SUFFIXES`, else safetensors.
-        base: base weights of an adapter file, as `load_base` takes them; "" = auto.
+        base: base weights of an adapter file, as `open_base` takes them; "" = the file's own.
         half: keep fractions in half precision; for nucsam's own formats.
         force: replace an existing file.
 
@@ -73,18 +74,16 @@ def export_run(
         RuntimeError: onnxruntime gives other maps than PyTorch.
     """
     format = format or SUFFIXES.get(out.suffix, ("safetensors",))[0]
+    source, _ = find_model(source)
     _check(source, out, format, base, half, force)
     if source.is_file():
-        net, config, stock, metadata = checkpoint.open_adapter(source, base or "auto")
+        net, config, stock, metadata = checkpoint.open_adapter(source, base)
     else:
         net, config, stock, metadata = checkpoint.open_run(source)
         metadata |= _finished(RunDirectory(source), config)
     tensors = _tensors(format, net, stock)
     if half:
-        tensors = {
-            name: tensor.half() if tensor.is_floating_point() else tensor
-            for name, tensor in tensors.items()
-        }
+        tensors = {name: _in_half(tensor) for name, tensor in tensors.items()}
     metadata = _portable(metadata, config) | {"kind": FORMATS[format]}
     remark = _write(out, format, tensors, metadata, net, config)
     values = sum(tensor.numel() for tensor in tensors.values())
@@ -92,7 +91,13 @@ def export_run(
     return f"{out}: {len(tensors)} tensors, {values:,} values{remark}, {size:.2f} MiB"
 
 
-def push_run(source: Path, name: str, *, base: str = "", half: bool = False) -> str:
+def _in_half(tensor: Tensor) -> Tensor:
+    """The tensor in half precision; integers, and what half precision cannot hold, stay."""
+    half = tensor.half()
+    return half if tensor.is_floating_point() and half.isfinite().all() else tensor
+
+
+def push_run(source: str | Path, name: str, *, base: str = "", half: bool = False) -> str:
     """Upload the merged model of a finished run, with a card, to the Hugging Face Hub.
 
     Args:
@@ -106,12 +111,12 @@ def push_run(source: Path, name: str, *, base: str = "", half: bool = False) -> 
         UserError: as of `export_run`, or the Hub refuses.
     """
     with TemporaryDirectory() as folder:
-        file = Path(folder) / hub.FILE
+        file = Path(folder) / FILE
         export_run(source, file, format="safetensors", base=base, half=half)
         _, metadata = checkpoint.read_tensors(file, "merged")
-        name = name.removeprefix(hub.PREFIX)
-        pushed = hub.push_model(name, file, model_card(name, metadata))
-    return f"{pushed}: uploaded; nucsam predict {hub.PREFIX}{name} IMAGES --out DIR takes it"
+        name = name.removeprefix(PREFIX)
+        pushed = push_model(name, file, model_card(name, metadata))
+    return f"{pushed}: uploaded; nucsam predict {PREFIX}{name} IMAGES --out DIR takes it"
 
 
 def model_card(name: str, metadata: dict[str, Any]) -> str:
@@ -124,7 +129,9 @@ def model_card(name: str, metadata: dict[str, Any]) -> str:
     )
     config = Config.from_dict(metadata["config"], "metadata")
     metric = COLUMNS[config.train.best]
-    return template.render(name=name, m=metadata, c=config, metric=metric) + "\n"
+    pattern = config.model.pattern or BASES[config.model.encoder].pattern
+    values = {"m": metadata, "c": config, "metric": metric, "pattern": pattern}
+    return template.render(name=name, **values) + "\n"
 
 
 def _check(source: Path, out: Path, format: str, base: str, half: bool, force: bool) -> None:
@@ -198,15 +205,10 @@ def _write(
 def _portable(metadata: dict[str, Any], config: Config) -> dict[str, Any]:
     """An adapter's metadata without the paths of this machine."""
     data = replace(config.data, root=Path(config.data.root).resolve().name)
-    model = replace(config.model, weights=_without_path(config.model.weights))
+    model = replace(config.model, weights=portable_name(config.model.weights))
     return metadata | {
         "version": __version__,
         "config": replace(config, data=data, model=model).to_dict(),
-        "base": metadata["base"] | {"source": _without_path(metadata["base"]["source"])},
+        "base": metadata["base"] | {"source": portable_name(metadata["base"]["source"])},
         "data": data.root,
     }
-
-
-def _without_path(source: str) -> str:
-    """The name of a file, or a name on the Hub."""
-    return source if source.startswith(hub.PREFIX) else Path(source).name

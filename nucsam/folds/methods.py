@@ -7,6 +7,7 @@ from typing import Any
 from nucsam.files import printable
 from nucsam.folds.jobs import Job
 from nucsam.model.bases import BASES
+from nucsam.names import portable_name
 from nucsam.score.tables import COLUMNS, percent
 
 LATEX = str.maketrans(
@@ -58,7 +59,7 @@ def methods_section(jobs: Sequence[Job], *, nuinsseg: bool) -> str:
         label=jobs[0].variant,
         nuinsseg=nuinsseg,
         folder=Path(config.data.root).name,
-        base=Path(config.model.weights).name,
+        base=portable_name(environments[0].get("base", config.model.weights)),
         encoder=BASES[config.model.encoder].name,
         pattern=config.model.pattern or BASES[config.model.encoder].pattern,
         metric=COLUMNS[config.train.best],

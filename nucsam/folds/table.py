@@ -10,6 +10,7 @@ from nucsam.files import to_csv
 from nucsam.folds.jobs import Job
 from nucsam.folds.methods import render
 from nucsam.folds.published import CAVEATS, PUBLISHED, is_nuinsseg
+from nucsam.names import portable_name
 from nucsam.score.tables import COLUMNS, HEADLINE, over_folds, percent
 
 TITLES = [COLUMNS[name] for name in HEADLINE]
@@ -64,7 +65,7 @@ def _variant(label: str, jobs: Sequence[Job]) -> dict[str, Any]:
         "best_epochs": {fold: document["epoch"] for fold, document in done.items()},
         "epoch_chosen_by": f"{c.train.best} on the {c.data.select} split",
         "epoch_chosen_on_test": c.data.select == "test",
-        "base": sorted({Path(document["base"]["source"]).name for document in done.values()}),
+        "base": sorted({portable_name(d["base"]["source"]) for d in done.values()}),
         "random_base": c.model.weights == "none",
         "split": {"scheme": c.data.split, "group": c.data.group, "seed": c.data.seed},
         "seed": c.train.seed,

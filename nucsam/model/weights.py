@@ -6,7 +6,6 @@ A base holds every tensor of the stock model under its stock name: `image_encode
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from nucsam.errors import UserError
 from nucsam.files import expanded, shortened
 from nucsam.model.bases import BASES, Published
 from nucsam.model.stock import import_builders
+from nucsam.names import default_cache
 
 _DECODER = ("prompt_encoder.", "mask_decoder.")
 # Seed and encoder -> the untouched model of a check, for the next caller, whom it saves time.
@@ -34,8 +34,10 @@ class Base:
     """The weights of an encoder, and of its stock decoder, and where they come from."""
 
     state: dict[str, Tensor]  # stock names, CPU
-    sha256: str  # `state_sha256(state)`, whatever the format of the file
-    source: str  # a path, or "none (random, seed 0)"
+    # `state_sha256(state)`, whatever the format of the file. Of an adapter on its base: that of the
+    # tensors of both, because machines differ in the last bit of what they merge.
+    sha256: str
+    source: str  # a path, a name of `find_model`, or "none (random, seed 0)"
     extra: dict[str, Tensor] = field(default_factory=dict)  # `head.*` of a nucsam export
     encoder: str = "mobile_sam"  # a name in `BASES`
 
@@ -64,7 +66,8 @@ def load_base(
     base = BASES[encoder]
     path = _published(Path(cache or default_cache()), base) if spec == "auto" else expanded(spec)
     if not path.is_file():
-        raise UserError(f"model.weights: no such file: {path}; expected a path, 'auto' or 'none'")
+        expected = "a path, 'auto', 'none', 'starter' or hf:USER/NAME"
+        raise UserError(f"model.weights: no such file: {path}; expected {expected}")
     if path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
     else:
@@ -120,15 +123,8 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def default_cache() -> Path:
-    """$NUCSAM_CACHE, else $XDG_CACHE_HOME/nucsam, else ~/.cache/nucsam."""
-    if folder := os.environ.get("NUCSAM_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nucsam"
-
-
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file.
+    """Tensors and metadata of a file. Half precision comes back as float32.
 
     Raises:
         UserError: the file is missing or damaged, or holds NaN or infinity.
@@ -136,7 +132,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: _in_full(file.get_tensor(name)) for name in names}
             metadata = file.metadata() or {}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected one that nucsam wrote") from None
@@ -144,6 +140,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
     _check_finite(tensors, path)
     return tensors, metadata
+
+
+def _in_full(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def misfit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:

@@ -30,6 +30,7 @@ from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
 from nucsam.errors import UserError, check_packages
 from nucsam.files import read_json, shortened, stale_partials, write_text
+from nucsam.names import find_model
 from nucsam.predict import writers
 from nucsam.predict.models import load
 from nucsam.predict.predictor import Predictor
@@ -42,7 +43,7 @@ UNRECORDED = ("nucsam", "model")  # entries of predict.json that may differ from
 
 
 def predict_files(
-    model: Path,
+    model: str | Path,
     paths: Sequence[Path],
     out: Path,
     *,
@@ -56,7 +57,7 @@ def predict_files(
     """Predict images into files of `out`, and return the exit status of this process.
 
     Args:
-        model: a run directory, or a safetensors or ONNX file of `nucsam export`.
+        model: a run directory, a file or a name, as `models.load` takes it.
         paths: image files, and folders of them.
         out: folder of the results, which are named by the images' stems.
         formats: keys of `writers.FILES`.
@@ -79,8 +80,9 @@ def predict_files(
     largest_first = sorted(images, key=lambda path: path.stat().st_size, reverse=True)
     files = {path: files[path] for path in largest_first}
     outlines = _read_rois(roi, files) if roi else {}
-    predictor = load(model, **options)
-    settings = _settings(model, predictor, mpp) | {"roi": roi and str(roi), "tissue": tissue}
+    path, name = find_model(model)
+    predictor = load(path, **options)
+    settings = _settings(name, predictor, mpp) | {"roi": roi and str(roi), "tissue": tissue}
     claims = out / ".claims" if process_count() > 1 else None
     (claims or out).mkdir(parents=True, exist_ok=True)
     with exit_on_sigterm():
@@ -183,11 +185,11 @@ def _read_rois(roi: Path, images: Iterable[Path]) -> dict[Path, Outlines]:
     return {path: Outlines(file, *read_shapes(file)) for path, file in files.items()}
 
 
-def _settings(model: Path, predictor: Predictor, mpp: float | None) -> dict[str, Any]:
+def _settings(model: str, predictor: Predictor, mpp: float | None) -> dict[str, Any]:
     """What predict.json says about the results beside it."""
     return {
         "nucsam": __version__,
-        "model": str(model),
+        "model": model,
         "weights_sha256": predictor.sha256,
         "scale": predictor.scale / (predictor.ratio or 1.0),
         "mpp_trained": predictor.mpp,

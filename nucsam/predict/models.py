@@ -1,4 +1,4 @@
-"""A file or a run as a predictor. Loads torch only for a model that needs it."""
+"""Models to predict with, by name or path. Loads torch only for a model that needs it."""
 
 import importlib.util
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import Any
 
 from nucsam.config import Config
 from nucsam.errors import UserError
+from nucsam.model.bases import BASES
+from nucsam.names import STARTER, STARTER_FILE, default_cache, find_model, hub_models
 from nucsam.predict.onnx import open_graph
 from nucsam.predict.predictor import Predictor
 from nucsam.run.learning import advice
@@ -26,7 +28,7 @@ def load(
 ) -> Predictor:
     """Load a model.
 
-        label = nucsam.load("model.safetensors").predict(image)
+        label = nucsam.load("starter").predict(image)
 
     On a GPU it runs in the precision of its training, or in fp16 where that is bf16 and the GPU is
     older than Ampere; on a CPU in bf16 or fp32. An ONNX file runs in fp32, by onnxruntime, and
@@ -43,7 +45,8 @@ def load(
     image; `nucsam predict` reads windows of a large image, so its memory does not grow with it.
 
     Args:
-        path: a run directory, or a safetensors or ONNX file of `nucsam export`.
+        path: a run directory, a safetensors or ONNX file of `nucsam export`, or as text a name of
+            `nucsam.names.find_model`: "starter" or hf:USER/NAME.
         device: auto, cpu, cuda, cuda:N or mps.
         per_device: launched processes that share a GPU.
         scale: model px per image px of any image; None = as trained, by microns per px.
@@ -55,7 +58,7 @@ def load(
     Raises:
         UserError: a file is missing or damaged, an argument out of range, or no such device.
     """
-    path = Path(path)
+    path, _ = find_model(path)
     if path.suffix == ".onnx":
         open_file = open_graph
     elif importlib.util.find_spec("torch") is None:
@@ -102,3 +105,16 @@ def _training(config: Config, metadata: dict[str, Any]) -> str:
         case {"epoch": int(epoch), "step": int(step)}:
             return advice(config, epoch, step)
     return ""
+
+
+def list_models() -> list[tuple[str, str, int, Path]]:
+    """What can be named without a download: name, origin, size in bytes, file.
+
+    The starter, the published bases in `default_cache`, and the models in the Hub's cache.
+    """
+    files = [(STARTER, "comes with nucsam; predict, model.weights", STARTER_FILE)]
+    for name, base in BASES.items():
+        origin = f"{base.name}'s published weights; model.encoder"
+        files.append((name, origin, default_cache() / base.file))
+    files += [(name, "Hugging Face Hub", path) for name, path in hub_models().items()]
+    return [(name, origin, p.stat().st_size, p) for name, origin, p in files if p.is_file()]

@@ -98,13 +98,11 @@ def open_model(path: Path) -> tuple[Nucsam, Config, dict[str, Any]]:
     if not path.is_file() or path.suffix != ".safetensors":
         found = f"a {path.suffix or 'nameless'} file" if path.is_file() else "no such file"
         expected = "a run directory or a safetensors file of nucsam export"
-        raise UserError(f"{path}: found {found}, expected {expected}")
-    _, metadata = checkpoint.read_tensors(path)
-    if metadata.get("kind") != "merged":
-        raise UserError(
-            f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'merged'; nucsam "
-            "export merges an adapter with its base"
-        )
+        raise UserError(f"{path}: found {found}, expected {expected}, 'starter' or hf:USER/NAME")
+    _, metadata = checkpoint.read_tensors(path, "merged", "adapter")
+    if metadata["kind"] == "adapter":
+        model, config, *_ = checkpoint.open_adapter(path)
+        return model, config, metadata
     config = check_metadata(path, metadata)
     base = load_base(path, config.model.encoder)
     if config.model.head == "instance" and not base.extra:

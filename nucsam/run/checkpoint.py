@@ -20,7 +20,8 @@ from nucsam.errors import UserError
 from nucsam.files import atomic, read_json
 from nucsam.model import lora
 from nucsam.model.network import Nucsam, build_model
-from nucsam.model.weights import Base, load_base, misfit, read_safetensors
+from nucsam.model.weights import Base, load_base, misfit, read_safetensors, state_sha256
+from nucsam.names import find_model, is_hub_name, is_lasting
 from nucsam.run.directory import RunDirectory
 from nucsam.run.metadata import check_metadata
 
@@ -98,19 +99,21 @@ def load_adapter(path: Path, model: Nucsam, base: Base) -> dict[str, Any]:
     return metadata
 
 
-def open_adapter(path: Path, weights: str = "auto") -> tuple[Nucsam, Config, Base, dict[str, Any]]:
+def open_adapter(path: Path, weights: str = "") -> tuple[Nucsam, Config, Base, dict[str, Any]]:
     """The model of an exported adapter file.
 
     Args:
         path: adapter file of `nucsam export`.
-        weights: names the base, as in `load_base`.
+        weights: names the base, as in `open_base`; "" takes the name that the file gives, or else
+            the published file of its encoder.
 
     Returns:
         As `open_run`.
     """
     _, metadata = read_tensors(path, "adapter")
     config = check_metadata(path, metadata)
-    base = load_base(weights, config.model.encoder)
+    named = metadata["base"]["source"]
+    base = open_base(weights or (named if is_lasting(named) else "auto"), config.model.encoder)
     net = build_model(config.model, base, seed=config.train.seed)
     load_adapter(path, net, base)
     return net.eval(), config, base, metadata
@@ -138,6 +141,43 @@ def put_weights(model: Nucsam, weights: Mapping[str, Tensor], source: Path) -> N
 # ---- base, and the model of a run ----
 
 
+def open_base(spec: str, encoder: str = "mobile_sam") -> Base:
+    """The base that `model.weights` names.
+
+    An adapter, such as the starter, is merged with its own base, and its head goes with it.
+
+    Args:
+        spec: "auto", "none", or a name or path of `find_model`.
+        encoder: a name in `BASES`.
+
+    Raises:
+        UserError: as of `load_base`, `find_model` and `open_adapter`; an adapter of another
+            encoder.
+    """
+    if spec in ("auto", "none"):
+        return load_base(spec, encoder)
+    path, source = find_model(spec)
+    if not _is_adapter(path):
+        return replace(load_base(path, encoder), source=source)
+    net, config, base, _ = open_adapter(path)
+    if config.model.encoder != encoder:
+        raise UserError(
+            f"{source}: found an adapter of {config.model.encoder!r}, expected one of "
+            f"model.encoder = {encoder!r}"
+        )
+    state = merged_tensors(net, base)
+    head = {name: state.pop(name) for name in sorted(state) if name.startswith("head.")}
+    return Base(state, state_sha256(base.state | net.trainable()), source, head, encoder)
+
+
+def _is_adapter(path: Path) -> bool:
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    _, entries = read_safetensors(path)
+    document = read_json(entries.get("nucsam", "{}"), f"{path}: `nucsam` metadata")
+    return document.get("kind") == "adapter"
+
+
 def save_random_base(run: RunDirectory, base: Base) -> None:
     """Keep a random base with its run: nobody else has it."""
     write_tensors(run.base_file, base.state, {"kind": "base", "source": base.source})
@@ -146,12 +186,17 @@ def save_random_base(run: RunDirectory, base: Base) -> None:
 def run_base(run: RunDirectory, config: Config) -> Base:
     """The base of a run: the one that `model.weights` names, or the random one it keeps.
 
+    A name on the Hub means the commit that the run began with.
+
     Raises:
         UserError: the file is missing, damaged, or no base.
     """
     encoder = config.model.encoder
-    if config.model.weights != "none":
-        return load_base(config.model.weights, encoder)
+    weights = config.model.weights
+    if weights != "none":
+        began = str(run.read_environment().get("base"))
+        same = is_hub_name(weights) and began.partition("@")[0] == weights.partition("@")[0]
+        return open_base(began if same else weights, encoder)
     _, metadata = read_tensors(run.base_file, "base")
     return replace(load_base(run.base_file, encoder), source=str(metadata.get("source")))
 

@@ -1,41 +1,74 @@
-"""Models by name on the Hugging Face Hub: `hf:USER/NAME`, or `hf:USER/NAME@REVISION`.
+"""Models by name: the starter, and files on the Hugging Face Hub. Loads no torch.
 
 `huggingface_hub` caches what it downloads, and heeds its own settings: HF_HOME, HF_ENDPOINT for a
-mirror, HF_HUB_OFFLINE and HF_TOKEN. Loads no torch.
+mirror, HF_HUB_OFFLINE and HF_TOKEN.
 """
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from nucsam.errors import UserError
+from nucsam.files import expanded
 
+STARTER = "starter"
+STARTER_FILE = Path(__file__).with_name("starter.safetensors")  # an adapter; starter.md is its card
 PREFIX = "hf:"
 FILE = "model.safetensors"  # of every repository: a file of nucsam export
 CARD = "README.md"
+
+
+def find_model(name: str | Path) -> tuple[Path, str]:
+    """The file or run directory that a name stands for.
+
+    Args:
+        name: "starter"; hf:USER/NAME, or hf:USER/NAME@REVISION with a branch, tag or commit; else
+            a path. A text that is a name wins over a file of that name: `./starter` is the file. A
+            `Path` is always a path.
+
+    Returns:
+        The path, and a name for good: "starter", hf:USER/NAME@COMMIT, or the path as text.
+
+    Raises:
+        UserError: the Hub has no such repository, revision or file, or there is no way to it.
+    """
+    if name == STARTER:
+        return STARTER_FILE, STARTER
+    if isinstance(name, str) and is_hub_name(name):
+        return _fetch(name)
+    path = expanded(name)
+    return path, str(path)
 
 
 def is_hub_name(text: str) -> bool:
     return text.startswith(PREFIX)
 
 
-def fetch_model(name: str) -> tuple[Path, str]:
-    """The model file of a repository, downloaded unless it is in the cache.
+def is_lasting(text: str) -> bool:
+    """Whether a text of `find_model` is a name, which means the same model everywhere."""
+    return text == STARTER or bool(re.fullmatch(rf"{PREFIX}[^@]+@[0-9a-f]{{40}}", text))
 
-    Args:
-        name: hf:USER/NAME, or hf:USER/NAME@REVISION with a branch, tag or commit.
 
-    Returns:
-        The file, and hf:USER/NAME@COMMIT, which names these bytes for good.
+def portable_name(source: str) -> str:
+    """A name as it is, or the name of a file without its folders."""
+    return source if is_hub_name(source) else Path(source).name
 
-    Raises:
-        UserError: no such repository, revision or file, or no way to it.
-    """
+
+def default_cache() -> Path:
+    """Folder of published base weights: $NUCSAM_CACHE, $XDG_CACHE_HOME/nucsam, ~/.cache/nucsam."""
+    if folder := os.environ.get("NUCSAM_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nucsam"
+
+
+def _fetch(name: str) -> tuple[Path, str]:
+    """The model file of a repository, downloaded unless it is in the cache; its lasting name."""
     from huggingface_hub import hf_hub_download
 
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
-    expected = f"a repository with a {FILE} of nucsam export"
-    with _hub_errors(name, expected):
+    with _hub_errors(name, f"a repository with a {FILE} of nucsam export"):
         path = Path(hf_hub_download(repository, FILE, revision=revision or None))
     return path, f"{PREFIX}{repository}@{path.parent.name}"  # the cache's folder is the commit
 
@@ -44,7 +77,7 @@ def push_model(name: str, model: Path, card: str) -> str:
     """Upload a model file and its card in one commit, to a repository that is made if need be.
 
     Args:
-        name: USER/NAME.
+        name: USER/NAME, or hf:USER/NAME.
         model: file of nucsam export.
         card: text of the repository's README.md.
 
@@ -69,8 +102,8 @@ def push_model(name: str, model: Path, card: str) -> str:
     return f"{PREFIX}{name}@{commit.oid}"
 
 
-def cached_models() -> dict[str, Path]:
-    """Every model file in the Hub's cache, by its name with the commit."""
+def hub_models() -> dict[str, Path]:
+    """Lasting name -> file of every model in the Hub's cache."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
