@@ -1,7 +1,9 @@
 """Train the starter, score it on images it never saw, and ask how many images are enough.
 
     python benchmarks/starter.py train DSB --out RUNS [table.key=value ...]
-    python benchmarks/starter.py score DATA [DATA ...] --out RUNS [--model MODEL]
+    python benchmarks/starter.py score DATA ... --out RUNS [--model MODEL]
+    python benchmarks/starter.py curve DATA ... --out RUNS [--model MODEL] [--only REGEX]
+        [--images 4,8,16,32] [--seeds 0,1,2] [--presentations 1000] [table.key=value ...]
 
 `train` trains configs/starter.toml on the folder DSB, or resumes, and writes what was trained, in
 half precision, as RUNS/starter.safetensors. An inner split of DSB chooses the epoch.
@@ -9,13 +11,24 @@ half precision, as RUNS/starter.safetensors. An inner split of DSB chooses the e
 `score` scores MODEL (RUNS/starter.safetensors) once on every image of each folder, and writes
 RUNS/scores.json. A metric is the mean over a folder's images.
 
-The last line that `score` prints is one JSON document.
+`curve` joins the folders, in NuInsSeg's layout, and trains on 4, 8, 16 and 32 of their images, from
+MODEL and from MobileSAM, with the settings of configs/starter.toml. Seed k tests on fold k, by
+source image, and draws other training images. Every run sees about as many images, repeats counted
+(--presentations). Part of its few images are its inner split, which chooses the epoch, and so are
+not trained on. Several processes share the runs, as in `nucsam folds`; --only takes some of them,
+such as 'seed 0'. The same command again does what is missing. It writes RUNS/curve.md, .json, .png,
+.pdf and .svg.
+
+The last line that `score` and `curve` print is one JSON document.
 """
 
 import argparse
 import json
+import math
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,16 +36,28 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout that is not installed
 
 import nucsam
+from accuracy import link, numbers
 from nucsam import UserError, config
-from nucsam.data.folders import find_records
+from nucsam.claims import Claim
+from nucsam.config import Config, changed
+from nucsam.data.folders import Record, find_records
 from nucsam.data.samples import Samples
+from nucsam.data.splits import find_split
 from nucsam.export.merged import export_run
+from nucsam.files import read_json, without_nan, write_text
+from nucsam.folds import runner
+from nucsam.folds.jobs import Job
+from nucsam.names import find_model
+from nucsam.report import charts
 from nucsam.run import checkpoint
 from nucsam.score.runs import headline, score_images, scoring_accelerator
-from nucsam.score.tables import COLUMNS, HEADLINE, percent, write_json
+from nucsam.score.tables import COLUMNS, HEADLINE, over_folds, percent, write_json
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "starter.toml"
-FILE = "starter.safetensors"  # under --out: what `train` writes and `score` takes
+FILE = "starter.safetensors"  # under --out: what `train` writes
+GROUP = r"^(.*)_\d+$"  # patches NAME_0, NAME_1, ... of one source image
+FOLDS = 5
+STARTS = ("starter", "MobileSAM")
 
 
 # ---- train ----
@@ -55,17 +80,14 @@ def score(args: argparse.Namespace) -> None:
     """Score a model once on every image of each folder."""
     rows = {}
     for root in args.data:
-        records = find_records(root)
-        rows[root.name] = row = scores_of(args.model or args.out / FILE, records)
+        rows[root.name] = row = scores_of(args.model, find_records(root))
         print(f"{root.name}, {row['images']} images: {_sentence(row)}")
-    document = {"benchmark": "starter", "date": date.today().isoformat(), "scores": rows}
-    write_json(args.out / "scores.json", document)
-    print(json.dumps(document))
+    finish({"scores": rows}, args.out / "scores.json")
 
 
-def scores_of(model: Path, records: Sequence[Any]) -> dict[str, Any]:
-    """Mean scores, 0..1, of an adapter file on all images of some records."""
-    net, settings, _, metadata = checkpoint.open_adapter(model)
+def scores_of(model: str, records: Sequence[Record]) -> dict[str, Any]:
+    """Mean scores, 0..1, of an adapter on all images of some records."""
+    net, settings, _, metadata = checkpoint.open_adapter(find_model(model)[0])
     accelerator = scoring_accelerator(metadata)
     net = accelerator.prepare_model(net, evaluation_mode=True)
     samples = Samples(records, memory_gib=settings.data.memory)
@@ -77,7 +99,136 @@ def _sentence(scores: dict[str, float]) -> str:
     return ", ".join(f"{COLUMNS[metric]} {percent(scores[metric])}" for metric in HEADLINE)
 
 
+# ---- curve ----
+
+
+def curve(args: argparse.Namespace) -> None:
+    """Do the runs of the curve that are missing, then draw it."""
+    data = args.out / "curve" / "data"
+    link(args.data, data)
+    fixed = {"data.root": str(data), "data.layout": "nuinsseg", "data.group": GROUP}
+    fixed |= {"data.folds": FOLDS, "data.fold": 0}
+    common = config.override(
+        changed(config.load_config(CONFIG).to_dict(), fixed, "curve").to_dict(), args.settings
+    )
+    jobs = [
+        curve_job(args, common, start, images, seed)
+        for seed in args.seeds
+        for images in args.images
+        for start in STARTS
+    ]
+    mine = [job for job in jobs if re.search(args.only, job.variant)]
+    runner.run_jobs(mine, common, args.out / "curve")
+    rows = [row for job in jobs if (row := curve_row(job))]
+    rows += [untrained_row(args, common, seed) for seed in args.seeds]
+    series = by_images(rows)
+    chart = charts.against(series["aji"], "AJI by the number of images", "images with labels")
+    charts.write_chart(chart, args.out / "curve")
+    text = curve_table(rows)
+    write_text(args.out / "curve.md", text)
+    print(text)
+    missing = [job.variant for job in jobs if curve_row(job) is None]
+    finish({"missing": missing, "rows": rows}, args.out / "curve.json")
+
+
+def curve_job(args: argparse.Namespace, common: Config, start: str, images: int, seed: int) -> Job:
+    """One run of the curve."""
+    values = {
+        "data.images": images,
+        "data.fold": seed,
+        "train.seed": seed,
+        "model.weights": args.model if start == STARTS[0] else "auto",
+    }
+    settings = changed(common.to_dict(), values, "curve")
+    trained = len(find_split(settings.data)[1].train)
+    batch = settings.train.batch
+    epochs = max(1, round(args.presentations / (batch * math.ceil(trained / batch))))
+    lengths = {"train.epochs": epochs, "train.validate_every": max(1, epochs // 5)}
+    name = f"{start}, {images} images, seed {seed}"
+    place = f"{start}-{images}-seed{seed}"
+    return Job(
+        name,
+        seed,
+        changed(settings.to_dict(), lengths, "curve"),
+        args.out / "curve" / place,
+        args.out / "curve" / ".locks" / place,
+        (sys.executable, str(Path(__file__).resolve()), "fit"),
+    )
+
+
+def fit(args: argparse.Namespace) -> None:
+    """What `curve` runs as a child: one training."""
+    nucsam.fit(args.data[0], args.out, resume=args.resume)
+
+
+def curve_row(job: Job) -> dict[str, Any] | None:
+    """The scores, 0..1, of a finished run; None of any other."""
+    scores = job.scores()
+    if scores is None:
+        return None
+    start, images, seed = job.variant.split(", ")
+    epochs = job.config.train.epochs
+    return {
+        "start": start,
+        "images": int(images.split()[0]),
+        "seed": int(seed.split()[1]),
+        "of_them": job.directory.read_environment()["images"],
+        "epochs": epochs,
+        "epoch": scores["epoch"],
+        **scores["headline"],
+    }
+
+
+def untrained_row(args: argparse.Namespace, common: Config, seed: int) -> dict[str, Any]:
+    """The scores of the starter as it is on the test images of a seed."""
+    file = args.out / "curve" / f"untrained-seed{seed}.json"
+    with Claim.take(args.out / "curve" / ".locks" / file.name, wait=True):
+        if not file.is_file():
+            records, split = find_split(replace(common.data, fold=seed))
+            write_json(file, scores_of(args.model, [records[i] for i in split.test]))
+    scores = read_json(file.read_bytes(), str(file))
+    return {"start": STARTS[0], "seed": seed, **scores, "images": 0}
+
+
+def by_images(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[int, list[float]]]]:
+    """Metric -> start -> number of images -> scores of the seeds, in their order."""
+    series = {metric: {start: {} for start in STARTS} for metric in HEADLINE}
+    for row in sorted(rows, key=lambda row: (row["images"], row["seed"])):
+        for metric in HEADLINE:
+            series[metric][row["start"]].setdefault(row["images"], []).append(row[metric])
+    return series
+
+
+def curve_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The curve as Markdown, in percent: mean over seeds ± sample standard deviation."""
+    series = by_images(rows)
+    lines = ["| images | from | seeds | Dice | AJI | PQ |", "|---|---|---|---|---|---|"]
+    for images in sorted({row["images"] for row in rows}):
+        for start in STARTS:
+            found = [row for row in rows if (row["images"], row["start"]) == (images, start)]
+            if not found:
+                continue
+            over = over_folds([{metric: row[metric] for metric in HEADLINE} for row in found])
+            cells = [_spread(over["mean"][metric], over["std"][metric]) for metric in HEADLINE]
+            lines.append(f"| {images} | {start} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(mean: float, std: float) -> str:
+    return percent(mean) + ("" if math.isnan(std) else f" ± {percent(std)}")
+
+
 # ---- the command ----
+
+
+def finish(document: dict[str, Any], path: Path) -> None:
+    """Write the document, and print it as the last line."""
+    document = {"benchmark": "starter", "date": date.today().isoformat(), **document}
+    write_json(path, document)
+    print(json.dumps(without_nan(document)))
+
+
+MODES = {"train": train, "score": score, "curve": curve, "fit": fit}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -85,17 +236,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("mode", choices=MODES)
-    add("data", type=Path, nargs="+", metavar="FOLDER | table.key=value")
+    add("mode", choices=MODES, metavar="train | score | curve")
+    add("data", nargs="+", metavar="FOLDER | table.key=value")
     add("--out", type=Path, required=True)
-    add("--model", type=Path, help=f"of score; default: OUT/{FILE}")
+    add("--model", help=f"an adapter file or starter; default: OUT/{FILE}")
+    add("--only", default="", help="regular expression on the names of the curve's runs")
+    add("--images", type=numbers, default=(4, 8, 16, 32))
+    add("--seeds", type=numbers, default=(0, 1, 2))
+    add("--presentations", type=int, default=1000, help="images that a run sees, with repeats")
+    add("--resume", action="store_true", help=argparse.SUPPRESS)  # of a child
     args = parser.parse_intermixed_args(arguments)
-    args.settings = [str(path) for path in args.data if "=" in str(path)]
-    args.data = [path for path in args.data if "=" not in str(path)]
+    args.settings = [text for text in args.data if "=" in text]
+    args.data = [Path(text) for text in args.data if "=" not in text]
+    args.model = args.model or str(args.out / FILE)
     return args
-
-
-MODES = {"train": train, "score": score}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Charts: what they show, in the colours of the page, and the sentences beside them."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,26 @@ def test_a_chart_takes_the_colours_of_the_page_and_its_own_ids():
     assert not re.search("#[0-9a-f]{6}", texts[0]) and "var(--s1)" in texts[0]
     ids = [set(re.findall(r'id="([^"]+)"', text)) for text in texts]
     assert len(ids[0]) > 10 and not ids[0] & ids[1]
+
+
+def test_a_grid_is_drawn_against_its_number():
+    def variant(images, seed, aji, *more):
+        config = override({}, [f"data.images={images}", f"train.seed={seed}", *more])
+        used = {"train": images - 1 if images else 41, "inner": 1, "test": 9}
+        run = record([image("a", aji)], [], config)
+        run.scores["headline"] = {"dice": 0.8, "aji": aji, "pq": None}
+        return replace(run, environment={"images": used})
+
+    runs = [variant(4, 0, 0.4), variant(4, 1, 0.6), variant(0, 0, 0.7), record()]
+    chart = charts.grid_chart(runs)
+    assert chart.text == (
+        "Test scores by data.images: Dice 4: 80.0 ± 0.0, 42: 80.0 ± 0.0; "
+        "AJI 4: 50.0 ± 14.1, 42: 70.0 ± 0.0"
+    )
+    full = [variant(4, 0, 0.3, "model.train=full"), variant(8, 0, 0.2, "model.train=full")]
+    assert charts.grid_chart(runs + full).text == (
+        "Test AJI by data.images: model.train=lora 4: 50.0 ± 14.1, 42: 70.0 ± 0.0; "
+        "model.train=full 4: 30.0 ± 0.0, 8: 20.0 ± 0.0"
+    )
+    assert charts.grid_chart([variant(4, 0, 0.4), variant(4, 1, 0.6)]) is None
+    assert charts.grid_chart([record()]) is None

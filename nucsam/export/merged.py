@@ -28,7 +28,7 @@ from nucsam.files import atomic
 from nucsam.model.bases import BASES
 from nucsam.model.network import Nucsam
 from nucsam.model.weights import Base
-from nucsam.names import FILE, PREFIX, find_model, push_model, portable_name
+from nucsam.names import FILE, PREFIX, find_model, portable_name, push_model
 from nucsam.run import checkpoint
 from nucsam.run.directory import RunDirectory
 from nucsam.score.tables import COLUMNS

@@ -26,8 +26,6 @@ _DECODER = ("prompt_encoder.", "mask_decoder.")
 # Seed and encoder -> the untouched model of a check, for the next caller, whom it saves time.
 _SPARE: dict[tuple[int, str], nn.Module] = {}
 
-_ADVICE = ", or set model.weights to its path, or to 'none' for random weights"
-
 
 @dataclass(frozen=True)
 class Base:
@@ -177,7 +175,11 @@ def _published(cache: Path, base: Published) -> Path:
         )
     if not path.exists():
         checksum = f"sha256:{base.sha256}"
-        fetch(path, base.urls, checksum=checksum, size=base.size, advice=_ADVICE)
+        advice = (
+            f"; elsewhere, curl -L -o {base.file} {base.urls[0]} fetches it. Or set model.weights "
+            "to its path, or to 'none' for random weights"
+        )
+        fetch(path, base.urls, checksum=checksum, size=base.size, advice=advice)
     digest = file_checksum(path).removeprefix("sha256:")
     if digest != base.sha256:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Charts of runs: curves of training, bars of organs.
+"""Charts of runs: curves of training, bars of organs, scores against a setting.
 
 Series differ in colour, marker and dash. matplotlib is imported inside functions: the
 end of a training imports this module, and must work without the extra `report`.
@@ -9,14 +9,16 @@ import io
 import re
 import textwrap
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from nucsam.config import MAY_CHANGE, SETTINGS
 from nucsam.files import atomic
 from nucsam.report.facts import SHOWN, by_organ
 from nucsam.run.directory import RunRecord
@@ -113,6 +115,44 @@ def training_charts(runs: Sequence[RunRecord]) -> dict[str, Chart]:
     return {name: chart for name, chart in charts.items() if chart}
 
 
+def grid_chart(runs: Sequence[RunRecord]) -> Chart | None:
+    """Test scores against the first number in which variants differ; None where there is none.
+
+    The spread is over folds and seeds. Each metric has a line. Where variants differ in other
+    settings too, each of these variants has a line of its AJI. `data.images` counts what was used.
+    """
+    scored = [run for run in runs if run.scores]
+    flats = [run.config.flat() for run in scored]
+    free = (*MAY_CHANGE, "data.fold", "train.seed")
+    settings = [key for key in SETTINGS if key not in free]
+    varied = [key for key in settings if len({flat[key] for flat in flats}) > 1]
+    axis = next((key for key in varied if type(SETTINGS[key].default) in (int, float)), None)
+    if axis is None:
+        return None
+    places = {}
+    series = defaultdict(lambda: defaultdict(list))
+    for run, flat in zip(scored, flats):
+        headline = run.scores["headline"]
+        label = ", ".join(f"{key}={flat[key]}" for key in varied if key != axis)
+        lines = {label: "aji"} if label else {title: metric for metric, title in SHOWN.items()}
+        for line, metric in lines.items():
+            if headline[metric] is not None:
+                series[line][flat[axis]].append(headline[metric])
+        places[flat[axis]] = _images_used(run) if axis == "data.images" else flat[axis]
+    title = f"Test {'AJI' if len(varied) > 1 else 'scores'} by {axis}"
+    points = {
+        line: {places[value]: scores for value, scores in by_value.items()}
+        for line, by_value in series.items()
+    }
+    return against(points, title, axis) if points else None
+
+
+def _images_used(run: RunRecord) -> int:
+    """How many images outside its test fold a run used."""
+    images = run.environment.get("images", {})
+    return sum(count for part, count in images.items() if part != "test")
+
+
 def _points(run: RunRecord, key: str, factor: float = 1) -> Points:
     epochs = [epoch for epoch in run.epochs if key in epoch]
     return [epoch["epoch"] for epoch in epochs], [factor * epoch[key] for epoch in epochs]
@@ -197,6 +237,35 @@ def fold_scores(headlines: Mapping[str, Mapping[str, float]]) -> Chart:
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     numbers = (f"{SHOWN[m]} {a:.1f} ± {s:.1f}" for m, a, s in zip(SHOWN, mean, std))
     return Chart(figure, f"Test scores of {len(headlines)} folds: {', '.join(numbers)}")
+
+
+@_style()
+def against(series: Mapping[str, Mapping[float, Sequence[float]]], title: str, x: str) -> Chart:
+    """A line of mean scores against a number, with their sample standard deviation.
+
+    Args:
+        series: label -> number -> scores, 0..1.
+        title: of the chart.
+        x: label of the horizontal axis.
+    """
+    figure, axes = _axes(4.3, 3.1, title, "percent")
+    axes.set_xlabel(x)
+    texts = []
+    for k, (label, points) in enumerate(series.items()):
+        places = sorted(points)
+        means = [100 * fmean(points[place]) for place in places]
+        stds = [100 * stdev(points[p]) if len(points[p]) > 1 else 0.0 for p in places]
+        look = {"color": SERIES[k % 5], "linestyle": DASHES[k % 5], "marker": MARKERS[k % 7]}
+        axes.errorbar(places, means, stds, label=label, markersize=4, capsize=3, **look)
+        cells = [f"{p:g}: {m:.1f} ± {s:.1f}" for p, m, s in zip(places, means, stds)]
+        texts.append(f"{label} {', '.join(cells)}")
+    ticks = sorted({place for points in series.values() for place in points})
+    if 0 < 8 * ticks[0] <= ticks[-1]:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=1 if "AJI" in title else 3, fontsize=9)
+    return Chart(figure, f"{title}: {'; '.join(texts)}")
 
 
 @_style()

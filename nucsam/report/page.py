@@ -17,7 +17,7 @@ from nucsam.data.draw import overlay, write_png
 from nucsam.errors import UserError, check_packages
 from nucsam.files import printable, write_text
 from nucsam.report import facts
-from nucsam.report.charts import Chart, run_charts, svg, write_chart
+from nucsam.report.charts import Chart, grid_chart, run_charts, svg, write_chart
 from nucsam.report.gallery import SHAPES, make_gallery, picks, scaled
 from nucsam.run.directory import RunDirectory, RunRecord, read_runs
 from nucsam.run.learning import advice, learnt_nothing
@@ -52,6 +52,8 @@ def write_report(
     variants = [list(runs) for _, runs in groupby(all_runs, attrgetter("variant"))]
     runs = max(variants, key=lambda runs: facts.summary(runs)["mean"]["aji"] or -1)
     charts = run_charts(runs)
+    if chart := grid_chart(all_runs):
+        charts["grid"] = chart
     pictures, no_pictures = [], ""
     try:
         pictures = make_gallery(picks(_rows(runs), every_image), runs, root)

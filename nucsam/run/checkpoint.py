@@ -113,6 +113,9 @@ def open_adapter(path: Path, weights: str = "") -> tuple[Nucsam, Config, Base, d
     _, metadata = read_tensors(path, "adapter")
     config = check_metadata(path, metadata)
     named = metadata["base"]["source"]
+    if not weights and named.startswith("none"):
+        expected = "expected that run directory, or the base"
+        raise UserError(f"{path}: trained on random base weights, which its run holds; {expected}")
     base = open_base(weights or (named if is_lasting(named) else "auto"), config.model.encoder)
     net = build_model(config.model, base, seed=config.train.seed)
     load_adapter(path, net, base)
@@ -157,25 +160,25 @@ def open_base(spec: str, encoder: str = "mobile_sam") -> Base:
     if spec in ("auto", "none"):
         return load_base(spec, encoder)
     path, source = find_model(spec)
-    if not _is_adapter(path):
+    adapter = _adapter_config(path)
+    if adapter is None:
         return replace(load_base(path, encoder), source=source)
-    net, config, base, _ = open_adapter(path)
-    if config.model.encoder != encoder:
-        raise UserError(
-            f"{source}: found an adapter of {config.model.encoder!r}, expected one of "
-            f"model.encoder = {encoder!r}"
-        )
+    if adapter.model.encoder != encoder:
+        found = f"found an adapter of {adapter.model.encoder!r}"
+        raise UserError(f"{source}: {found}, expected one of model.encoder = {encoder!r}")
+    net, _, base, _ = open_adapter(path)
     state = merged_tensors(net, base)
     head = {name: state.pop(name) for name in sorted(state) if name.startswith("head.")}
     return Base(state, state_sha256(base.state | net.trainable()), source, head, encoder)
 
 
-def _is_adapter(path: Path) -> bool:
+def _adapter_config(path: Path) -> Config | None:
+    """The configuration of an adapter file; None of any other file."""
     if path.suffix != ".safetensors" or not path.is_file():
-        return False
+        return None
     _, entries = read_safetensors(path)
-    document = read_json(entries.get("nucsam", "{}"), f"{path}: `nucsam` metadata")
-    return document.get("kind") == "adapter"
+    metadata = read_json(entries.get("nucsam", "{}"), f"{path}: `nucsam` metadata")
+    return check_metadata(path, metadata) if metadata.get("kind") == "adapter" else None
 
 
 def save_random_base(run: RunDirectory, base: Base) -> None:
