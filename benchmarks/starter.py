@@ -35,8 +35,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout that is not installed
 
-import nucsam
 from accuracy import link, numbers
+
+import nucsam
 from nucsam import UserError, config
 from nucsam.claims import Claim
 from nucsam.config import Config, changed
@@ -201,7 +202,6 @@ def by_images(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[int, l
 
 def curve_table(rows: Sequence[dict[str, Any]]) -> str:
     """The curve as Markdown, in percent: mean over seeds ± sample standard deviation."""
-    series = by_images(rows)
     lines = ["| images | from | seeds | Dice | AJI | PQ |", "|---|---|---|---|---|---|"]
     for images in sorted({row["images"] for row in rows}):
         for start in STARTS:

@@ -29,7 +29,7 @@ def find_model(name: str | Path) -> tuple[Path, str]:
             `Path` is always a path.
 
     Returns:
-        The path, and a name for good: "starter", hf:USER/NAME@COMMIT, or the path as text.
+        The path, and a name for good: "starter", hf:USER/NAME@COMMIT, or the path as given.
 
     Raises:
         UserError: the Hub has no such repository, revision or file, or there is no way to it.
@@ -38,8 +38,7 @@ def find_model(name: str | Path) -> tuple[Path, str]:
         return STARTER_FILE, STARTER
     if isinstance(name, str) and is_hub_name(name):
         return _fetch(name)
-    path = expanded(name)
-    return path, str(path)
+    return expanded(name), str(name)
 
 
 def is_hub_name(text: str) -> bool:

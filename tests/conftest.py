@@ -92,6 +92,26 @@ def base():
     return replace(fresh, state=state, sha256=state_sha256(state))
 
 
+@pytest.fixture(scope="module")
+def published(base, tmp_path_factory):
+    """Pretends that a file of `base` is MobileSAM's published one, in the cache; its path."""
+    import hashlib
+    from dataclasses import replace
+
+    import torch
+
+    from nucsam.model.bases import BASES
+
+    path = tmp_path_factory.mktemp("published") / "mobile_sam.pt"
+    torch.save(base.state, path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    facts = {"sha256": sha256, "size": path.stat().st_size, "urls": (path.as_uri(),)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BASES, "mobile_sam", replace(BASES["mobile_sam"], **facts))
+        patch.setenv("NUCSAM_CACHE", str(path.parent))
+        yield path
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_report(request):
     """Only the report's own tests draw it, because it takes longer than a tiny training."""

@@ -158,7 +158,7 @@ yaml.toml: not a readable TOML file: ...
 $ train a.toml b.toml  # two configurations
 found 2 configurations (a.toml, b.toml), expected one
 $ train PLAIN model.weights=sam.pth  # weights that are not there
-model.weights: no such file: sam.pth...expected a path, 'auto' or 'none'...
+model.weights: no such file: sam.pth...expected a path, 'auto', 'none', 'starter' or hf:USER/NAME
 $ train PLAIN model.weights=other.pt  # weights of another model
 other.pt does not fit model.encoder = 'mobile_sam': ... tensors differ; ...: found none, expected
 fractions (...)... mobile_sam.pt or ... of nucsam export...
@@ -173,15 +173,20 @@ $ train PLAIN model.weights=sparse.pt  # sparse weights
 sparse.pt holds a tensor without dense values under 'weight'...
 $ train PLAIN model.weights=nan.pt  # weights that are not numbers
 nan.pt: found NaN or infinity in 1 tensors: weight
-$ train PLAIN model.weights=run/adapter.safetensors  # an adapter as base
-run/adapter.safetensors does not fit model.encoder ... nucsam export...
+$ train PLAIN model.weights=run/adapter.safetensors  # an adapter of random weights as base
+run/adapter.safetensors: trained on random base weights, which its run holds; expected that run ...
+$ train PLAIN model.encoder=lite_medsam model.weights=lora.safetensors  # of another encoder
+lora.safetensors: found an adapter of 'mobile_sam', expected one of model.encoder = 'lite_medsam'
+$ HUBLESS train PLAIN model.weights=hf:ann/nuclei  # a name on the Hub without a network
+hf:ann/nuclei: no route; expected a repository with a model.safetensors of nucsam export
 $ train PLAIN model.encoder=efficient_sam_s model.weights=auto  # no address is known
 model.weights: found 'auto', but no address serves EfficientSAM-S's efficient_sam_vits.pt, ...
 $ train PLAIN model.encoder=efficient_sam_ti model.head=sam  # an encoder without SAM's decoder
 ...model.head: found 'sam' with model.encoder = 'efficient_sam_ti', ... expected 'instance'
 $ train PLAIN model.weights=auto  # no network
 mobile_sam.pt: no address serves it. https://...: <urlopen error Name or service not known> ... Put
-the file there yourself: cache/mobile_sam.pt, or set model.weights to its path, or to 'none' ...
+the file there yourself: cache/mobile_sam.pt; elsewhere, curl -L -o mobile_sam.pt https://... fetches
+it. Or set model.weights to its path, or to 'none' for random weights
 $ NUCSAM_CACHE=cached train PLAIN model.weights=auto  # another file in the cache
 cached/mobile_sam.pt is not MobileSAM's published ... to download it again, or ... path...
 $ WORLD_SIZE=2 train PLAIN  # processes that are not joined
@@ -202,7 +207,7 @@ $ train PLAIN model.pattern=x  # a pattern that matches nothing
 $ train PLAIN model.width=64 model.weights=merged.safetensors  # a head of another width
 merged.safetensors: found another head...model.width = 64...
 $ NUCSAM_CACHE=page.pt train PLAIN model.weights=auto  # a file for the cache
-page.pt/mobile_sam.pt: cannot be written (...), or set model.weights to its path, or to 'none' ...
+page.pt/mobile_sam.pt: cannot be written (...); elsewhere, ... model.weights to its path, or ...
 $ GPUS LOCAL_RANK=2 folds PLAIN --out OUT/f  # more processes than GPUs
 LOCAL_RANK: found 2 with the GPUs 0, 1, expected at ... CUDA_VISIBLE_DEVICES=0,0 puts two on one
 $ UNLOCKED folds PLAIN --out OUT/f  # a file system without locks
@@ -306,7 +311,7 @@ workers: found -1, expected 0 or more
 $ evaluate SAME --json flat  # scores into a folder
 flat: found a folder or device, expected a file
 $ predict model flat --out p  # no such model
-model: found no such file, expected a run directory or a safetensors file of nucsam export
+model: found no such file, expected a run directory or ... export, 'starter' or hf:USER/NAME
 $ predict none.onnx flat --out p  # no such graph
 none.onnx: no such file, expected one of nucsam export
 $ predict page.onnx flat --out p  # a page in place of a graph
@@ -323,8 +328,10 @@ $ TORCHLESS predict run flat --out p  # PyTorch is not installed
 run: needs PyTorch, found none; expected an .onnx file of nucsam export
 $ predict other.pt flat --out p  # a file that is no model
 other.pt: found a .pt file, expected ... a run directory...
-$ predict run/adapter.safetensors flat --out p  # an adapter as model
-run/adapter.safetensors: found a file of kind 'adapter', expected 'merged'; ... export ...
+$ predict run/base.safetensors flat --out p  # a base as model
+run/base.safetensors: found a file of kind 'base', expected 'merged'
+$ predict run/adapter.safetensors flat --out p  # an adapter of random weights as model
+run/adapter.safetensors: trained on random ... holds; expected that run directory, or the base
 $ predict run none.png --out p  # no such image
 none.png: no such file or folder
 $ predict run old --out p  # a folder without images
@@ -365,6 +372,12 @@ $ export run --out m.onnx --format adapter  # the suffix of another format
 ...out: found m.onnx for the format adapter, expected .safetensors
 $ export run --out m --base auto  # a base too many
 ...base: ...run...names its base...expected an adapter file
+$ export run  # no file
+export: expected --out FILE, --push USER/NAME, or both
+$ export run --out m.pt --half  # half precision for stock code
+...half: found it for the format sam, expected safetensors or adapter
+$ HUBLESS export run --push ann/nuclei  # no network to push by
+hf:ann/nuclei: no route; expected a repository of yours; `hf auth login` keeps your token
 $ export run --out flat  # export into a folder
 flat: found a folder or device, expected a file
 $ export run --out other.pt  # export over a file
@@ -542,6 +555,10 @@ SCENES = {  # what stands in for what, where a line begins with the word
     },
     "FULL": {"tifffile.imwrite": failing(OSError(errno.ENOSPC, "No space left on device"))},
     "GPUS": {"os.environ": os.environ | {"ACCELERATE_USE_CPU": "", "CUDA_VISIBLE_DEVICES": "0, 1"}},
+    "HUBLESS": dict.fromkeys(
+        ("huggingface_hub.hf_hub_download", "huggingface_hub.HfApi.create_repo"),
+        failing(OSError("no route")),
+    ),
     "MEMORY": dict.fromkeys(STEPS, NO_MEMORY),
     "SMALL": {"nucsam.data.slides.MOST": 3},
     "TORCHLESS": {"importlib.util.find_spec": without_torch},

@@ -1,4 +1,4 @@
-"""Models by name, against a local stand-in of the Hugging Face Hub."""
+"""Models by name: adapters that others start from, and a local stand-in of the Hub."""
 
 import base64
 import hashlib
@@ -8,9 +8,22 @@ import subprocess
 import sys
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
+import torch
+from conftest import same_tensors
+
+from nucsam import names
+from nucsam.cli import run_command
+from nucsam.export.merged import export_run
+from nucsam.model.weights import load_base, state_sha256
+from nucsam.names import STARTER_FILE, find_model
+from nucsam.predict.models import load
+from nucsam.run.checkpoint import open_base, read_tensors
+from nucsam.run.directory import RunDirectory
+from nucsam.train.loop import fit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PUSHED = "89abcdef0123456789abcdef0123456789abcdef"
@@ -116,9 +129,10 @@ def child(code, environment, **changes):
 
 
 FETCH = """
-from nucsam import hub, UserError
+from nucsam import UserError
+from nucsam.names import find_model
 try:
-    path, name = hub.fetch_model({name!r})
+    path, name = find_model({name!r})
     print(path.read_bytes(), name)
 except UserError as error:
     print("UserError", error)
@@ -133,8 +147,8 @@ def test_a_model_comes_once_and_is_named_by_its_commit(hub):
     assert child(fetch, environment).endswith(expected)
     assert child(fetch, environment, HF_HUB_OFFLINE="1").endswith(expected)
     assert child(FETCH.format(name=f"hf:ann/nuclei@{COMMIT}"), environment).endswith(expected)
-    listed = "from nucsam import hub\nprint(hub.cached_models())"
-    assert f"hf:ann/nuclei@{COMMIT}" in child(listed, environment)
+    listed = "from nucsam.predict.models import list_models\nprint(list_models())"
+    assert f"('hf:ann/nuclei@{COMMIT}', 'Hugging Face Hub', 7, " in child(listed, environment)
 
 
 @pytest.mark.parametrize("name", ["ann/none", "ann/empty", "no name at all", "ann/nuclei"])
@@ -148,9 +162,10 @@ def test_what_the_hub_does_not_have_is_refused_by_name(hub, name):
 
 PUSH = """
 from pathlib import Path
-from nucsam import hub, UserError
+from nucsam import UserError
+from nucsam.names import push_model
 try:
-    print(hub.push_model("ann/nuclei", Path({file!r}), "# a card"))
+    print(push_model("ann/nuclei", Path({file!r}), "# a card"))
 except UserError as error:
     print("UserError", error)
 """
@@ -166,3 +181,104 @@ def test_a_push_makes_the_repository_that_others_fetch(hub, tmp_path):
     assert child(push, environment).endswith(f"hf:ann/nuclei@{PUSHED}\n")
     assert repositories["ann/nuclei"] == {"model.safetensors": b"weights", "README.md": b"# a card"}
     assert "b'weights'" in child(FETCH.format(name="hf:ann/nuclei"), environment)
+
+
+# ---- adapters that others start from ----
+
+
+@pytest.fixture(scope="module")
+def run(published, tiny, tmp_path_factory) -> Path:
+    """A run from a published base."""
+    out = tmp_path_factory.mktemp("made") / "run"
+    fit(tiny("model.weights=auto", "train.epochs=1"), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def adapter(run) -> Path:
+    """What the run trained, in half precision."""
+    out = run.parent / "adapter.safetensors"
+    export_run(run, out, format="adapter", half=True)
+    return out
+
+
+def test_an_adapter_in_half_precision_predicts_as_its_run(run, adapter):
+    assert adapter.stat().st_size < 0.6 * RunDirectory(run).adapter_file.stat().st_size
+    images = 255 * torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        whole, half = (load(path).model(images, (64, 64)) for path in (run, adapter))
+    torch.testing.assert_close(half, whole, atol=0.02, rtol=0.02)
+    assert not torch.equal(half, whole)
+
+
+def test_a_base_of_an_adapter_is_what_its_export_merges(adapter, base, tmp_path):
+    export_run(adapter, tmp_path / "merged.safetensors")
+    merged, own = load_base(tmp_path / "merged.safetensors"), open_base(str(adapter))
+    assert own.extra and same_tensors(own.extra, merged.extra)
+    assert same_tensors(own.state, merged.state) and not same_tensors(own.state, base.state)
+    weights, _ = read_tensors(adapter, "adapter")
+    assert own.sha256 == state_sha256(base.state | weights)  # of what was read, not of the products
+
+
+def test_a_training_continues_an_adapter_from_the_hub_at_its_commit(
+    adapter, tiny, tmp_path, monkeypatch
+):
+    pinned, asked = f"hf:ann/nuclei@{COMMIT}", []
+
+    def fetch(name):
+        asked.append(name)
+        return adapter, pinned
+
+    monkeypatch.setattr(names, "_fetch", fetch)
+    config, out = tiny("model.weights=hf:ann/nuclei", "train.epochs=1"), tmp_path / "run"
+    fit(config, out)
+    run = RunDirectory(out)
+    assert run.read_metrics()[0]["epoch"] == 0  # scored before the first step
+    assert asked == ["hf:ann/nuclei"]
+    fit(tiny("model.weights=hf:ann/nuclei", "train.epochs=2"), out, resume=True)
+    export_run(out, tmp_path / "own.safetensors", format="adapter")
+    export_run(tmp_path / "own.safetensors", tmp_path / "merged.safetensors")
+    assert {*asked[1:]} == {pinned}
+    sha256 = open_base(str(adapter)).sha256
+    for file in (run.adapter_file, tmp_path / "own.safetensors", tmp_path / "merged.safetensors"):
+        _, metadata = read_tensors(file)
+        assert metadata["base"] == {"sha256": sha256, "source": pinned}
+        assert metadata["config"]["model"]["weights"] == "hf:ann/nuclei"
+
+
+def test_a_name_is_no_file_and_a_path_is_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("starter").mkdir()
+    assert find_model("starter") == (STARTER_FILE, "starter")
+    assert find_model("./starter") == (Path("starter"), "./starter")
+    assert find_model(Path("starter"))[0] == Path("starter")
+    assert names.is_lasting("starter") and names.is_lasting(f"hf:ann/nuclei@{COMMIT}")
+    assert not names.is_lasting("./starter") and not names.is_lasting("hf:ann/nuclei@main")
+
+
+def test_a_card_says_what_the_file_says(run, monkeypatch, capsys):
+    pushed = {}
+
+    def push(name, model, card):
+        pushed.update(name=name, metadata=read_tensors(model, "merged")[1], card=card)
+        return f"hf:{name}@{PUSHED}"
+
+    monkeypatch.setattr("nucsam.export.merged.push_model", push)
+    assert run_command(["export", str(run), "--push", "ann/nuclei", "--half"]) == 0
+    assert f"hf:ann/nuclei@{PUSHED}" in capsys.readouterr().out
+    metadata, card = pushed["metadata"], pushed["card"]
+    assert pushed["name"] == "ann/nuclei"
+    assert "nucsam predict hf:ann/nuclei IMAGES" in card
+    assert metadata["base"]["sha256"] in card and "`mobile_sam.pt`" in card
+    assert f"AJI {100 * metadata['scores']['aji']:.1f} %" in card
+
+
+def test_the_caches_are_listed(published, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setattr("nucsam.predict.models.hub_models", lambda: {"hf:a/b@c": published})
+    assert run_command(["models"]) == 0
+    printed = capsys.readouterr().out
+    size = f"{published.stat().st_size / 2**20:.1f}"
+    for name in ("mobile_sam", "hf:a/b@c"):
+        (line,) = [line for line in printed.splitlines() if line.split()[:1] == [name]]
+        assert size in line and str(published) in line

@@ -152,26 +152,22 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert default_cache() == tmp_path / "own"
 
 
-@pytest.fixture
-def published(monkeypatch, tmp_path, state):
-    """Pretends that a file of random weights is the published one; returns its path."""
-    path = tmp_path / "published" / "mobile_sam.pt"
-    path.parent.mkdir()
-    torch.save(state, path)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    facts = {"sha256": sha256, "size": path.stat().st_size, "urls": (path.as_uri(),)}
-    monkeypatch.setitem(BASES, "mobile_sam", replace(BASES["mobile_sam"], **facts))
-    return path
-
-
-def test_auto_downloads_once_and_then_needs_no_address(published, tmp_path, state, monkeypatch):
+def test_auto_downloads_once_and_then_needs_no_address(published, tmp_path, base, monkeypatch):
     cache = tmp_path / "cache"
-    base = load_base("auto", cache=cache)
-    assert base.sha256 == state_sha256(state)
-    assert base.source == str(cache / "mobile_sam.pt")
+    downloaded = load_base("auto", cache=cache)
+    assert downloaded.sha256 == base.sha256
+    assert downloaded.source == str(cache / "mobile_sam.pt")
     monkeypatch.setitem(BASES, "mobile_sam", replace(BASES["mobile_sam"], urls=()))
     monkeypatch.setenv("NUCSAM_CACHE", str(cache))
     assert load_base("auto").sha256 == base.sha256
+
+
+def test_half_precision_is_read_in_full(state, tmp_path):
+    half = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
+    save_file(half, tmp_path / "half.safetensors")
+    read = load_base(tmp_path / "half.safetensors")
+    assert same_tensors(read.state, {name: t.to(state[name].dtype) for name, t in half.items()})
+    assert read.sha256 == state_sha256(read.state) != state_sha256(state)
 
 
 def test_a_long_list_of_names_says_how_many_more_there_are():

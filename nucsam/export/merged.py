@@ -31,7 +31,7 @@ from nucsam.model.weights import Base
 from nucsam.names import FILE, PREFIX, find_model, portable_name, push_model
 from nucsam.run import checkpoint
 from nucsam.run.directory import RunDirectory
-from nucsam.score.tables import COLUMNS
+from nucsam.score.tables import COLUMNS, percent
 
 FORMATS = {  # format -> `kind` in the metadata of its files
     "safetensors": "merged",
@@ -123,15 +123,19 @@ def model_card(name: str, metadata: dict[str, Any]) -> str:
     """The README.md of a model's repository: what the metadata of its file say, as Markdown."""
     from jinja2 import Environment, PackageLoader
 
-    loader = PackageLoader("nucsam.export")
-    template = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True).get_template(
-        "card.md"
+    environment = Environment(
+        loader=PackageLoader("nucsam.export"), trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["percent"] = percent
     config = Config.from_dict(metadata["config"], "metadata")
-    metric = COLUMNS[config.train.best]
-    pattern = config.model.pattern or BASES[config.model.encoder].pattern
-    values = {"m": metadata, "c": config, "metric": metric, "pattern": pattern}
-    return template.render(name=name, **values) + "\n"
+    text = environment.get_template("card.md").render(
+        name=name,
+        m=metadata,
+        c=config,
+        columns=COLUMNS,
+        pattern=config.model.pattern or BASES[config.model.encoder].pattern,
+    )
+    return text + "\n"
 
 
 def _check(source: Path, out: Path, format: str, base: str, half: bool, force: bool) -> None:
