@@ -28,13 +28,13 @@ SHORT = [f"{table}.{key}={value}" for table, keys in TINY.items() for key, value
 COMMANDS = typer.main.get_command(cli.app).commands
 ELSEWHERE = (".", "bash", "cd", "git", "hf", "kaggle", "pip")  # commands of other programs
 COPY = """
-import json, pathlib, shutil, sys
+import json, pathlib, shutil, sys, tomllib
 settings, out = sys.argv[1], pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 shutil.copytree("runs/fold0", out)
 shutil.copy(settings, out / "config.toml")
 (out / "images.json").unlink()  # parts of another fold
 scores = json.loads((out / "scores.json").read_text())
-scores["split"]["fold"] = int(out.name.removeprefix("fold"))
+scores["split"] |= {k: tomllib.loads(open(settings).read())["data"][k] for k in scores["split"]}
 (out / "scores.json").write_text(json.dumps(scores))
 """
 

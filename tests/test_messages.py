@@ -185,8 +185,8 @@ $ train PLAIN model.encoder=efficient_sam_ti model.head=sam  # an encoder withou
 ...model.head: found 'sam' with model.encoder = 'efficient_sam_ti', ... expected 'instance'
 $ train PLAIN model.weights=auto  # no network
 mobile_sam.pt: no address serves it. https://...: <urlopen error Name or service not known> ... Put
-the file there yourself: cache/mobile_sam.pt; elsewhere, curl -L -o mobile_sam.pt https://... fetches
-it. Or set model.weights to its path, or to 'none' for random weights
+the file there yourself: cache/mobile_sam.pt; elsewhere, curl -L -o mobile_sam.pt https://...
+fetches it. Or set model.weights to its path, or to 'none' for random weights
 $ NUCSAM_CACHE=cached train PLAIN model.weights=auto  # another file in the cache
 cached/mobile_sam.pt is not MobileSAM's published ... to download it again, or ... path...
 $ WORLD_SIZE=2 train PLAIN  # processes that are not joined
