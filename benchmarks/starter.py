@@ -16,8 +16,8 @@ MODEL and from MobileSAM, with the settings of configs/starter.toml. Seed k test
 source image, and draws other training images. Every run sees about as many images, repeats counted
 (--presentations). Part of its few images are its inner split, which chooses the epoch, and so are
 not trained on. Several processes share the runs, as in `nucsam folds`; --only takes some of them,
-such as 'seed 0'. The same command again does what is missing. It writes RUNS/curve.md, .json, .png,
-.pdf and .svg.
+such as 'seed 0'. The same command again does what is missing. It writes RUNS/curve.md and
+.json, and RUNS/starter-curve.png, .pdf and .svg.
 
 The last line that `score` and `curve` print is one JSON document.
 """
@@ -122,9 +122,9 @@ def curve(args: argparse.Namespace) -> None:
     runner.run_jobs(mine, common, args.out / "curve")
     rows = [row for job in jobs if (row := curve_row(job))]
     rows += [untrained_row(args, common, seed) for seed in args.seeds]
-    series = by_images(rows)
-    chart = charts.against(series["aji"], "AJI by the number of images", "images with labels")
-    charts.write_chart(chart, args.out / "curve")
+    points = {start: scores for start, scores in by_images(rows)["aji"].items() if scores}
+    chart = charts.against(points, "AJI by the number of images", "images with labels")
+    charts.write_chart(chart, args.out / "starter-curve")
     text = curve_table(rows)
     write_text(args.out / "curve.md", text)
     print(text)

@@ -427,11 +427,14 @@ def export_command(
 
     if not (out or push):
         raise UserError("export: expected --out FILE, --push USER/NAME, or both")
+    options = {"base": base, "half": half}
+    sentences = []
     with PlainConsole(stderr=True).status(f"writing {out or push}"):
         if out:
-            print(printable(export_run(run, out, format=format, base=base, half=half, force=force)))
+            sentences.append(export_run(run, out, format=format, force=force, **options))
         if push:
-            print(printable(push_run(run, push, base=base, half=half)))
+            sentences.append(push_run(run, push, **options))
+    print(printable("\n".join(sentences)))
 
 
 @app.command("report")

@@ -75,4 +75,4 @@ def test_the_script_trains_scores_and_draws(published, folder, tiny, tmp_path, m
     assert (untrained["start"], untrained["images"]) == ("starter", 0)
     cells = r"\| 4 \| starter \| 1 \| [\d.]+ \| [\d.]+ \| [\d.]+ \|"
     assert re.search(cells, (out / "curve.md").read_text())
-    assert (out / "curve.png").is_file()
+    assert (out / "starter-curve.png").is_file()
