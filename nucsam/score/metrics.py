@@ -291,7 +291,7 @@ def _label_map(labels: np.ndarray, name: str, connected: bool) -> np.ndarray:
         raise UserError(f"{name}: found ids from {low} to {high}, expected 0 to 2**63 - 1")
     if connected:
         return components(labels)
-    if found := not_instances(labels):
+    if found := not_instances(labels, high):
         warnings.warn(
             f"{name}: found {found}, each value scored as ONE object; connected=True makes each "
             "component an object",
