@@ -112,9 +112,8 @@ def list_models() -> list[tuple[str, str, int, Path]]:
 
     The starter, the published bases in `default_cache`, and the models in the Hub's cache.
     """
-    files = [(STARTER, "comes with nucsam; predict, model.weights", STARTER_FILE)]
+    files = [(STARTER, "comes with nucsam", STARTER_FILE)]
     for name, base in BASES.items():
-        origin = f"{base.name}'s published weights; model.encoder"
-        files.append((name, origin, default_cache() / base.file))
+        files.append((name, f"published {base.name}", default_cache() / base.file))
     files += [(name, "Hugging Face Hub", path) for name, path in hub_models().items()]
     return [(name, origin, p.stat().st_size, p) for name, origin, p in files if p.is_file()]
