@@ -242,7 +242,7 @@ REFUSED = {
     "data.crop model.rank train.epochs train.batch train.accumulate train.step_epochs "
     "train.validate_every": [0, -1, 2**31],
     "data.folds": [1, 0],
-    "data.workers instances.area": [-1],
+    "data.images data.workers instances.area": [-1],
     "data.seed": [-1, 2**32],
     "train.seed": [-1, 2**64],
     "model.width": [0, 100, -32],
