@@ -135,14 +135,6 @@ def ramps(starts: Sequence[int], side: int, overlap: int) -> list[np.ndarray]:
     return [(ramp / total[start : start + side]).astype(np.float32) for start in starts]
 
 
-def edges(weights: np.ndarray) -> list[slice]:
-    """The two ends of weights, up to where they are 1."""
-    ones = np.flatnonzero(weights == 1)
-    if not len(ones):
-        return [slice(0, len(weights))]
-    return [slice(0, ones[0]), slice(ones[-1] + 1, len(weights))]
-
-
 def meet(start: int, length: int, place: slice) -> tuple[slice, slice]:
     """The intersection of `length` px from `start` with `place`, counted from the start of each."""
     low = max(start, place.start)
@@ -254,13 +246,7 @@ class Tiles:
                 for starts, n, length, place in zip(self.starts, key, self.sides, outer)
             )
             down, across = (ramps[n][part] for ramps, n, part in zip(self.ramps, key, (y, x)))
-            # Inside, a tile is alone; over the seams, the weights of neighbours sum to 1.
-            faded = maps[:, y, x].astype(np.float32)
-            for rows in edges(down):
-                faded[:, rows] *= down[rows, None]
-            for columns in edges(across):
-                faded[:, :, columns] *= across[columns]
-            total[:, y_in, x_in] += faded
+            total[:, y_in, x_in] += maps[:, y, x] * (down[:, None] * across)
         return total
 
     def _plan(self) -> list[list[Key]]:
@@ -300,26 +286,16 @@ def own_nuclei(label: np.ndarray, window: Window, area: Area | None = None) -> n
     Returns:
         The label map int32 (h, w) of the other nuclei, in the same order, ids 1, 2, ...
     """
-    if window.core == window.outer and area is None:
-        return label
-    inner = [slice(c.start - o.start, c.stop - o.start) for c, o in zip(*window)]
-    moved = np.full(int(label.max()) + 1, area is not None)  # ids whose centroid must be looked at
-    for strip in (slice(0, inner[0].start), slice(inner[0].stop, None)):
-        moved[label[strip]] = True
-    for strip in (slice(0, inner[1].start), slice(inner[1].stop, None)):
-        moved[label[:, strip]] = True
-    moved[0] = False
-    flat = label.ravel()
-    pixels = np.flatnonzero(moved[flat])
-    ids = flat[pixels]
-    sizes = np.bincount(ids, minlength=len(moved))
-    inside = np.ones(len(moved), bool)
-    inside[0] = False
+    pixels = np.flatnonzero(label)
+    ids = label.ravel()[pixels]
+    sizes = np.bincount(ids, minlength=1)
+    inside = sizes > 0
     centroids = []
-    for values, core in zip(np.divmod(pixels, label.shape[1]), inner):
+    for values, core, outer in zip(np.divmod(pixels, label.shape[1]), *window):
         total = np.bincount(ids, values, len(sizes)).astype(np.int64)
-        centroids.append(total // np.maximum(sizes, 1))
-        inside &= ~moved | ((centroids[-1] >= core.start) & (centroids[-1] < core.stop))
+        centroid = total // np.maximum(sizes, 1)
+        inside &= (centroid >= core.start - outer.start) & (centroid < core.stop - outer.start)
+        centroids.append(centroid)
     if area is not None:
         inside &= area(window.outer)[tuple(centroids)]
     return (np.cumsum(inside) * inside).astype(np.int32)[label]
