@@ -193,10 +193,7 @@ class Predictor:
             places = windows_in(places, area, margin)
         if tissue is not None:
             places = [window for window in places if tissue.meets(window.core)] or places[:1]
-        sizes = {"scale": self.scale / ratio, "tile": tile, "overlap": overlap}
-        tiles = Tiles(image, **sizes, windows=places, tissue=tissue)
-        tiles.area = area
-        return tiles
+        return Tiles(image, self.scale / ratio, tile, overlap, places, tissue, area)
 
     def extract(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, Window, Nuclei]]:
         """The nuclei of each window of images, in order.

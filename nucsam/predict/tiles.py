@@ -16,6 +16,7 @@ A place is a pair of slices: rows, columns.
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import InitVar, dataclass
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 
@@ -142,6 +143,7 @@ def meet(start: int, length: int, place: slice) -> tuple[slice, slice]:
     return slice(low - start, high - start), slice(low - place.start, high - place.start)
 
 
+@dataclass(eq=False)
 class Tiles:
     """Gives one image's tiles, takes their dense maps, and stitches the maps of each window.
 
@@ -156,26 +158,20 @@ class Tiles:
         overlap: what neighbours share, image px.
         windows: windows of this image, in the order in which they are asked for.
         tissue: tiles without tissue are not run, and their maps are 0; None = all tiles are run.
+        area: where nuclei are kept; None = everywhere.
     """
 
-    area: Area | None = None  # where nuclei are kept; None = everywhere
+    image: Any
+    scale: float
+    tile: InitVar[int]
+    overlap: InitVar[int]
+    windows: Sequence[Window]
+    tissue: Tissue | None = None
+    area: Area | None = None
 
-    def __init__(
-        self,
-        image: Any,
-        *,
-        scale: float,
-        tile: int,
-        overlap: int,
-        windows: Sequence[Window],
-        tissue: Tissue | None = None,
-    ) -> None:
-        self.image = image
-        self.scale = scale
-        self.windows = windows
-        self.tissue = tissue
-        self.size = tuple(image.shape[:2])
-        grids = [grid(length, tile, overlap, scale) for length in self.size]
+    def __post_init__(self, tile: int, overlap: int) -> None:
+        self.size = tuple(self.image.shape[:2])
+        grids = [grid(length, tile, overlap, self.scale) for length in self.size]
         self.starts, self.sides, self.model_sides = zip(*grids)  # image px, image px, model px
         self.ramps = [
             ramps(starts, length, overlap) for starts, length in zip(self.starts, self.sides)
@@ -183,7 +179,7 @@ class Tiles:
         self.failed: Exception | None = None  # why the image could not be read to its end
         self.asked: set[Key] = set()  # tiles given so far
         self.run = 0  # tiles whose maps have come
-        self.level = image.level(scale) if isinstance(image, Windows) else 0
+        self.level = self.image.level(self.scale) if isinstance(self.image, Windows) else 0
         self._keys = self._plan()
         self._last = {key: k for k, keys in enumerate(self._keys) for key in keys}
         self._maps: dict[Key, np.ndarray | None] = {}

@@ -235,7 +235,6 @@ class LabelBlocks:
         """
         label = nuclei.label.copy()
         pieces = []
-        hidden = False
         for at in product(*(range(p.start // BLOCK, -(-p.stop // BLOCK)) for p in window.outer)):
             (y, y_in), (x, x_in) = (
                 meet(BLOCK * k, BLOCK, place) for k, place in zip(at, window.outer)
@@ -243,24 +242,16 @@ class LabelBlocks:
             piece = label[y_in, x_in]
             if piece.any():
                 block = self.block(at)
-                taken = (block[y, x] > 0) & (piece > 0)
-                if taken.any():
-                    piece[taken] = 0
-                    hidden = True
+                piece[block[y, x] > 0] = 0
                 pieces.append((at, block, block[y, x], piece))
-        ids = np.arange(len(nuclei.confidence) + 1, dtype=np.int32)
-        if hidden:
-            visible = np.bincount(label.ravel(), minlength=len(ids)) > 0
-            visible[0] = False
-            ids = (np.cumsum(visible) * visible).astype(np.int32)
-        numbers = np.where(ids > 0, ids + self.count, 0).astype(np.int32)
+        visible = np.bincount(label.ravel(), minlength=len(nuclei.confidence) + 1) > 0
+        visible[0] = False
+        ids = (np.cumsum(visible) * visible).astype(np.int32)
         for at, block, place, piece in pieces:
-            np.maximum(place, numbers[piece], out=place)
+            np.copyto(place, ids[piece] + self.count, where=piece > 0)
             self._keep(at, block)
         self.count += int(ids.max())
-        if not hidden:
-            return Nuclei(label, nuclei.confidence)
-        return Nuclei(ids[label], nuclei.confidence[ids[1:] > 0])
+        return Nuclei(ids[label], nuclei.confidence[visible[1:]])
 
     def write(self, path: Path, mpp: float | None) -> None:
         """Write a deflated TIFF: uint16, or uint32 where an id is over 65535.
