@@ -19,7 +19,7 @@ from nucsam.model.network import build_model
 from nucsam.processes import exit_on_sigterm, is_first
 from nucsam.run.checkpoint import load_adapter, put_weights
 from nucsam.run.directory import RunDirectory
-from nucsam.score.runs import describe_scores, headline, score_images, scores_sentence
+from nucsam.score.runs import describe_scores, headline, scores_sentence
 from nucsam.train.progress import (
     StepBar,
     console,
@@ -101,7 +101,8 @@ def _fit(
         if training.accelerator.is_main_process:
             print_stopped(training.run, training.saved_step, training.steps)
         raise SystemExit(getattr(stopped, "code", 128 + signal.SIGINT)) from None
-    _leave(training)
+    training.accelerator.wait_for_everyone()  # else gloo sometimes aborts at interpreter exit
+    training.accelerator.end_training()
     return scores
 
 
@@ -188,14 +189,7 @@ def validate(training: Training) -> dict[str, float]:
     """Mean Dice, AJI and PQ of the weights to keep on the selecting images, 0 to 1."""
     current = {name: p.detach().clone() for name, p in training.weights.items()}
     put_weights(training.net, training.average or current, training.run.path)
-    scored = score_images(
-        training.net,
-        training.config,
-        training.samples,
-        training.select,
-        training.accelerator,
-        mpp=training.mpp,
-    )
+    scored = training.score_samples(training.select)
     put_weights(training.net, current, training.run.path)
     training.net.train()
     return headline(scored)
@@ -207,9 +201,7 @@ def score_best(training: Training) -> dict[str, Any]:
     accelerator = training.accelerator
     accelerator.wait_for_everyone()  # the main process has written the adapter
     metadata = load_adapter(training.run.adapter_file, training.net, training.base)
-    scored = score_images(
-        training.net, config, training.samples, training.score, accelerator, mpp=training.mpp
-    )
+    scored = training.score_samples(training.score)
     scores = describe_scores(scored, metadata, of=training.scored_split, untrained=False)
     if accelerator.is_main_process:
         training.run.write_scores(scores)
@@ -288,11 +280,3 @@ def memory_advice(config: Config) -> Iterator[None]:
                 f"docker run --shm-size=2g. ({str(error).strip().splitlines()[-1]})"
             ) from error
         raise
-
-
-def _leave(training: Training) -> None:
-    """End trackers and processes. Without the barrier gloo sometimes aborts at interpreter exit."""
-    training.accelerator.end_training()
-    if torch.distributed.is_initialized():
-        training.accelerator.wait_for_everyone()
-        torch.distributed.destroy_process_group()

@@ -17,7 +17,6 @@ from nucsam.model.network import build_model
 from nucsam.processes import exit_on_sigterm, process_count
 from nucsam.run.learning import USUAL_STEPS
 from nucsam.score.metrics import PROTOCOLS
-from nucsam.score.runs import score_images
 from nucsam.score.tables import FEWEST
 from nucsam.train.loop import memory_advice, step
 from nucsam.train.progress import console, epoch_speed, print_warning
@@ -72,8 +71,7 @@ def _measure(training: Training) -> dict[str, float]:
         training.check_losses()  # waits for the device
         times.append(time.monotonic())
         console.print(f"  step: {times[-1] - times[-2]:.1f} s")
-    image = training.select[:1], training.accelerator
-    score_images(training.net, training.config, training.samples, *image, mpp=training.mpp)
+    training.score_samples(training.select[:1])
     times.append(time.monotonic())
     seconds = float(np.median(np.diff(times)[:STEPS]))
     images = math.ceil(t.epochs / t.validate_every) * len(training.select) + len(training.score)

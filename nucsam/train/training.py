@@ -37,6 +37,7 @@ from nucsam.processes import check_joined, idle_cores
 from nucsam.run import checkpoint
 from nucsam.run.checkpoint import Progress
 from nucsam.run.directory import RunDirectory
+from nucsam.score.runs import score_images
 from nucsam.train.progress import console, print_start, print_warning
 from nucsam.train.signals import ignore_signals, kill_workers
 
@@ -232,6 +233,11 @@ class Training:
         """What is validated and kept: the running average, or the weights where EMA is off."""
         return self.average or self.weights
 
+    def score_samples(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The scores of some of the samples, by the weights in `net`; as of `score_images`."""
+        net, accelerator = self.net, self.accelerator
+        return score_images(net, self.config, self.samples, indices, accelerator, mpp=self.mpp)
+
     # ---- losses ----
 
     def add_losses(self, terms: dict[str, Tensor]) -> None:
@@ -311,10 +317,9 @@ class Training:
         self.loss_sums = {
             name: torch.tensor(total, device=device) for name, total in self.progress.sums.items()
         }
-        if self.accelerator.scaler is not None and metadata.get(
-            "scaler"
-        ):  # empty in a state of fp32
-            self.accelerator.scaler.load_state_dict(metadata["scaler"])
+        scaler = self.accelerator.scaler
+        if scaler is not None and metadata.get("scaler"):  # empty in a state of fp32
+            scaler.load_state_dict(metadata["scaler"])
 
     def log(self, line: dict[str, Any], *, validated: bool) -> None:
         """Add an epoch's line to metrics.jsonl, keep the weights if it is the best, and save."""
