@@ -29,7 +29,7 @@ from nucsam.data.images import IMAGES, open_image, read_metadata
 from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
 from nucsam.errors import UserError, check_packages
-from nucsam.files import read_json, shortened, stale_partials, write_text
+from nucsam.files import changes, read_json, shortened, stale_partials, write_text
 from nucsam.predict import writers
 from nucsam.predict.models import load
 from nucsam.predict.predictor import Predictor
@@ -205,19 +205,14 @@ def _record(
     """Write `settings` as predict.json. If the old ones differ, `force` removes their results."""
     if record.is_file():
         before = read_json(record.read_bytes(), str(record))
-        before |= {name: settings[name] for name in UNRECORDED}
-        changes = [
-            f"{name}: {before.get(name)!r} -> {value!r}"
-            for name, value in settings.items()
-            if before.get(name) != value
-        ]
-        if changes and not force:
+        changed = changes(before | {name: settings[name] for name in UNRECORDED}, settings)
+        if changed and not force:
             raise UserError(
-                f"{record}: the results beside it have other settings: {'; '.join(changes)}; "
+                f"{record}: the results beside it have other settings: {'; '.join(changed)}; "
                 "expected another out, or force"
             )
         # Before predict.json changes: a run that is cut off must not leave results of both settings
-        if changes:
+        if changed:
             _remove_results(record.parent, files)
     write_text(record, json.dumps(settings, indent=2) + "\n")
 

@@ -19,6 +19,7 @@ from nucsam.files import (
     FLAG,
     SHARE,
     TEXT,
+    changes,
     check_form,
     printable,
     read_json,
@@ -131,10 +132,10 @@ class RunDirectory:
         if resume and self.exists():
             before = load_config(self.config_file)
             more = ["train.epochs"] if config.train.epochs > before.train.epochs else []
-            if changes := conflicts(before, config, *more):
+            if changed := conflicts(before, config, *more):
                 raise UserError(
                     f"{self.config_file}: cannot resume with another configuration: "
-                    f"{'; '.join(changes)} (found -> wanted). Give the run's own settings, or "
+                    f"{'; '.join(changed)} (found -> wanted). Give the run's own settings, or "
                     "another out for a new run"
                 )
         elif self.path.exists() and any(
@@ -185,10 +186,10 @@ class RunDirectory:
         Raises:
             UserError: names the images that differ.
         """
-        if changes := inventory_changes(self.read_images(), images):
+        if changed := inventory_changes(self.read_images(), images):
             raise UserError(
                 f"{root}: found other images than {self.path} was split on, so that test images "
-                f"may have been trained on; {'; '.join(changes)}"
+                f"may have been trained on; {'; '.join(changed)}"
             )
 
     def write_environment(self, facts: dict[str, Any]) -> None:
@@ -207,7 +208,7 @@ class RunDirectory:
             return []
         source = str(self.metrics_file)
         lines = self.metrics_file.read_bytes().splitlines()
-        return [check_form(read_json(line, source), {"epoch": COUNT}, source) for line in lines]
+        return [read_json(line, source, {"epoch": COUNT}) for line in lines]
 
     def write_scores(self, scores: dict[str, Any]) -> None:
         write_text(self.scores_file, to_json(scores) + "\n")
@@ -221,17 +222,13 @@ class RunDirectory:
         if not self.is_finished(config):
             return None
         scores = _read_document(self.scores_file, SCORES)
-        split, data = scores.get("split", {}), config.to_dict()["data"]
-        check_form(split, dict, f"{self.scores_file}: split")
-        changes = [
-            f"data.{k}: {split[k]!r} -> {data[k]!r}"
-            for k in SPLIT
-            if split.get(k, data[k]) != data[k]
-        ]
-        if changes:
+        split = check_form(scores.get("split", {}), dict, f"{self.scores_file}: split")
+        wanted = {f"data.{key}": getattr(config.data, key) for key in SPLIT}
+        scored = wanted | {f"data.{key}": value for key, value in split.items()}
+        if changed := changes(scored, wanted):
             raise UserError(
                 f"{self.scores_file}: found scores of another split than {self.config_file} has: "
-                f"{'; '.join(changes)}"
+                f"{'; '.join(changed)}"
             )
         return scores
 
@@ -262,7 +259,7 @@ class RunDirectory:
 def _read_document(path: Path, form: Any) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    return check_form(read_json(path.read_bytes(), str(path)), form, str(path))
+    return read_json(path.read_bytes(), str(path), form)
 
 
 @dataclass(frozen=True)
