@@ -114,10 +114,7 @@ PROBABILITY = number("a probability from 0 to 1", lambda value: 0 <= value <= 1)
 INSIDE = number("a number between 0 and 1", lambda value: 0 < value < 1)
 BELOW_ONE = number("0 up to but not 1", lambda value: 0 <= value < 1)
 UP_TO_HALF = number("a fraction over 0, at most 0.5", lambda value: 0 < value <= 0.5)
-WIDTH = number(
-    "a positive multiple of 32, at most 4096",
-    lambda value: 0 < value <= 4096 and value % 32 == 0,
-)
+WIDTH = number("a positive multiple of 32, at most 4096", lambda v: v in range(32, 4097, 32))
 
 
 def setting(default: Any, text: str, rule: Rule | None = None) -> Any:
@@ -181,12 +178,7 @@ class Model:
     """[model]: the network, and which of its parts train."""
 
     encoder: Literal[
-        "mobile_sam",
-        "tiny_sam",
-        "lite_medsam",
-        "sam_vit_b",
-        "efficient_sam_ti",
-        "efficient_sam_s",
+        "mobile_sam", "tiny_sam", "lite_medsam", "sam_vit_b", "efficient_sam_ti", "efficient_sam_s"
     ] = setting("mobile_sam", "the network whose weights are fine-tuned")
     weights: str = setting(
         "auto", "auto: the encoder's published file; none: random; else a file, or an export"

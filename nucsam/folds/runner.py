@@ -33,13 +33,7 @@ from nucsam.errors import UserError
 from nucsam.files import printable, write_text
 from nucsam.folds.jobs import Job, child_environment, device_of, plan, variants
 from nucsam.folds.methods import methods_section
-from nucsam.folds.table import (
-    cross_validation,
-    table_csv,
-    table_latex,
-    table_rows,
-    table_sections,
-)
+from nucsam.folds.table import cross_validation, table_csv, table_latex, table_rows, table_sections
 from nucsam.processes import ask_to_stop, child_options, handled, is_first
 from nucsam.run.directory import RunDirectory
 from nucsam.run.learning import learnt_nothing

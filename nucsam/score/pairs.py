@@ -129,10 +129,7 @@ def find_pairs(
 
 
 def score_pair(
-    pair: Pair,
-    protocols: Sequence[Protocol],
-    connected: bool = False,
-    region_class: str = "",
+    pair: Pair, protocols: Sequence[Protocol], connected: bool = False, region_class: str = ""
 ) -> list[dict]:
     """A row of one image for each protocol.
 

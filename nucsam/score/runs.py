@@ -6,7 +6,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
@@ -18,13 +17,7 @@ from nucsam.data.samples import Samples
 from nucsam.data.splits import Split, find_split, inventory
 from nucsam.errors import UserError
 from nucsam.model.network import build_model
-from nucsam.predict.devices import (
-    PRECISIONS,
-    autocast_dtype,
-    find_device,
-    make_accelerator,
-    uses_gpu,
-)
+from nucsam.predict.devices import PRECISIONS, autocast_dtype, find_device, make_accelerator
 from nucsam.predict.pytorch import TorchPredictor
 from nucsam.run.checkpoint import open_run
 from nucsam.run.directory import RunDirectory
@@ -216,9 +209,8 @@ def scores_sentence(scores: dict[str, Any]) -> str:
 
 def scoring_accelerator(metadata: dict[str, Any]) -> Accelerator:
     """An accelerator in the precision of a run's training, as `autocast_dtype` says."""
-    device = torch.device("cuda" if uses_gpu() else "cpu")
-    precision = PRECISIONS[autocast_dtype(metadata.get("precision"), device)]
-    return make_accelerator(precision)
+    dtype = autocast_dtype(metadata.get("precision"), find_device("auto"))
+    return make_accelerator(PRECISIONS[dtype])
 
 
 def scoring_predictor(
