@@ -21,7 +21,7 @@ import numpy as np
 from nucsam.data.labels import components, not_instances
 from nucsam.errors import UserError
 from nucsam.score.assignment import assign
-from nucsam.score.overlaps import Overlaps, overlaps, starts_of_runs
+from nucsam.score.overlaps import Overlaps, overlaps
 
 METRICS = ("dice", "dice2", "aji", "aji_plus", "dq", "sq", "pq", "precision", "recall", "f1", "map")
 
@@ -393,7 +393,7 @@ def _aji(table: Overlaps) -> tuple[int, int]:
     lower id. Truths without overlap and predictions not taken add their areas to the union.
     """
     order = np.lexsort((-table.union, -table.iou, table.t))  # stable: the lower id comes first
-    best = order[starts_of_runs(table.t)]
+    best = order[np.unique(table.t, return_index=True)[1]]  # the first pair of each truth
     unpaired = np.delete(table.truth_area, table.t).sum()
     not_taken = np.delete(table.pred_area, table.p[best]).sum()
     return int(table.inter[best].sum()), int(table.union[best].sum() + unpaired + not_taken)

@@ -59,7 +59,9 @@ def overlaps(truth: np.ndarray, pred: np.ndarray, min_area: int = 0) -> Overlaps
     from scipy.sparse import coo_array  # takes a moment to load
 
     truth, pred = truth.ravel(), pred.ravel()
-    start = starts_of_runs(truth, pred)
+    begins = np.ones(truth.size, bool)
+    begins[1:] = (truth[1:] != truth[:-1]) | (pred[1:] != pred[:-1])
+    start = np.flatnonzero(begins)
     truth_ids, t = _rows(truth[start])
     pred_ids, p = _rows(pred[start])
     length = np.diff(start, append=truth.size)
@@ -71,15 +73,6 @@ def overlaps(truth: np.ndarray, pred: np.ndarray, min_area: int = 0) -> Overlaps
     t, p = t_of_row[pairs.row], p_of_column[pairs.col]
     both = (t >= 0) & (p >= 0)
     return Overlaps(truth_ids, truth_area, pred_ids, pred_area, t[both], p[both], pairs.data[both])
-
-
-def starts_of_runs(values: np.ndarray, *others: np.ndarray) -> np.ndarray:
-    """Indices at which any of several arrays changes; the first index is one."""
-    changes = np.ones(len(values), bool)
-    np.not_equal(values[1:], values[:-1], out=changes[1:])
-    for other in others:
-        changes[1:] |= other[1:] != other[:-1]
-    return np.flatnonzero(changes)
 
 
 def _rows(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
