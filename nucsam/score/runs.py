@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
@@ -43,7 +43,7 @@ def score_images(
 ) -> list[dict[str, Any]]:
     """Scores of images by a protocol, NuInsSeg's by default, and its variant without vague areas.
 
-    The processes share the images round-robin; each image is scored once.
+    The processes share the images; each image is scored once.
 
     Args:
         net: the model, on the accelerator's device.
@@ -60,8 +60,7 @@ def score_images(
     Returns:
         One dict of `nucsam.score.tables.scored` per protocol, the same on every process.
     """
-    places = range(accelerator.process_index, len(indices), accelerator.num_processes)
-    share = [indices[place] for place in places]
+    share = np.array_split(indices, accelerator.num_processes)[accelerator.process_index].tolist()
     vague = any(samples.records[i].vague for i in indices)
     protocols = protocols_for(**{"protocol": PROTOCOL, **rules}, vague=vague)
     was_training = net.training
@@ -70,19 +69,17 @@ def score_images(
     predictor = scoring_predictor(net, config, mpp=mpp, tta=tta)
     images = (samples[i].image for i in share)
     labels = predictor.predict_many(images, [samples.mpps[i] for i in share])
-    for place, index, label in zip(places, share, labels):
+    for index, label in zip(share, labels):
         record, sample = samples.records[index], samples[index]
         truth, pred = sample.counted(sample.label), sample.counted(label)
         for protocol in protocols:
             score = score_maps(truth, pred, vague=sample.vague, protocol=protocol)
-            rows.append((place, image_row(record.name, record.organ, score)))
+            rows.append(image_row(record.name, record.organ, score))
         if overlays is not None:
             picture = overlay(sample.image, sample.label, label)
             write_png(overlays / f"{record.name}.png", picture)
     net.train(was_training)
-    if accelerator.num_processes > 1:
-        rows = gather_object(rows)
-    rows = [row for _, row in sorted(rows, key=itemgetter(0))]
+    rows = gather_object(rows)  # process by process, so in the order of the images
     return [scored(rows[k :: len(protocols)], protocol) for k, protocol in enumerate(protocols)]
 
 

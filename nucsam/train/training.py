@@ -228,11 +228,6 @@ class Training:
         """Optimizer steps in all."""
         return self.batches.steps * self.config.train.epochs
 
-    @property
-    def weights_to_keep(self) -> dict[str, Tensor]:
-        """What is validated and kept: the running average, or the weights where EMA is off."""
-        return self.average or self.weights
-
     def score_samples(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The scores of some of the samples, by the weights in `net`; as of `score_images`."""
         net, accelerator = self.net, self.accelerator
@@ -345,7 +340,7 @@ class Training:
             **self.facts,
             "selected": {"by": self.config.train.best, "on": self.config.data.select, **best},
         }
-        checkpoint.save_adapter(self.run.adapter_file, self.weights_to_keep, metadata)
+        checkpoint.save_adapter(self.run.adapter_file, self.average or self.weights, metadata)
 
 
 def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
