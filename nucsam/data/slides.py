@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import lru_cache
 from importlib import import_module
+from itertools import product
 from operator import add
 from pathlib import Path
 from xml.etree import ElementTree
@@ -258,11 +259,11 @@ class TiffPixels:
         high, wide, *depth = self.page.chunks
         planes = np.split(pixels, self.channels // math.prod(depth), axis=2)  # views
         for plane, part in enumerate(planes):
-            for row, to_rows, from_rows in _segments_under(rows, high):
-                for column, to_columns, from_columns in _segments_under(columns, wide):
-                    segment = self._segment(plane, row, column)
-                    if segment is not None:  # else the file leaves it out
-                        part[to_rows, to_columns] = segment[from_rows, from_columns]
+            for axes in product(segments_under(rows, high), segments_under(columns, wide)):
+                (row, column), in_segment, in_window = zip(*axes)
+                segment = self._segment(plane, row, column)
+                if segment is not None:  # else the file leaves it out
+                    part[in_window] = segment[in_segment]
         return pixels
 
 
@@ -302,13 +303,17 @@ def _decoder(
     return decode
 
 
-def _segments_under(window: slice, step: int) -> Iterator[tuple[int, slice, slice]]:
-    """Yield what a window meets on one axis: segment number, place in window, place in segment."""
+def segments_under(window: slice, step: int) -> Iterator[tuple[int, slice, slice]]:
+    """Yield what a window meets on one axis: segment number, place in segment, place in window."""
     for number in range(window.start // step, math.ceil(window.stop / step)):
-        origin = number * step
-        start, stop = max(window.start, origin), min(window.stop, origin + step)
-        to_window = slice(start - window.start, stop - window.start)
-        yield number, to_window, slice(start - origin, stop - origin)
+        yield number, *meet(number * step, step, window)
+
+
+def meet(start: int, length: int, place: slice) -> tuple[slice, slice]:
+    """The intersection of `length` px from `start` with `place`, counted from the start of each."""
+    low = max(start, place.start)
+    high = min(start + length, place.stop)
+    return slice(low - start, high - start), slice(low - place.start, high - place.start)
 
 
 class TiffWindows(Windows):

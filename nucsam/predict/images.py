@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nucsam import __version__
 from nucsam.claims import Claim, read_note
-from nucsam.console import PlainConsole
+from nucsam.console import Bar, PlainConsole
 from nucsam.data.folders import list_folder, stem_of
 from nucsam.data.geojson import read_shapes, write_geojson
 from nucsam.data.images import IMAGES, open_image, read_metadata
@@ -266,10 +265,7 @@ class Batch:
                 self.stale[result].append(partial)
         self.warned = not is_first()  # of images without microns per px
         self.console = PlainConsole(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-        self.bar = Progress(*columns, console=self.console, disable=not is_first())
-        self.bar.add_task("", total=len(self.files) - self.skipped)
-        self.task = self.bar.tasks[0]
+        self.bar = Bar(self.console, total=len(self.files) - self.skipped, shown=is_first())
 
     def run(self) -> int:
         """Predict the images until each has ended, on this process or another.
@@ -292,7 +288,7 @@ class Batch:
         nuclei, tiles = (sum(o.get(key, 0) for o in outcomes) for key in ("nuclei", "tiles"))
         out = next(iter(next(iter(self.files.values())).values())).parent
         text = f"{out}: {len(outcomes) - failed} image(s), {nuclei:,} nuclei, {tiles} tiles in "
-        text += f"{self.task.elapsed:.1f} s" + (f"; {failed} failed" if failed else "")
+        text += f"{self.bar.task.elapsed:.1f} s" + (f"; {failed} failed" if failed else "")
         self._say(text)
         if len(outcomes) > failed and "geojson" in next(iter(self.files.values())):
             self._say(f"QuPath: open an image, then drag its .geojson from {out} onto it")
@@ -428,9 +424,9 @@ class Batch:
     def _show(self, part: float = 0.0) -> None:
         """Show how many images have ended, and `part`, 0..1, of the one that is being written."""
         ended = len(self.outcomes) - self.skipped
-        speed = self.predictor.tiles_done / self.task.elapsed
-        text = f"{ended}/{self.task.total} images, {speed:.1f} tiles/s"
-        self.bar.update(self.task.id, completed=ended + part, description=text)
+        speed = self.predictor.tiles_done / self.bar.task.elapsed
+        text = f"{ended}/{len(self.files) - self.skipped} images, {speed:.1f} tiles/s"
+        self.bar.show(text, ended + part)
 
     def _remove_claims(self) -> None:
         """Remove the claims that nobody holds; a rerun needs none of them."""

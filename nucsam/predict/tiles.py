@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nucsam.data.slides import Windows
+from nucsam.data.slides import Windows, meet
 from nucsam.errors import UserError
 from nucsam.predict.tissue import Tissue, is_glass
 
@@ -134,13 +134,6 @@ def ramps(starts: Sequence[int], side: int, overlap: int) -> list[np.ndarray]:
     for start in starts:
         total[start : start + side] += ramp
     return [(ramp / total[start : start + side]).astype(np.float32) for start in starts]
-
-
-def meet(start: int, length: int, place: slice) -> tuple[slice, slice]:
-    """The intersection of `length` px from `start` with `place`, counted from the start of each."""
-    low = max(start, place.start)
-    high = min(start + length, place.stop)
-    return slice(low - start, high - start), slice(low - place.start, high - place.start)
 
 
 @dataclass(eq=False)

@@ -19,11 +19,12 @@ from skimage.measure import block_reduce
 from skimage.segmentation import find_boundaries
 
 from nucsam.data import draw, geojson
+from nucsam.data.slides import segments_under
 from nucsam.files import atomic
 from nucsam.model.instances import Nuclei
 from nucsam.predict.measure import measure
 from nucsam.predict.threads import in_threads
-from nucsam.predict.tiles import Window, meet
+from nucsam.predict.tiles import Window
 
 FILES = {  # format -> file, by the stem of the image
     "labels": "{}.tif",
@@ -235,15 +236,13 @@ class LabelBlocks:
         """
         label = nuclei.label.copy()
         pieces = []
-        for at in product(*(range(p.start // BLOCK, -(-p.stop // BLOCK)) for p in window.outer)):
-            (y, y_in), (x, x_in) = (
-                meet(BLOCK * k, BLOCK, place) for k, place in zip(at, window.outer)
-            )
-            piece = label[y_in, x_in]
+        for axes in product(*(segments_under(place, BLOCK) for place in window.outer)):
+            at, in_block, in_window = zip(*axes)
+            piece = label[in_window]
             if piece.any():
                 block = self.block(at)
-                piece[block[y, x] > 0] = 0
-                pieces.append((at, block, block[y, x], piece))
+                piece[block[in_block] > 0] = 0
+                pieces.append((at, block, block[in_block], piece))
         visible = np.bincount(label.ravel(), minlength=len(nuclei.confidence) + 1) > 0
         visible[0] = False
         ids = (np.cumsum(visible) * visible).astype(np.int32)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nucsam.config import Config, Train, load_config
+from nucsam.console import Bar
 from nucsam.data.augment import augment
 from nucsam.errors import UserError
 from nucsam.model.network import build_model
@@ -21,7 +22,6 @@ from nucsam.run.checkpoint import load_adapter, put_weights
 from nucsam.run.directory import RunDirectory
 from nucsam.score.runs import describe_scores, headline, scores_sentence
 from nucsam.train.progress import (
-    StepBar,
     console,
     epoch_speed,
     print_epoch,
@@ -83,12 +83,8 @@ def _fit(
         # The base is a trained model: epoch 0 shows later whether training made it worse.
         training.log({"epoch": 0, "step": 0, **validate(training)}, validated=True)
     training.net.train()
-    bar = StepBar(
-        steps=training.steps,
-        done=progress.step,
-        step_images=_step_images(training),
-        shown=training.accelerator.is_main_process,
-    )
+    main = training.accelerator.is_main_process
+    bar = Bar(console, total=training.steps, done=progress.step, shown=main)
     try:
         with bar, StopSignals() as stop, memory_advice(config):
             while progress.epochs < config.train.epochs:
@@ -98,7 +94,7 @@ def _fit(
         with exit_on_sigterm():
             scores = score_best(training)
     except (KeyboardInterrupt, SystemExit) as stopped:
-        if training.accelerator.is_main_process:
+        if main:
             print_stopped(training.run, training.saved_step, training.steps)
         raise SystemExit(getattr(stopped, "code", 128 + signal.SIGINT)) from None
     training.accelerator.wait_for_everyone()  # else gloo sometimes aborts at interpreter exit
@@ -106,7 +102,7 @@ def _fit(
     return scores
 
 
-def epoch(training: Training, bar: StepBar, stop: StopSignals) -> None:
+def epoch(training: Training, bar: Bar, stop: StopSignals) -> None:
     """Run the steps of an epoch that are not done yet, validate if it is time, and log."""
     t = training.config.train
     batches = training.batches
@@ -119,7 +115,9 @@ def epoch(training: Training, bar: StepBar, stop: StopSignals) -> None:
     began = time.monotonic()
     for _ in range(done, batches.steps):
         step(training, micro_batches)
-        bar.show(progress.step, f"epoch {number + 1}/{t.epochs}")
+        speed = (bar.task.speed or 0) * _step_images(training)
+        text = f"epoch {number + 1}/{t.epochs}, step {progress.step}/{training.steps}"
+        bar.show(f"{text}, {speed:.3g} images/s", progress.step)
         check = progress.step % CHECK_STEPS == 0 or progress.step % batches.steps == 0
         if check:
             training.check_losses()

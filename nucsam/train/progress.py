@@ -1,4 +1,4 @@
-"""What a training prints: a progress bar, speed and memory, a line per epoch."""
+"""What a training prints: speed and memory, a line per epoch."""
 
 import os
 import shlex
@@ -6,7 +6,6 @@ from typing import Any
 
 import psutil
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nucsam.config import Config
 from nucsam.console import PlainConsole
@@ -15,26 +14,6 @@ from nucsam.run.learning import USUAL_STEPS, advice, learnt_nothing, steps_sente
 from nucsam.score.tables import HEADLINE
 
 console = PlainConsole()
-
-
-class StepBar(Progress):
-    """A progress bar over optimizer steps with the rate in images.
-
-    One process draws it, and only on a terminal or in a notebook.
-    """
-
-    def __init__(self, *, steps: int, done: int, step_images: int, shown: bool) -> None:
-        counts = TextColumn("{task.completed}/{task.total} steps, {task.fields[rate]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), counts, TimeRemainingColumn())
-        shown = shown and (console.is_interactive or console.is_jupyter)
-        super().__init__(*columns, console=console, disable=not shown)
-        self.task = self.add_task("", total=steps, completed=done, rate="")
-        self.step_images = step_images
-
-    def show(self, step: int, text: str) -> None:
-        speed = self.tasks[0].speed
-        rate = f"{speed * self.step_images:.3g} images/s" if speed else ""
-        self.update(self.task, completed=step, description=text, rate=rate)
 
 
 def epoch_speed(device: torch.device, seconds: float, images: int) -> dict[str, float]:
