@@ -307,7 +307,7 @@ def check_images(jobs: Sequence[Job]) -> None:
             continue
         records, split = find_split(job.config.data)
         new = [record for record in records if record not in digests]
-        digests |= zip(new, read_each(read_digest, new, "Checking images", is_first()))
+        digests |= zip(new, read_each(read_digest, new, "Checking images"))
         found = [digests[record] for record in records]
         problems = [str(digest) for digest in found if isinstance(digest, UserError)]
         raise_problems(f"{len(records)} images", problems)

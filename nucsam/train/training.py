@@ -92,7 +92,6 @@ class Training:
     def _load_images(self, resume: bool) -> None:
         """Samples and their split."""
         d = self.config.data
-        main = self.accelerator.is_main_process
         records, split = find_split(d)
         on_test = d.select == "test"
         self.train = split.train + split.inner if on_test else split.train
@@ -105,7 +104,7 @@ class Training:
                 f"are left to train on and {len(self.select)} to choose the epoch by; expected at "
                 "least one of each"
             )
-        self.samples = Samples(records, memory_gib=d.memory, progress=main)
+        self.samples = Samples(records, memory_gib=d.memory)
         self.images = inventory(records, split, self.samples.digests)
         if resume and self.run.exists():
             self.run.check_images(self.images, d.root)
@@ -117,7 +116,7 @@ class Training:
                 f"{d.root} counts them"
             )
         side = max(min(size) for size in self.samples.sizes)
-        if main and d.crop > side:
+        if self.accelerator.is_main_process and d.crop > side:
             print_warning(
                 f"data.crop: found {d.crop} px, but no image with a shorter side over {side} px; a "
                 "smaller crop is faster"
