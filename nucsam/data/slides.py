@@ -78,15 +78,12 @@ class Windows:
         """
         from PIL import Image
 
-        places, lows, highs = [], [], []
-        for window, full, side in zip((rows, columns), self.shape, self.sizes[level]):
-            low, high = window.start * side / full, window.stop * side / full
-            place = slice(math.floor(low), min(math.ceil(high), side))
-            places.append(place)
-            lows.append(low - place.start)
-            highs.append(min(high, place.stop) - place.start)
-        pixels = Image.fromarray(self._read(level, *places))
-        box = (*lows[::-1], *highs[::-1])
+        full, sides = np.array([self.shape[:2], self.sizes[level]])
+        low = [rows.start, columns.start] * sides / full
+        high = np.minimum([rows.stop, columns.stop] * sides / full, sides)
+        start, stop = np.floor(low).astype(int), np.ceil(high).astype(int)
+        pixels = Image.fromarray(self._read(level, *map(slice, start.tolist(), stop.tolist())))
+        box = (*(low - start)[::-1], *(high - start)[::-1])
         return np.asarray(pixels.resize(size[::-1], Image.Resampling.BILINEAR, box))
 
 
