@@ -373,10 +373,9 @@ def override(
         name, equals, value = text.partition("=")
         table, dot, key = name.strip().partition(".")
         if not (equals and dot and key):
-            raise UserError(
-                f"override: found {text!r}, expected an existing folder, or table.key=value, such "
-                "as data.root=my_folder or train.epochs=10"
-            )
+            example = "such as data.root=my_folder or train.epochs=10"
+            expected = f"expected an existing folder, or table.key=value, {example}"
+            raise UserError(f"override: found {text!r}, {expected}")
         parsed, name = parse_value(value), f"{table}.{key}"
         if name in SETTINGS and isinstance(SETTINGS[name].default, str):
             parsed = parsed if isinstance(parsed, str) else value.strip()  # such as 2024-05-01

@@ -148,9 +148,8 @@ def cross_validate(
         SystemExit: 128 + signal, after SIGTERM or SIGINT, once the child has saved.
     """
     if any(text.partition("=")[0].strip() == "data.fold" for text in overrides):
-        raise UserError(
-            "data.fold: found it on the command line; folds trains every fold without it"
-        )
+        advice = "folds trains every fold without it"
+        raise UserError(f"data.fold: found it on the command line; {advice}")
     if "=" in str(out):
         expected = "expected a path without =, which would read as table.key=value"
         raise UserError(f"out: found {out}, {expected}")
@@ -281,9 +280,9 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
         changed = _changed(common, base, free=("data.fold",))
         changed += [line for path, new in wanted.items() for line in _changed(path, new)]
         if changed:
+            found = "out: holds runs of another configuration (found -> wanted)"
             raise UserError(
-                "out: holds runs of another configuration (found -> wanted), expected the same, "
-                "or another folder:\n" + "\n".join(changed)
+                "\n".join([f"{found}, expected the same, or another folder:", *changed])
             )
         write_text(common, config.to_toml(base))
 

@@ -157,16 +157,13 @@ def _check_files(files: Mapping[Path, dict[str, Path]], out: Path) -> None:
         for result in results.values():
             owner = owners.setdefault(result, path)
             if owner is not path:
-                raise UserError(
-                    f"{path}: has the stem of {owner}, expected another stem or another out"
-                )
+                expected = "expected another stem or another out"
+                raise UserError(f"{path}: has the stem of {owner}, {expected}")
     folders = {out.resolve(), *(result.parent.resolve() for result in owners)}
     for path in files:
         if folders & {path.parent.resolve(), path.resolve().parent}:
-            raise UserError(
-                f"{path}: lies in a folder of results, which could overwrite it; expected another "
-                "out"
-            )
+            found = "lies in a folder of results, which could overwrite it"
+            raise UserError(f"{path}: {found}; expected another out")
 
 
 def _read_rois(roi: Path, images: Iterable[Path]) -> dict[Path, Outlines]:
@@ -206,10 +203,8 @@ def _record(
         before = read_json(record.read_bytes(), str(record))
         changed = changes(before | {name: settings[name] for name in UNRECORDED}, settings)
         if changed and not force:
-            raise UserError(
-                f"{record}: the results beside it have other settings: {'; '.join(changed)}; "
-                "expected another out, or force"
-            )
+            found = f"the results beside it have other settings: {'; '.join(changed)}"
+            raise UserError(f"{record}: {found}; expected another out, or force")
         # Before predict.json changes: a run that is cut off must not leave results of both settings
         if changed:
             _remove_results(record.parent, files)
@@ -222,10 +217,9 @@ def _remove_results(out: Path, files: Mapping[Path, dict[str, Path]]) -> None:
     replaced = {file.resolve() for results in files.values() for file in results.values()}
     kept = sorted(str(path) for path in results if path.resolve() not in replaced)
     if kept:
-        raise UserError(
-            f"{out}: found {len(kept)} result(s) that force would not replace, such as {kept[0]}; "
-            "expected their images and formats too, or another out"
-        )
+        found = f"found {len(kept)} result(s) that force would not replace, such as {kept[0]}"
+        expected = "expected their images and formats too, or another out"
+        raise UserError(f"{out}: {found}; {expected}")
     for path in results:
         path.unlink()
 

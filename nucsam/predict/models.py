@@ -59,9 +59,8 @@ def load(
     if path.suffix == ".onnx":
         open_file = open_graph
     elif importlib.util.find_spec("torch") is None:
-        raise UserError(
-            f"{path}: needs PyTorch, found none; expected an .onnx file of nucsam export"
-        )
+        expected = "expected an .onnx file of nucsam export"
+        raise UserError(f"{path}: needs PyTorch, found none; {expected}")
     else:
         from nucsam.predict.pytorch import open_weights as open_file
     if per_device < 1:

@@ -101,10 +101,8 @@ def open_model(path: Path) -> tuple[Nucsam, Config, dict[str, Any]]:
         raise UserError(f"{path}: found {found}, expected {expected}")
     _, metadata = checkpoint.read_tensors(path)
     if metadata.get("kind") != "merged":
-        raise UserError(
-            f"{path}: found a file of kind {metadata.get('kind')!r}, expected 'merged'; nucsam "
-            "export merges an adapter with its base"
-        )
+        expected = "expected 'merged'; nucsam export merges an adapter with its base"
+        raise UserError(f"{path}: found a file of kind {metadata.get('kind')!r}, {expected}")
     config = check_metadata(path, metadata)
     base = load_base(path, config.model.encoder)
     if config.model.head == "instance" and not base.extra:

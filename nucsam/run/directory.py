@@ -107,10 +107,8 @@ class RunDirectory:
             return
         if claim is None:
             holder = read_note(self.lock_file).get("holder", "another process")
-            raise UserError(
-                f"{self.path}: {holder} trains in this directory; wait for its end, or give "
-                "another out"
-            )
+            found = f"{holder} trains in this directory"
+            raise UserError(f"{self.path}: {found}; wait for its end, or give another out")
         with claim:
             claim.note({"holder": f"process {os.getpid()} on {socket.gethostname()}"})
             try:
@@ -133,19 +131,15 @@ class RunDirectory:
             before = load_config(self.config_file)
             more = ["train.epochs"] if config.train.epochs > before.train.epochs else []
             if changed := conflicts(before, config, *more):
-                raise UserError(
-                    f"{self.config_file}: cannot resume with another configuration: "
-                    f"{'; '.join(changed)} (found -> wanted). Give the run's own settings, or "
-                    "another out for a new run"
-                )
+                found = f"another configuration: {'; '.join(changed)} (found -> wanted)"
+                advice = "Give the run's own settings, or another out for a new run"
+                raise UserError(f"{self.config_file}: cannot resume with {found}. {advice}")
         elif self.path.exists() and any(
             path not in (self.lock_file, self.images_file) and path.suffix != ".partial"
             for path in self.path.iterdir()
         ):
-            raise UserError(
-                f"{self.path}: found files, expected a new or empty folder; give another out, or "
-                "resume to continue the run there"
-            )
+            advice = "give another out, or resume to continue the run there"
+            raise UserError(f"{self.path}: found files, expected a new or empty folder; {advice}")
 
     def prepare(self, config: Config, images: Mapping[str, Mapping[str, str]]) -> None:
         """Clear the directory of partial files, and write the inventory and the configuration.
@@ -166,10 +160,8 @@ class RunDirectory:
             UserError: the directory holds no run, or its configuration cannot be read.
         """
         if not self.exists():
-            raise UserError(
-                f"{self.path}: found no {self.config_file.name}, expected a run directory of "
-                "nucsam train"
-            )
+            expected = "expected a run directory of nucsam train"
+            raise UserError(f"{self.path}: found no {self.config_file.name}, {expected}")
         return load_config(self.config_file)
 
     def read_images(self) -> dict[str, dict[str, str]]:
@@ -187,10 +179,9 @@ class RunDirectory:
             UserError: names the images that differ.
         """
         if changed := inventory_changes(self.read_images(), images):
-            raise UserError(
-                f"{root}: found other images than {self.path} was split on, so that test images "
-                f"may have been trained on; {'; '.join(changed)}"
-            )
+            found = f"found other images than {self.path} was split on"
+            why = "so that test images may have been trained on"
+            raise UserError(f"{root}: {found}, {why}; {'; '.join(changed)}")
 
     def write_environment(self, facts: dict[str, Any]) -> None:
         write_text(self.environment_file, json.dumps(facts, indent=2) + "\n")
@@ -226,10 +217,8 @@ class RunDirectory:
         wanted = {f"data.{key}": getattr(config.data, key) for key in SPLIT}
         scored = wanted | {f"data.{key}": value for key, value in split.items()}
         if changed := changes(scored, wanted):
-            raise UserError(
-                f"{self.scores_file}: found scores of another split than {self.config_file} has: "
-                f"{'; '.join(changed)}"
-            )
+            found = f"found scores of another split than {self.config_file} has"
+            raise UserError(f"{self.scores_file}: {found}: {'; '.join(changed)}")
         return scores
 
     def trained_scores(self, untrained: dict[str, Any]) -> dict[str, Any] | None:
@@ -303,10 +292,9 @@ def read_runs(folder: Path) -> list[RunRecord]:
     inside = [*folder.glob("*/"), *folder.glob("*/*/")]
     runs = [RunRecord.read(path) for path in inside if RunDirectory(path).exists()]
     if not runs:
-        raise UserError(
-            f"{folder}: found no {RunDirectory(folder).config_file.name} in it or in its "
-            "sub-folders, expected a run of nucsam train or the folder of nucsam folds"
-        )
+        found = f"found no {RunDirectory(folder).config_file.name} in it or in its sub-folders"
+        expected = "expected a run of nucsam train or the folder of nucsam folds"
+        raise UserError(f"{folder}: {found}, {expected}")
     first = runs[0].config
     lines = [line for run in runs for line in conflicts(first, run.config, "data.fold")]
     differing = {line.partition(":")[0] for line in lines}

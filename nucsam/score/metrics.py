@@ -292,11 +292,8 @@ def _label_map(labels: np.ndarray, name: str, connected: bool) -> np.ndarray:
     if connected:
         return components(labels)
     if found := not_instances(labels):
-        warnings.warn(
-            f"{name}: found {found}, each value scored as ONE object; connected=True makes each "
-            "component an object",
-            stacklevel=3,
-        )
+        how = "each value scored as ONE object; connected=True makes each component an object"
+        warnings.warn(f"{name}: found {found}, {how}", stacklevel=3)
     return labels
 
 

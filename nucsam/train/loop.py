@@ -272,9 +272,11 @@ def memory_advice(config: Config) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         if config.data.workers and _LOADER_DIED.search(str(error)):
-            raise UserError(
-                f"data.workers: found {config.data.workers}, but a loader process died or found no "
-                "shared memory. Use data.workers=0; or in a container give it more, as in "
-                f"docker run --shm-size=2g. ({str(error).strip().splitlines()[-1]})"
-            ) from error
+            reason = str(error).strip().splitlines()[-1]
+            found = (
+                f"found {config.data.workers}, but a loader process died or found no shared memory"
+            )
+            advice = "or in a container give it more, as in docker run --shm-size=2g"
+            message = f"data.workers: {found}. Use data.workers=0; {advice}. ({reason})"
+            raise UserError(message) from error
         raise

@@ -99,28 +99,23 @@ class Training:
         self.score = split.test or split.inner
         self.scored_split = "test" if split.test else "inner"
         if not self.train or not self.select:
-            raise UserError(
-                f"data.root: found {len(records)} images in {d.root}, of which {len(self.train)} "
-                f"are left to train on and {len(self.select)} to choose the epoch by; expected at "
-                "least one of each"
-            )
+            choose = f"{len(self.select)} to choose the epoch by"
+            left = f"{len(self.train)} are left to train on and {choose}"
+            found = f"found {len(records)} images in {d.root}, of which {left}"
+            raise UserError(f"data.root: {found}; expected at least one of each")
         self.samples = Samples(records, memory_gib=d.memory)
         self.images = inventory(records, split, self.samples.digests)
         if resume and self.run.exists():
             self.run.check_images(self.images, d.root)
         self.mpp = run_mpp(d, self.samples.mpps)
         if not any(self.samples[i].label.any() for i in self.train):
-            raise UserError(
-                f"data.root: found no nucleus in the {len(self.train)} images of {d.root} to train "
-                "on, expected label maps with an id per nucleus; nucsam inspect "
-                f"{d.root} counts them"
-            )
+            found = f"found no nucleus in the {len(self.train)} images of {d.root} to train on"
+            expected = "expected label maps with an id per nucleus"
+            raise UserError(f"data.root: {found}, {expected}; nucsam inspect {d.root} counts them")
         side = max(min(size) for size in self.samples.sizes)
         if self.accelerator.is_main_process and d.crop > side:
-            print_warning(
-                f"data.crop: found {d.crop} px, but no image with a shorter side over {side} px; a "
-                "smaller crop is faster"
-            )
+            found = f"found {d.crop} px, but no image with a shorter side over {side} px"
+            print_warning(f"data.crop: {found}; a smaller crop is faster")
 
     def _load_model(self, build: Callable[..., nn.Module]) -> None:
         """Batches, base, model and optimizer."""
@@ -257,11 +252,9 @@ class Training:
         return {"loss": sum(terms.values()), **terms}
 
     def _not_finite(self, what: str) -> UserError:
-        return UserError(
-            f"{what} is not finite at or before step {self.progress.step}. Lower train.lr_head and "
-            "train.lr_adapter, or use train.precision=bf16 or fp32; resume continues from the "
-            "last saved state"
-        )
+        found = f"{what} is not finite at or before step {self.progress.step}"
+        advice = "Lower train.lr_head and train.lr_adapter, or use train.precision=bf16 or fp32"
+        return UserError(f"{found}. {advice}; resume continues from the last saved state")
 
     # ---- files ----
 
@@ -303,10 +296,9 @@ class Training:
         saved = check_form(metadata.get("about", {}), dict, f"{path}: about")
         for name, value in self.facts.items():
             if saved.get(name, value) != value:
-                raise UserError(
-                    f"{path}: cannot resume with another {name}: found {saved[name]!r}, wanted "
-                    f"{value!r}; resume with the same images, number of processes and precision"
-                )
+                found = f"another {name}: found {saved[name]!r}, wanted {value!r}"
+                advice = "resume with the same images, number of processes and precision"
+                raise UserError(f"{path}: cannot resume with {found}; {advice}")
         device = self.accelerator.device
         self.loss_sums = {
             name: torch.tensor(total, device=device) for name, total in self.progress.sums.items()
@@ -346,9 +338,8 @@ def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
     t = config.train
     trackers = LoggerType.list()
     if t.log_with and t.log_with not in trackers:
-        raise UserError(
-            f"train.log_with: found {t.log_with!r}, expected one of {', '.join(trackers)} or ''"
-        )
+        expected = f"expected one of {', '.join(trackers)} or ''"
+        raise UserError(f"train.log_with: found {t.log_with!r}, {expected}")
     precision = _precision(t.precision, uses_gpu(), run)
     torch.backends.cudnn.benchmark = True  # all crops have one size
     ddp = DistributedDataParallelKwargs(
@@ -362,9 +353,8 @@ def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
     )
     check_joined(accelerator.num_processes)
     if t.log_with and not accelerator.log_with:
-        raise UserError(
-            f"train.log_with: {t.log_with} is not installed; expected one that is, or ''"
-        )
+        found = f"{t.log_with} is not installed"
+        raise UserError(f"train.log_with: {found}; expected one that is, or ''")
     return accelerator
 
 
@@ -380,9 +370,8 @@ def _precision(setting: str, on_gpu: bool, run: RunDirectory) -> str:
         name = began if began in PRECISIONS.values() else name
         name = os.environ.get("ACCELERATE_MIXED_PRECISION", name)
     if name == "fp16" and not on_gpu:
-        warnings.warn(
-            "train.precision: fp16 needs a GPU; computing in fp32 on this CPU", stacklevel=5
-        )
+        found = "fp16 needs a GPU; computing in fp32 on this CPU"
+        warnings.warn(f"train.precision: {found}", stacklevel=5)
         return "no"
     return name
 
@@ -421,10 +410,8 @@ def run_mpp(d: Data, mpps: Sequence[float | None]) -> float | None:
     if max(most / mpp, mpp / least) > RATIO:
         raise UserError(f"{spread}, expected at most {RATIO:g} times off {mpp:g} (data.mpp)")
     if max(most / mpp, mpp / least) > math.exp(SAME_SCALE):
-        warnings.warn(
-            f"{spread}; training, scoring and prediction resample them to {mpp:g} (data.mpp)",
-            stacklevel=2,
-        )
+        use = f"training, scoring and prediction resample them to {mpp:g} (data.mpp)"
+        warnings.warn(f"{spread}; {use}", stacklevel=2)
     return mpp
 
 
