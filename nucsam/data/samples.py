@@ -44,11 +44,8 @@ class Sample:
 
 
 READERS = {
-    ".geojson": geojson.read_shapes,
-    ".json": geojson.read_shapes,
-    ".gz": geojson.read_shapes,
-    ".zip": rois.read_imagej,
-    ".roi": rois.read_imagej,
+    **dict.fromkeys((".geojson", ".json", ".gz"), geojson.read_shapes),
+    **dict.fromkeys((".zip", ".roi"), rois.read_imagej),
     ".xml": rois.read_aperio,
 }
 

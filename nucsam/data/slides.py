@@ -437,10 +437,9 @@ class ScannerWindows(Windows):
         self.sizes = [(round(height / s), round(width / s)) for s in self._scales]
 
     def _read(self, level: int, rows: slice, columns: slice) -> np.ndarray:
-        starts = columns.start, rows.start
-        corner = [
-            edge + round(start * self._scales[level]) for edge, start in zip(self._corner, starts)
-        ]
+        left, top = self._corner
+        scale = self._scales[level]
+        corner = left + round(columns.start * scale), top + round(rows.start * scale)
         size = columns.stop - columns.start, rows.stop - rows.start
         if 0 in size:
             return np.zeros((*size[::-1], 3), np.uint8)

@@ -281,9 +281,8 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
         changed += [line for path, new in wanted.items() for line in _changed(path, new)]
         if changed:
             found = "out: holds runs of another configuration (found -> wanted)"
-            raise UserError(
-                "\n".join([f"{found}, expected the same, or another folder:", *changed])
-            )
+            lines = [f"{found}, expected the same, or another folder:", *changed]
+            raise UserError("\n".join(lines))
         write_text(common, config.to_toml(base))
 
 

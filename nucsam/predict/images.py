@@ -287,11 +287,9 @@ class Batch:
         if len(outcomes) > failed and "geojson" in next(iter(self.files.values())):
             self._say(f"QuPath: open an image, then drag its .geojson from {out} onto it")
         if len(outcomes) > failed and not nuclei:
-            self._say(
-                "no nucleus in any image: the model may have learnt nothing, or the images are of "
-                f"another magnification or stain. {self.predictor.trained}",
-                style="yellow",
-            )
+            why = "the model may have learnt nothing, or the images are of another magnification"
+            text = f"no nucleus in any image: {why} or stain. {self.predictor.trained}"
+            self._say(text, style="yellow")
         self._remove_claims()
         return int(failed > 0)
 

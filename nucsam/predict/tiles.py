@@ -51,12 +51,9 @@ def windows(size: tuple[int, int], core: int, margin: int) -> list[Window]:
     axes = []
     for length in size:
         edges = np.linspace(0, length, -(-length // core) + 1).round().astype(int).tolist()
-        axes.append(
-            [
-                (slice(low, high), slice(max(0, low - margin), min(length, high + margin)))
-                for low, high in pairwise(edges)
-            ]
-        )
+        cores = [slice(low, high) for low, high in pairwise(edges)]
+        outer = [slice(max(0, c.start - margin), min(length, c.stop + margin)) for c in cores]
+        axes.append(list(zip(cores, outer)))
     rows, columns = axes
     return [
         Window((y, x), (y_outer, x_outer))

@@ -209,11 +209,8 @@ class Score:
             Truth id -> one of OUTCOMES, and prediction id -> one of OUTCOMES.
         """
         table = self.table
-        pairs = {
-            "matched": _matches(table, self.protocol),
-            "merged": table.merges,
-            "split": table.splits,
-        }
+        matched = _matches(table, self.protocol)
+        pairs = {"matched": matched, "merged": table.merges, "split": table.splits}
         truth = dict.fromkeys(table.truth_ids.tolist(), "missed")
         for name in ("matched", "merged", "split"):  # the later one wins
             truth |= dict.fromkeys(table.truth_ids[table.t[pairs[name]]].tolist(), name)

@@ -132,13 +132,9 @@ def score_run(
     net = accelerator.prepare_model(net, evaluation_mode=True)  # as training scores it
     rules |= {"mpp": metadata.get("mpp"), "overlays": overlays}
     results = score_images(net, config, samples, split.test or split.inner, accelerator, **rules)
-    scores = describe_scores(
-        results,
-        metadata,
-        of="test" if split.test else "inner",
-        untrained=untrained,
-        unfinished="" if run.is_trained(config) else run.progress(config),
-    )
+    of = "test" if split.test else "inner"
+    unfinished = "" if run.is_trained(config) else run.progress(config)
+    scores = describe_scores(results, metadata, of=of, untrained=untrained, unfinished=unfinished)
     changed = untrained or organ or protocols != protocols_for(PROTOCOL)
     if not changed and run.is_trained(config):
         run.write_scores(scores)

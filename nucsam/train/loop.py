@@ -273,10 +273,9 @@ def memory_advice(config: Config) -> Iterator[None]:
     except RuntimeError as error:
         if config.data.workers and _LOADER_DIED.search(str(error)):
             reason = str(error).strip().splitlines()[-1]
-            found = (
-                f"found {config.data.workers}, but a loader process died or found no shared memory"
-            )
+            found = f"found {config.data.workers}"
+            died = "but a loader process died or found no shared memory"
             advice = "or in a container give it more, as in docker run --shm-size=2g"
-            message = f"data.workers: {found}. Use data.workers=0; {advice}. ({reason})"
+            message = f"data.workers: {found}, {died}. Use data.workers=0; {advice}. ({reason})"
             raise UserError(message) from error
         raise

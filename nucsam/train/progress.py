@@ -44,10 +44,8 @@ def print_start(facts: dict[str, Any], device: torch.device, setting: str) -> No
     precision += " (train.precision=auto)" if setting == "auto" else ""
     processes = f" in {facts['processes']} processes" if facts["processes"] > 1 else ""
     console.print(f"images: {images}; base {facts['base']}", soft_wrap=True)
-    console.print(
-        f"trains {facts['parameters_trainable']:,} of {facts['parameters']:,} parameters on "
-        f"{where} in {precision}{processes}"
-    )
+    trained = f"{facts['parameters_trainable']:,} of {facts['parameters']:,} parameters"
+    console.print(f"trains {trained} on {where} in {precision}{processes}")
     names = ("threads", "loader_processes", "idle_cores")
     console.print(", ".join(f"{name.replace('_', ' ')}: {facts[name]}" for name in names))
     steps = steps_sentence(facts["images"]["train"], facts["epochs"], facts["steps"])
@@ -88,10 +86,10 @@ def warn_if_worse(history: list[dict[str, Any]], metric: str) -> None:
     """Warn where a run that started from a trained model ends below it."""
     first, last = history[0], history[-1]
     if first["epoch"] == 0 and last[metric] < first[metric]:
-        print_warning(
-            f"training made it worse: {metric} {100 * first[metric]:.1f} at epoch 0, "
-            f"{100 * last[metric]:.1f} at the end; the kept weights are those of the best epoch"
-        )
+        before, after = (f"{100 * line[metric]:.1f}" for line in (first, last))
+        change = f"{metric} {before} at epoch 0, {after} at the end"
+        kept = "the kept weights are those of the best epoch"
+        print_warning(f"training made it worse: {change}; {kept}")
 
 
 def warn_if_nothing_learnt(

@@ -95,10 +95,9 @@ def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
         images = f"only {len(training.score)} image(s) are scored"
         yield f"data.folds: {images}; nucsam folds scores every image once"
     if removed > TINY:
-        yield (
-            f"{removed:.0%} of the nuclei are under {SMALLEST} px: the protocol nuinsseg "
-            "removes such predictions before it scores; nucsam evaluate --protocol plain does not"
-        )
+        small = f"{removed:.0%} of the nuclei are under {SMALLEST} px"
+        rule = "the protocol nuinsseg removes such predictions before it scores"
+        yield f"{small}: {rule}; nucsam evaluate --protocol plain does not"
     if tiny > TINY:
         yield f"instances.area: {tiny:.0%} of the nuclei are under {least} px and will be dropped"
     if training.steps < USUAL_STEPS:

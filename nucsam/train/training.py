@@ -170,10 +170,9 @@ class Training:
         if accelerator.is_main_process:
             epochs = self.config.train.epochs
             if self.run.exists() and (before := self.run.read_config().train.epochs) < epochs:
-                print_warning(
-                    f"train.epochs: {before} -> {epochs}; the rate follows the longer schedule "
-                    f"from here on, so the result is not that of {epochs} epochs in one run"
-                )
+                rate = "the rate follows the longer schedule from here on"
+                result = f"so the result is not that of {epochs} epochs in one run"
+                print_warning(f"train.epochs: {before} -> {epochs}; {rate}, {result}")
             self.run.prepare(self.config, self.images)
             if random_base:
                 checkpoint.save_random_base(self.run, self.base)
