@@ -122,23 +122,17 @@ def setting(default: Any, text: str, rule: Rule | None = None) -> Any:
     return field(default=default, metadata={"text": text, "rule": rule})
 
 
+PublicSet = Literal["nuinsseg", "pannuke", "monuseg", "consep", "lizard", "cryonuseg", "tnbc"]
+
+
 @dataclass(frozen=True)
 class Data:
     """[data]: the images and how they are split."""
 
     root: str = setting("data/NuInsSeg", "folder of images and label maps; ~ is the home folder")
-    layout: Literal[
-        "auto",
-        "nuinsseg",
-        "pannuke",
-        "monuseg",
-        "consep",
-        "lizard",
-        "cryonuseg",
-        "tnbc",
-        "plain",
-        "flat",
-    ] = setting("auto", "how the folder is arranged; auto looks what it is")
+    layout: Literal["auto", PublicSet, "plain", "flat"] = setting(
+        "auto", "how the folder is arranged; auto looks what it is"
+    )
     split: Literal["official", "organ"] = setting("official", "NuInsSeg's KFold, or stratified")
     folds: int = setting(5, "number of folds", at_least(2))
     fold: int | Literal["all"] = setting(0, 'test fold; "all" tests nothing: a model to keep')
@@ -419,10 +413,15 @@ def setting_rows(config: Config, word: str = "") -> list[tuple[str, ...]]:
     return rows
 
 
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`name: old value -> new value` of each name in `new` whose value differs."""
+    both = [(name, old.get(name), value) for name, value in new.items()]
+    return [f"{name}: {before!r} -> {after!r}" for name, before, after in both if before != after]
+
+
 def differences(a: Config, b: Config) -> list[str]:
     """`table.key: a's value -> b's value` for every setting that differs."""
-    old, new = a.flat(), b.flat()
-    return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]]
+    return changes(a.flat(), b.flat())
 
 
 def conflicts(a: Config, b: Config, *free: str) -> list[str]:

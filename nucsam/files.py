@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,15 +151,6 @@ def _short(value: Any) -> str:
         return "a huge number"  # Python does not print every integer
     text = repr(value) if value or not isinstance(value, list | dict) else f"an empty {value!r}"
     return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`name: old value -> new value` of each name in `new` whose value differs."""
-    return [
-        f"{name}: {old.get(name)!r} -> {value!r}"
-        for name, value in new.items()
-        if old.get(name) != value
-    ]
 
 
 def to_json(document: Any) -> str:

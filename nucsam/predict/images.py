@@ -21,6 +21,7 @@ import numpy as np
 
 from nucsam import __version__
 from nucsam.claims import Claim, read_note
+from nucsam.config import changes
 from nucsam.console import Bar, PlainConsole
 from nucsam.data.folders import list_folder, stem_of
 from nucsam.data.geojson import read_shapes, write_geojson
@@ -28,7 +29,7 @@ from nucsam.data.images import IMAGES, open_image, read_metadata
 from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
 from nucsam.errors import UserError, check_packages
-from nucsam.files import changes, read_json, shortened, stale_partials, write_text
+from nucsam.files import read_json, shortened, stale_partials, write_text
 from nucsam.predict import writers
 from nucsam.predict.models import load
 from nucsam.predict.predictor import Predictor

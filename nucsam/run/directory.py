@@ -11,49 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from nucsam.claims import Claim, read_note
-from nucsam.config import SPLIT, Config, conflicts, load_config, to_toml
+from nucsam.config import SPLIT, Config, changes, conflicts, load_config, to_toml
 from nucsam.data.splits import inventory_changes
 from nucsam.errors import UserError
-from nucsam.files import (
-    COUNT,
-    FLAG,
-    SHARE,
-    TEXT,
-    changes,
-    check_form,
-    printable,
-    read_json,
-    stale_partials,
-    to_json,
-    write_text,
-)
-
-# The form of what the table, the report and the export read in a run's documents
-HEADLINE = dict.fromkeys(("dice", "aji", "pq"), SHARE)
-MEANS = {"images": COUNT, "mean": HEADLINE}
-SCORES = {
-    "images_of": TEXT,
-    "untrained": FLAG,
-    "epoch": COUNT,
-    "epoch_chosen_by": TEXT,
-    "base": {"source": TEXT},
-    "headline": HEADLINE,
-    "scores": [
-        {
-            "protocol": {"name": TEXT},
-            "rules": TEXT,
-            "images": [
-                HEADLINE
-                | {"name": TEXT, "organ": TEXT, "n_truth": COUNT, "n_pred": COUNT}
-                | {"outcomes": dict.fromkeys(("missed", "false", "split", "merged"), COUNT)}
-            ],
-            "summary": MEANS
-            | {"nuclei": COUNT, "predicted": COUNT, "pooled": HEADLINE}
-            | {"low": HEADLINE, "high": HEADLINE, "organs": {str: MEANS}},
-        }
-    ],
-}
-IMAGES = {str: {"organ": TEXT, "group": TEXT, "part": TEXT, "sha256": TEXT}}
+from nucsam.files import check_form, printable, read_json, stale_partials, to_json, write_text
+from nucsam.run.metadata import EPOCH, IMAGES, SCORES
 
 
 class RunDirectory:
@@ -199,7 +161,7 @@ class RunDirectory:
             return []
         source = str(self.metrics_file)
         lines = self.metrics_file.read_bytes().splitlines()
-        return [read_json(line, source, {"epoch": COUNT}) for line in lines]
+        return [read_json(line, source, EPOCH) for line in lines]
 
     def write_scores(self, scores: dict[str, Any]) -> None:
         write_text(self.scores_file, to_json(scores) + "\n")

@@ -20,15 +20,8 @@ from nucsam.model.network import build_model
 from nucsam.processes import exit_on_sigterm, is_first
 from nucsam.run.checkpoint import load_adapter, put_weights
 from nucsam.run.directory import RunDirectory
-from nucsam.score.runs import describe_scores, headline, scores_sentence
-from nucsam.train.progress import (
-    console,
-    epoch_speed,
-    print_epoch,
-    print_stopped,
-    warn_if_nothing_learnt,
-    warn_if_worse,
-)
+from nucsam.score.runs import describe_scores, headline
+from nucsam.train.progress import console, epoch_speed, print_epoch, print_scores, print_stopped
 from nucsam.train.signals import StopSignals
 from nucsam.train.training import Training
 
@@ -203,9 +196,7 @@ def score_best(training: Training) -> dict[str, Any]:
     scores = describe_scores(scored, metadata, of=training.scored_split, untrained=False)
     if accelerator.is_main_process:
         training.run.write_scores(scores)
-        warn_if_worse(training.progress.history, config.train.best)
-        console.print(scores_sentence(scores), soft_wrap=True)
-        warn_if_nothing_learnt(scores, config, training.progress.history)
+        print_scores(scores, config, training.progress.history)
     return scores
 
 

@@ -11,6 +11,7 @@ from nucsam.config import Config
 from nucsam.console import PlainConsole
 from nucsam.run.directory import RunDirectory
 from nucsam.run.learning import USUAL_STEPS, advice, learnt_nothing, steps_sentence
+from nucsam.score.runs import scores_sentence
 from nucsam.score.tables import HEADLINE
 
 console = PlainConsole()
@@ -82,20 +83,21 @@ def print_warning(text: str) -> None:
     console.print(text, style="yellow")
 
 
-def warn_if_worse(history: list[dict[str, Any]], metric: str) -> None:
-    """Warn where a run that started from a trained model ends below it."""
+def print_scores(scores: dict[str, Any], config: Config, history: list[dict[str, Any]]) -> None:
+    """The scores of a run; warns where it ends below the model it began with, or learnt nothing.
+
+    Args:
+        scores: content of scores.json.
+        config: of the run.
+        history: the lines of metrics.jsonl.
+    """
+    metric = config.train.best
     first, last = history[0], history[-1]
     if first["epoch"] == 0 and last[metric] < first[metric]:
         before, after = (f"{100 * line[metric]:.1f}" for line in (first, last))
         change = f"{metric} {before} at epoch 0, {after} at the end"
         kept = "the kept weights are those of the best epoch"
         print_warning(f"training made it worse: {change}; {kept}")
-
-
-def warn_if_nothing_learnt(
-    scores: dict[str, Any], config: Config, history: list[dict[str, Any]]
-) -> None:
-    """Warn where the scores of a run say that its model is of no use."""
+    console.print(scores_sentence(scores), soft_wrap=True)
     if sentence := learnt_nothing(scores):
-        last = history[-1]
         print_warning(f"{sentence} {advice(config, last['epoch'], last['step'])}")
