@@ -164,12 +164,10 @@ class Outlines:
 
     def window(self, region: int, size: tuple[int, int]) -> Place:
         """The place of a region in an image of `size`, with CONTEXT px around it."""
-        x, y = self.regions[region][0].T
-        edges = (
-            (max(0, int(axis.min()) - CONTEXT), min(side, int(axis.max()) + CONTEXT))
-            for axis, side in ((y, size[0]), (x, size[1]))
-        )
-        return tuple(slice(low, max(low, high)) for low, high in edges)
+        rows_and_columns = self.regions[region][0][:, ::-1].astype(int)
+        low = np.maximum(rows_and_columns.min(0) - CONTEXT, 0)
+        high = np.maximum(np.minimum(rows_and_columns.max(0) + CONTEXT, size), low)
+        return tuple(map(slice, low.tolist(), high.tolist()))
 
     def inside(self, place: Place) -> np.ndarray:
         """Draw the areas to predict in, without the unsure ones: bool (h, w) of a place."""
@@ -391,9 +389,8 @@ def _fill(label: np.ndarray, rings: Polygon, value: int) -> None:
     (x, y), (x_end, y_end) = np.where(upward, ends, starts).T, np.where(upward, starts, ends).T
     rows = np.clip(np.ceil(np.stack([y, y_end]) - 0.5), 0, label.shape[0]).astype(int)
     width = label.shape[1]
-    left, right = (
-        int(np.clip(np.ceil(k - 0.5), 0, width)) for k in (starts[:, 0].min(), starts[:, 0].max())
-    )
+    extremes = np.array([starts[:, 0].min(), starts[:, 0].max()])
+    left, right = np.clip(np.ceil(extremes - 0.5), 0, width).astype(int)
     counts = rows[1] - rows[0]  # rows of pixel centres that each edge crosses
     crossed = np.flatnonzero(counts)
     if not len(crossed) or left == right:

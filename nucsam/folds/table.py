@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +26,14 @@ def cross_validation(jobs: Sequence[Job], name: str) -> dict[str, Any]:
     Published results and caveats are there only where the images are NuInsSeg's.
 
     Args:
-        jobs: all folds of all variants.
+        jobs: all folds of all variants, variant by variant.
         name: of the variant where there is no grid.
 
     Returns:
         For each variant its scores, 0..1, and what must be known to read them.
     """
-    by_variant: dict[str, list[Job]] = {}
-    for job in jobs:
-        by_variant.setdefault(job.variant or name, []).append(job)
-    variants = [_variant(label, folds) for label, folds in by_variant.items()]
+    by_variant = groupby(jobs, lambda job: job.variant)
+    variants = [_variant(label or name, list(folds)) for label, folds in by_variant]
     protocols = [rules for variant in variants for rules in variant["protocols"]]
     organs = {organ for rules in protocols for organ in rules["organs"]}
     images = {variant["images"] for variant in variants if variant["protocols"]}

@@ -273,10 +273,10 @@ class LabelBlocks:
             tags |= {"shape": self.size, "dtype": dtype, "tile": (BLOCK, BLOCK), "bigtiff": True}
             tifffile.imwrite(path, blocks, buffersize=2**24, **tags)
         else:
-            whole = np.zeros([BLOCK * length for length in self.grid], dtype)
-            for y, x in places:
-                whole[BLOCK * y :, BLOCK * x :][:BLOCK, :BLOCK] = self.block((y, x))
-            tifffile.imwrite(path, whole[: self.size[0], : self.size[1]], **tags)
+            rows, columns = map(range, self.grid)
+            whole = np.block([[self.block((y, x)) for x in columns] for y in rows])
+            whole = whole[: self.size[0], : self.size[1]].astype(dtype)
+            tifffile.imwrite(path, whole, **tags)
 
 
 def draw_overlay(image: Any, labels: LabelBlocks) -> np.ndarray:
