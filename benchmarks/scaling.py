@@ -10,10 +10,11 @@
 - nuclei: targets, instances and scoring of one 512 px image.
 - data: images of 512 px decoded into memory, and a whole epoch of the loader in the training
   process.
-- processes: four folds by `nucsam.folds`, one after another in each of N processes; and one fold
-  by `nucsam.train` with DDP over N. Each run has `--epochs` of about 160 images, batches of
-  `--batch` a process, and crops of `--image-size` px at scale 1, on one thread a process. Folds
-  count the whole run, from the start of Python to its report. DDP counts the images per second
+- processes: four folds by `nucsam.folds`, one after another in each of N processes; one fold by
+  `nucsam.train` with DDP over N; and on a CPU one process of N threads with N times the batch. Each
+  run has `--epochs` of about 160 images, batches of `--batch` a process, and crops of
+  `--image-size` px at scale 1. The processes of folds and of DDP have one thread each. Folds count
+  the whole run, from the start of Python to its report. The others count the images per second
   after the first epoch. Efficiency is the rate of N over N times that of one. At most as many
   processes run as there are GPUs.
 
@@ -157,14 +158,28 @@ def processes(args: argparse.Namespace, folder: Path) -> Curves:
         add(curves, "folds, folds/minute", count, 60 * FOLDS / seconds)
         run = RunDirectory(folder / f"ddp{count}")
         launch(args, count, "nucsam.train", settings, run.path)
-        lines = run.read_metrics()
-        rates = [line["images_per_second"] for line in lines[1:] or lines]
-        add(curves, "DDP, images/s", count, statistics.median(rates))
+        add(curves, "DDP, images/s", count, median_rate(run))
+        if args.device == "cpu":
+            run = RunDirectory(folder / f"threads{count}")
+            batch = f"train.batch={count * args.batch}"
+            launch(args, 1, "nucsam.train", [*settings, batch], run.path, threads=count)
+            add(curves, "threads of one process, images/s", count, median_rate(run))
     return curves
 
 
+def median_rate(run: RunDirectory) -> float:
+    """Images per second after the first epoch."""
+    lines = run.read_metrics()
+    return statistics.median(line["images_per_second"] for line in lines[1:] or lines)
+
+
 def launch(
-    args: argparse.Namespace, count: int, module: str, settings: Sequence[str], out: Path
+    args: argparse.Namespace,
+    count: int,
+    module: str,
+    settings: Sequence[str],
+    out: Path,
+    threads: int = 1,
 ) -> float:
     """Run a module of nucsam in `count` processes, and return the seconds it took.
 
@@ -175,7 +190,7 @@ def launch(
     if count > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     command += ["-m", module, str(out.parent / "empty.toml"), *settings, "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent)}
     if args.device == "cpu":
         environment["ACCELERATE_USE_CPU"] = "true"
     start = time.perf_counter()

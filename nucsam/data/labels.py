@@ -4,9 +4,10 @@ import numpy as np
 
 CLASSES = 32  # a map of more values is no map of classes
 LARGEST = (255, 65535)  # values at which a map of 8 or 16 bits is clipped
+SAMPLE = np.s_[::8, ::8]  # pixels that show the many values of most maps of instances
 
 
-def not_instances(label: np.ndarray) -> str:
+def not_instances(label: np.ndarray, high: int | None = None) -> str:
     """What a label map seems to be instead of a map of instances; "" where nothing speaks for it.
 
     Many separate (8-connected) components with few values are remarked on: a binary mask, a map of
@@ -15,11 +16,14 @@ def not_instances(label: np.ndarray) -> str:
 
     Args:
         label: (H, W) integers from 0 or bool, 0 = background.
+        high: its largest value, where it is known.
     """
-    high = int(label.max(initial=0))
+    high = int(label.max(initial=0)) if high is None else high
     if high == 0 or high > max(LARGEST):
         return ""
-    values = np.count_nonzero(np.bincount(label.ravel().astype(np.int64))[1:])
+    values = _values(label[SAMPLE])
+    if values <= CLASSES:
+        values = _values(label)
     if values <= CLASSES:
         count = _count(label > 0)
         if values == 1 and count > 1:
@@ -31,6 +35,11 @@ def not_instances(label: np.ndarray) -> str:
         if count > 2:
             return f"a clipped map: {count} separate components share its largest value, {high}"
     return ""
+
+
+def _values(label: np.ndarray) -> int:
+    """How many values a map has beside 0."""
+    return np.count_nonzero(np.bincount(label.ravel().astype(np.int64))[1:])
 
 
 def components(label: np.ndarray) -> np.ndarray:

@@ -303,8 +303,9 @@ def _attend(
     B, H, W, _ = qkv_BHWC.shape
     rows, columns = H // height, W // width
     sizes = [attn.key_dim, attn.key_dim, attn.d]
-    tiles = qkv_BHWC.view(B, rows, height, columns, width, -1).transpose(2, 3)
-    qkv_NALD = tiles.reshape(B * rows * columns, height * width, attn.num_heads, -1).transpose(1, 2)
+    tiles = qkv_BHWC.view(B, rows, height, columns, width, attn.num_heads, -1)
+    tiles = tiles.permute(0, 1, 3, 5, 2, 4, 6)
+    qkv_NALD = tiles.reshape(B * rows * columns, attn.num_heads, height * width, -1)
     q_NALD, k_NAKD, v_NAKD = qkv_NALD.split(sizes, dim=3)
     if padded_C is not None:
         _, k_A1D, v_A1D = padded_C.view(attn.num_heads, 1, -1).split(sizes, dim=2)
@@ -320,5 +321,5 @@ def _attend(
             x_NALD = F.scaled_dot_product_attention(
                 q_NALD, k_NAKD, v_NAKD, attn_mask=bias_1ALK, scale=attn.scale
             )
-    x = x_NALD.transpose(1, 2).reshape(B, rows, columns, height, width, attn.dh).transpose(2, 3)
-    return x.reshape(B, H, W, attn.dh)
+    x = x_NALD.unflatten(2, (height, width)).unflatten(0, (B, rows, columns))
+    return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H, W, attn.dh)

@@ -123,6 +123,8 @@ def is_glass(pixels: np.ndarray, limit: int = PALE) -> bool:
         pixels: uint8 (h, w, 3).
         limit: highest darkness of glass.
     """
+    if darkness(pixels[:: 2 * BLOCK, :: 2 * BLOCK]).mean() > limit:
+        return False
     return int(darkness(shrunk(pixels)).max()) <= limit
 
 

@@ -288,7 +288,7 @@ def _label_map(labels: np.ndarray, name: str, connected: bool) -> np.ndarray:
         raise UserError(f"{name}: found ids from {low} to {high}, expected 0 to 2**63 - 1")
     if connected:
         return components(labels)
-    if found := not_instances(labels):
+    if found := not_instances(labels, high):
         how = "each value scored as ONE object; connected=True makes each component an object"
         warnings.warn(f"{name}: found {found}, {how}", stacklevel=3)
     return labels

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-MAX_ID = 2**21  # larger ids are numbered: the table has a row for each id up to the largest
+MAX_ID = 2**21  # larger ids are numbered: areas are counted for each id up to the largest
 
 
 @dataclass(frozen=True)
@@ -59,41 +59,47 @@ def overlaps(truth: np.ndarray, pred: np.ndarray, min_area: int = 0) -> Overlaps
     from scipy.sparse import coo_array  # takes a moment to load
 
     truth, pred = truth.ravel(), pred.ravel()
-    begins = np.ones(truth.size, bool)
-    begins[1:] = (truth[1:] != truth[:-1]) | (pred[1:] != pred[:-1])
-    start = np.flatnonzero(begins)
-    truth_ids, t = _rows(truth[start])
-    pred_ids, p = _rows(pred[start])
+    start = _starts_of_runs(truth, pred)
     length = np.diff(start, append=truth.size)
+    truth_ids, truth_area, t = _objects(truth[start], length, 1)
+    pred_ids, pred_area, p = _objects(pred[start], length, max(1, min_area))
+    both = np.flatnonzero((t >= 0) & (p >= 0))
     # the conversion sums the runs of each pair, and sorts the pairs
-    table = coo_array((length, (t, p)), shape=(len(truth_ids), len(pred_ids))).tocsr()
-    truth_ids, truth_area, t_of_row = _objects(truth_ids, table.sum(axis=1), 1)
-    pred_ids, pred_area, p_of_column = _objects(pred_ids, table.sum(axis=0), max(1, min_area))
-    pairs = table.tocoo()
-    t, p = t_of_row[pairs.row], p_of_column[pairs.col]
-    both = (t >= 0) & (p >= 0)
-    return Overlaps(truth_ids, truth_area, pred_ids, pred_area, t[both], p[both], pairs.data[both])
+    shape = len(truth_ids), len(pred_ids)
+    pairs = coo_array((length[both], (t[both], p[both])), shape).tocsr().tocoo()
+    return Overlaps(truth_ids, truth_area, pred_ids, pred_area, *pairs.coords, pairs.data)
 
 
-def _rows(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The id of each row of the table, 0 first, and the row of each of the given ids."""
-    highest = int(ids.max(initial=0))
-    if highest <= MAX_ID:
-        return np.arange(highest + 1), ids
-    known, row = np.unique(np.append(ids.dtype.type(0), ids), return_inverse=True)
-    return known.astype(np.int64), row[1:]
+def _starts_of_runs(truth: np.ndarray, pred: np.ndarray) -> np.ndarray:
+    """Indices at which one of two arrays changes; the first index is one."""
+    words = np.zeros(-(-len(truth) // 8), np.uint64)
+    changes = words.view(bool)[: len(truth)]
+    changes[:1] = True
+    np.not_equal(truth[1:], truth[:-1], out=changes[1:])
+    changes[1:] |= pred[1:] != pred[:-1]
+    # Words of eight first: where few values are true, NumPy takes long for each.
+    found = np.flatnonzero(words != 0)
+    bits = np.flatnonzero(words[found].view(bool))
+    return (found[bits >> 3] << 3) + (bits & 7)
 
 
 def _objects(
-    ids: np.ndarray, area: np.ndarray, min_area: int
+    ids: np.ndarray, length: np.ndarray, min_area: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids and areas of the objects among the rows, and each row's object or -1.
+    """Ids and areas of the objects of one map, and the object of each run or -1.
 
-    Background, which is row 0, is no object, nor is what has under `min_area` px.
+    Background is no object, nor is what has under `min_area` px.
     """
+    if ids.max(initial=0) > MAX_ID:
+        known, row = np.unique(np.append(ids.dtype.type(0), ids), return_inverse=True)
+        known, row = known.astype(np.int64), row[1:]
+    else:
+        row = ids.astype(np.intp)
+        known = np.arange(row.max(initial=0) + 1)
+    area = np.bincount(row, length, len(known)).astype(np.int64)
     real = area >= min_area
     real[0] = False
-    return ids[real], area[real], np.where(real, np.cumsum(real) - 1, -1)
+    return known[real], area[real], np.where(real, np.cumsum(real) - 1, -1)[row]
 
 
 def _repeated(group: np.ndarray, chosen: np.ndarray) -> np.ndarray:
