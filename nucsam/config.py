@@ -136,9 +136,7 @@ class Data:
     split: Literal["official", "organ"] = setting("official", "NuInsSeg's KFold, or stratified")
     folds: int = setting(5, "number of folds", at_least(2))
     fold: int | Literal["all"] = setting(0, 'test fold; "all" tests nothing: a model to keep')
-    group: str = setting(
-        "", "images whose stems share this match stay together", regular_expression
-    )
+    group: str = setting("", "images whose stems share a match stay together", regular_expression)
     connected: bool = setting(False, "for masks: each connected component of a label is a nucleus")
     region_class: str = setting("", "class of outlines of annotated regions, beside Region*")
     select: Literal["inner", "test"] = setting("inner", "split that chooses the epoch")
@@ -182,9 +180,7 @@ class Model:
     norms: Literal["pinned", "moving"] = setting("pinned", "of BatchNorm; moving learns a new base")
     rank: int = setting(4, "rank of LoRA's matrices", between(1, 4096))
     alpha: float = setting(4.0, "LoRA's scale is alpha / rank", POSITIVE)
-    pattern: str = setting(
-        "", "linear layers that get LoRA; empty: the encoder's own choice", regular_expression
-    )
+    pattern: str = setting("", "layers that get LoRA; empty: the encoder's own", regular_expression)
     width: int = setting(128, "channels of the instance head at stride 16", WIDTH)
 
 

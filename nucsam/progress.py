@@ -17,10 +17,8 @@ def console_options() -> dict[str, bool]:
     """
     if "JPY_PARENT_PID" not in os.environ:  # set for a notebook's kernel and what it starts
         return {}
-    options = {"force_terminal": False}
-    if find_spec("ipywidgets") is None:
-        options["force_jupyter"] = False
-    return options
+    jupyter = {} if find_spec("ipywidgets") else {"force_jupyter": False}
+    return {"force_terminal": False, **jupyter}
 
 
 def with_bar(results: Iterable[Any], count: int, title: str) -> Iterator[Any]:

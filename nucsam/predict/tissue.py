@@ -57,11 +57,8 @@ class Tissue:
                 [np.minimum(np.multiply(ring, CELL), ends).tolist() for ring in rings]
                 for rings in polygons
             ]
-            yield {
-                "type": "Feature",
-                "geometry": {"type": "MultiPolygon", "coordinates": scaled},
-                "properties": ANNOTATION,
-            }
+            geometry = {"type": "MultiPolygon", "coordinates": scaled}
+            yield {"type": "Feature", "geometry": geometry, "properties": ANNOTATION}
 
     def meets(self, place: tuple[slice, slice]) -> bool:
         """Whether a place of the image has tissue."""

@@ -194,10 +194,9 @@ def scores_sentence(scores: dict[str, Any]) -> str:
         return f"untrained model, {images}: {', '.join(numbers)}"
     warning = ", THE IMAGES SCORED HERE" if scores["epoch_chosen_on_these"] else ""
     unfinished = f"UNFINISHED, {scores['unfinished']}: " if scores["unfinished"] else ""
-    return (
-        f"{unfinished}epoch {scores['epoch']} (chosen by {scores['epoch_chosen_by']}{warning}), "
-        f"{images}, one seed, base {scores['base']['source']}: {', '.join(numbers)}"
-    )
+    epoch = f"epoch {scores['epoch']} (chosen by {scores['epoch_chosen_by']}{warning})"
+    run = f"{images}, one seed, base {scores['base']['source']}"
+    return f"{unfinished}{epoch}, {run}: {', '.join(numbers)}"
 
 
 def scoring_accelerator(metadata: dict[str, Any]) -> Accelerator:

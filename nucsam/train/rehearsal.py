@@ -49,11 +49,9 @@ def rehearse(config: Config) -> dict[str, Any]:
         facts = _measure(training)
     facts["problems"] = list(_problems(training, facts))
     groups = len({record.group for record in training.samples.records})
-    console.print(
-        f"images in {groups} groups; about {facts['minutes']:.0f} min, with "
-        f"{facts['step_seconds']:.1f} s a step; {facts['memory_gib']:.1f} GiB of memory; "
-        "nothing is kept of this dry run"
-    )
+    seconds = f"about {facts['minutes']:.0f} min, with {facts['step_seconds']:.1f} s a step"
+    cost = f"{seconds}; {facts['memory_gib']:.1f} GiB of memory"
+    console.print(f"images in {groups} groups; {cost}; nothing is kept of this dry run")
     for problem in facts["problems"]:
         print_warning(problem)
     return facts
@@ -106,9 +104,7 @@ def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
     if facts["minutes"] > LONG and training.accelerator.device.type == "cpu":
         if d.crop * d.scale > 256:
             share = (256 / (d.crop * d.scale)) ** 2
-            yield (
-                f"data.crop: on a CPU, data.crop=256 data.scale=1 takes about {share:.2g} times as "
-                "long, for scores a few points lower"
-            )
+            smaller = f"data.crop=256 data.scale=1 takes about {share:.2g} times as long"
+            yield f"data.crop: on a CPU, {smaller}, for scores a few points lower"
         epochs = int(60 * training.config.train.epochs / facts["minutes"])
         yield f"train.epochs: an hour of this device is about {epochs} epochs as they are set"
