@@ -20,6 +20,10 @@ class PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
 
+    def say(self, text: str, style: str = "") -> None:
+        """Print a text whose lines end only where the text says so."""
+        self.print(text, style=style, soft_wrap=True)
+
 
 class Bar(Progress):
     """A progress bar with a text and the time left.

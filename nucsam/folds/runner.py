@@ -60,9 +60,6 @@ class Board:
         self.done: set[Job] = set()
         self._told: dict[Job, tuple[str, int]] = {}
 
-    def say(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, soft_wrap=True)
-
     def outcome(self, job: Job) -> str:
         """Of a job that nobody holds: done, failed in this launch, or waiting."""
         if job not in self.done and job.scores() is not None:
@@ -99,16 +96,16 @@ class Board:
                 continue
             self._told[job] = (state, epochs)
             if state == "failed":
-                self.say(_failure(job, note), "red")
+                self.console.say(_failure(job, note), "red")
                 continue
             where = f" on {note['where']}" if state == "running" and note else ""
             text = f"{job.name}: {state}{where}, epoch {epochs} of {job.config.train.epochs}"
             if scores := job.scores() if state == "done" else None:
                 means = [f"{COLUMNS[k]} {percent(v)}" for k, v in scores["headline"].items()]
                 text += f", {scores['images_of']} {', '.join(means)}"
-            self.say(text)
+            self.console.say(text)
             if scores and (sentence := learnt_nothing(scores)):
-                self.say(f"{job.name}: {sentence}", "yellow")
+                self.console.say(f"{job.name}: {sentence}", "yellow")
 
 
 def _failures(job: Job) -> int:
@@ -169,15 +166,16 @@ def cross_validate(
     write_text(out / "table.csv", table_csv(rows))
     write_text(out / "table.tex", table_latex(rows))
     write_text(out / "methods.md", "\n".join(methods))
+    console = board.console
     if len(methods) == 1:
-        board.console.print(Markdown(methods[0]))
+        console.print(Markdown(methods[0]))
     for section in reversed(sections):
-        board.console.print(Markdown(printable(section)))
+        console.print(Markdown(printable(section)))
     failed = [job for job in jobs if job not in board.done]
     for job in failed:
-        board.say(f"not done: {job.name}, see {job.log}", "red")
-    board.say(f"For your text: {out / 'table.md'}, table.csv and table.tex (LaTeX): the scores")
-    board.say(f"{out / 'methods.md'}: the methods, with citations")
+        console.say(f"not done: {job.name}, see {job.log}", "red")
+    console.say(f"For your text: {out / 'table.md'}, table.csv and table.tex (LaTeX): the scores")
+    console.say(f"{out / 'methods.md'}: the methods, with citations")
     return 1 if failed else 0
 
 

@@ -270,7 +270,7 @@ class Batch:
             one has another status than 0.
         """
         if self.skipped and is_first():
-            self._say(f"{self.skipped} image(s) with results skipped; force replaces them")
+            self.console.say(f"{self.skipped} image(s) with results skipped; force replaces them")
         with self.bar:
             self._predict()
             while len(self.outcomes) < len(self.files) and not self._is_over():
@@ -284,13 +284,13 @@ class Batch:
         out = next(iter(next(iter(self.files.values())).values())).parent
         text = f"{out}: {len(outcomes) - failed} image(s), {nuclei:,} nuclei, {tiles} tiles in "
         text += f"{self.bar.task.elapsed:.1f} s" + (f"; {failed} failed" if failed else "")
-        self._say(text)
+        self.console.say(text)
         if len(outcomes) > failed and "geojson" in next(iter(self.files.values())):
-            self._say(f"QuPath: open an image, then drag its .geojson from {out} onto it")
+            self.console.say(f"QuPath: open an image, then drag its .geojson from {out} onto it")
         if len(outcomes) > failed and not nuclei:
             why = "the model may have learnt nothing, or the images are of another magnification"
             text = f"no nucleus in any image: {why} or stain. {self.predictor.trained}"
-            self._say(text, style="yellow")
+            self.console.say(text, style="yellow")
         self._remove_claims()
         return int(failed > 0)
 
@@ -386,7 +386,8 @@ class Batch:
         if lacking and not self.warned:
             who = f"{path} has no" if mpp is None else "the model was trained without"
             why = "".join(f" ({remark})" for remark in remarks)
-            self._say(f"{who} microns per px{why}: assuming the magnification of the training")
+            assumed = "assuming the magnification of the training"
+            self.console.say(f"{who} microns per px{why}: {assumed}")
             self.warned = True
         return mpp
 
@@ -408,11 +409,8 @@ class Batch:
 
     def _fail(self, path: Path, error: Exception) -> None:
         text = str(error) if str(path) in str(error) else f"{path}: {error}"
-        self._say(text, style="red")
+        self.console.say(text, style="red")
         self._end(path, failed=text)
-
-    def _say(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, soft_wrap=True)
 
     def _show(self, part: float = 0.0) -> None:
         """Show how many images have ended, and `part`, 0..1, of the one that is being written."""

@@ -44,7 +44,7 @@ def print_start(facts: dict[str, Any], device: torch.device, setting: str) -> No
     precision = facts["precision"].replace("no", "fp32")
     precision += " (train.precision=auto)" if setting == "auto" else ""
     processes = f" in {facts['processes']} processes" if facts["processes"] > 1 else ""
-    console.print(f"images: {images}; base {facts['base']}", soft_wrap=True)
+    console.say(f"images: {images}; base {facts['base']}")
     trained = f"{facts['parameters_trainable']:,} of {facts['parameters']:,} parameters"
     console.print(f"trains {trained} on {where} in {precision}{processes}")
     names = ("threads", "loader_processes", "idle_cores")
@@ -75,8 +75,8 @@ def print_stopped(run: RunDirectory, step: int | None, steps: int) -> None:
     line = "give the same command with --resume"  # a launcher's choices are not in the run
     if not {"RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
         line = shlex.join(["nucsam", "train", "--resume", "--out", str(run.path)])
-    console.print(f"stopped: {saved}; to continue:", style="yellow", soft_wrap=True)
-    console.print(line, soft_wrap=True)
+    console.say(f"stopped: {saved}; to continue:", style="yellow")
+    console.say(line)
 
 
 def print_warning(text: str) -> None:
@@ -98,6 +98,6 @@ def print_scores(scores: dict[str, Any], config: Config, history: list[dict[str,
         change = f"{metric} {before} at epoch 0, {after} at the end"
         kept = "the kept weights are those of the best epoch"
         print_warning(f"training made it worse: {change}; {kept}")
-    console.print(scores_sentence(scores), soft_wrap=True)
+    console.say(scores_sentence(scores))
     if sentence := learnt_nothing(scores):
         print_warning(f"{sentence} {advice(config, last['epoch'], last['step'])}")

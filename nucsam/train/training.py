@@ -152,9 +152,8 @@ class Training:
             self.ddp = torch.compile(self.ddp, fullgraph=accelerator.num_processes == 1)
         # After `prepare`, which replaces the buffers of processes on CPUs.
         self.weights: dict[str, Tensor] = self.net.trainable()
-        self.average: dict[str, Tensor] = {}
-        if t.ema:
-            self.average = {name: p.detach().clone() for name, p in self.weights.items()}
+        averaged = self.weights if t.ema else {}
+        self.average = {name: p.detach().clone() for name, p in averaged.items()}
         self.optimizer = accelerator.prepare(make_optimizer(self.weights, t))
         self.facts = {
             "mpp": self.mpp,
@@ -185,7 +184,7 @@ class Training:
                 facts["command"] = self.run.read_environment().get("command", facts["command"])
             self.run.write_environment(facts)
             data = f"{self.config.data.root}: {taken(self.samples.records)}"
-            console.print(data, markup=False, soft_wrap=True)
+            console.say(data)
             print_start(facts, accelerator.device, self.config.train.precision)
 
     def _environment(self) -> dict[str, Any]:
