@@ -70,17 +70,16 @@ def load(
     overlap = tile // SHARE if overlap is None else overlap
     if batch is None:
         batch = 1 if on_cpu else config.train.batch
-    _check_numbers(scale, tile, overlap, batch)
+    sizes = {"tile": tile, "overlap": overlap, "batch": batch}
+    _check_numbers(scale, **sizes)
     return make(
         scale=config.data.scale,
         instances=config.instances,
         mpp=metadata.get("mpp"),
-        tile=tile,
-        overlap=overlap,
-        batch=batch,
         tta=tta,
         trained=_training(config, metadata),
         ratio=config.data.scale / scale if scale else None,
+        **sizes,
     )
 
 
