@@ -178,14 +178,14 @@ def host(checkout: Path, slide: Path, folder: Path, formats: str) -> dict[str, A
     return document
 
 
-def predict(model: Path, images: Sequence[Path], out: Path, until: Path | None = None) -> dict:
+def predict(model: Path, images: Sequence[Path], out: Path, kill: bool = False) -> dict:
     """`nucsam predict` in a child: wall and CPU seconds and peak RssAnon.
 
     Args:
         model: a run or an export.
         images: image files.
         out: folder of the results.
-        until: kill the child with SIGKILL as soon as this file is there.
+        kill: send the child SIGKILL as soon as the first image has its table.
     """
     command = [sys.executable, "-m", "nucsam", "predict", model, *images, "--out", out]
     command += ["--formats", FORMATS]
@@ -196,11 +196,11 @@ def predict(model: Path, images: Sequence[Path], out: Path, until: Path | None =
             text = Path(f"/proc/{child.pid}/status").read_text()
             peak = max(peak, int(text.split("RssAnon:")[1].split()[0]))
             cpu = sum(child.cpu_times()[:2])
-        if until and until.exists():
+        if kill and any(out.glob("*.csv")):
             child.kill()
         time.sleep(0.02)
     seconds = time.perf_counter() - began
-    assert child.returncode == (-signal.SIGKILL if until else 0)
+    assert child.returncode == (-signal.SIGKILL if kill else 0)
     return {"wall_s": seconds, "cpu_s": cpu, "rss_anon_mib": peak / 1024}
 
 
@@ -223,7 +223,8 @@ def interrupted(model: Path, tissue: np.ndarray, folder: Path) -> bool:
         Slide(2 * TILE, np.roll(tissue, k, axis=0), share=0.8).write(path)
     whole, cut = folder / "whole", folder / "cut"
     predict(model, paths, whole)
-    predict(model, paths, cut, until=cut / "small0.csv")
+    predict(model, paths, cut, kill=True)
+    assert len(list(cut.glob("*.csv"))) < len(paths)  # killed before the end
     predict(model, paths, cut)
     files = [sorted(p.relative_to(out) for p in out.rglob("*.*")) for out in (whole, cut)]
     same = files[0] == files[1] and not list(cut.rglob("*.partial"))

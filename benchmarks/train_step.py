@@ -58,7 +58,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ Truth = dict[str, Any]  # arguments of a way's loss beside the maps
 class Way:
     """One way to build a training step."""
 
-    encoder: nn.Module  # images (B, 3, H, W), 0..255 -> named tuple of maps
+    encoder: nn.Module  # images (B, 3, H, W), 0..255 -> tuple of maps
     head: nn.Module  # maps, size -> dense maps (B, C, *size)
     data: Crops
     move: Callable[[dict[str, Tensor]], dict[str, Any]]  # a loader's batch -> to the device
@@ -307,10 +307,6 @@ def train_pinned(net: nn.Module) -> None:
 # ---- the report's way ----
 
 
-class Embedding(NamedTuple):
-    neck: Tensor  # (B, 256, H/16, W/16)
-
-
 class ReportEncoder(nn.Module):
     """Stock TinyViT with its neck, LoRA on every linear layer in use."""
 
@@ -321,8 +317,8 @@ class ReportEncoder(nn.Module):
         peft.inject_adapter_in_model(settings, self.sam.image_encoder)
         train_pinned(self)
 
-    def forward(self, images: Tensor) -> Embedding:
-        return Embedding(embed(self.sam, images))
+    def forward(self, images: Tensor) -> Features:
+        return (embed(self.sam, images),)
 
 
 class ReportHead(nn.Module):
@@ -332,8 +328,8 @@ class ReportHead(nn.Module):
         super().__init__()
         self.prompt_encoder, self.mask_decoder = sam.prompt_encoder, sam.mask_decoder
 
-    def forward(self, embedding: Embedding, size: tuple[int, int]) -> Tensor:
-        return SamHead(self.prompt_encoder, self.mask_decoder)(embedding.neck, size)
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        return SamHead(self.prompt_encoder, self.mask_decoder)(features[0], size)
 
 
 class ReportCrops(Crops):

@@ -30,7 +30,7 @@ import writing
 SMALL = ["--device", "cpu", "--batch", "1", "--threads", "1", "--repeat", "1"]
 COMMON = {"benchmark", "device", "batch", "image_size", "dtype", "machine", "date", "versions"}
 SCRIPTS = {  # arguments; keys of the document beside the common ones
-    train_step: "--image-size 64 --steps 1 --workers 0 --ways nucsam plain tuned; pipeline goals",
+    train_step: "--image-size 64 --steps 1 --workers 0 --ways nucsam plain report; pipeline goals",
     data: "--image-size 64 --images 4 --workers 0 --ways nucsam; results met",
     metrics: "--image-size 96 --peers; results goals",
     instances: "--image-size 96 --nuclei 9; results ratios met",

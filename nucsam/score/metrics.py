@@ -283,9 +283,12 @@ def _label_map(labels: np.ndarray, name: str, connected: bool) -> np.ndarray:
         raise UserError(f"{name}: found shape {labels.shape}, expected a 2-D label map (H, W)")
     if labels.dtype.kind not in "biu":
         raise UserError(f"{name}: found dtype {labels.dtype}, expected integer ids")
-    low, high = int(labels.min(initial=0)), int(labels.max(initial=0))
-    if low < 0 or high > np.iinfo(np.int64).max:
-        raise UserError(f"{name}: found ids from {low} to {high}, expected 0 to 2**63 - 1")
+    # As unsigned numbers, negative ids are larger than all others: one pass finds both.
+    unsigned = labels if labels.dtype.kind == "b" else labels.view(f"u{labels.itemsize}")
+    high = int(unsigned.max(initial=0))
+    if labels.dtype.kind != "b" and high > min(np.iinfo(labels.dtype).max, np.iinfo(np.int64).max):
+        found = f"found ids from {labels.min()} to {labels.max()}"
+        raise UserError(f"{name}: {found}, expected 0 to 2**63 - 1")
     if connected:
         return components(labels)
     if found := not_instances(labels, high):
