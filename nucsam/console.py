@@ -35,7 +35,8 @@ class Bar(Progress):
         columns = ("{task.description}", BarColumn(), TimeRemainingColumn())
         shown = shown and (console.is_interactive or console.is_jupyter)
         super().__init__(*columns, console=console, disable=not shown)
-        self.task = self.tasks[self.add_task("", total=total, completed=done)]
+        self.add_task("", total=total, completed=done)
+        (self.task,) = self.tasks
 
     def show(self, text: str, done: float) -> None:
         self.update(self.task.id, description=text, completed=done)
