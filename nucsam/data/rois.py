@@ -23,6 +23,7 @@ from nucsam.files import check_no_device
 
 SUFFIXES = (".geojson", ".json", ".geojson.gz", ".zip", ".roi", ".xml")
 FARTHEST = 1e9  # px: no image reaches this far
+CROSSINGS = 2**20  # of edges with rows of pixels that are computed at a time
 MOST_BYTES = 2**31  # of a file, and of what a compressed one holds
 ROI_BYTES = 2**26  # most of one ROI in a zip file
 NUCLEUS = 64  # px: a detection in pieces is one nucleus up to this side
@@ -401,11 +402,14 @@ def _fill(label: np.ndarray, rings: Polygon, value: int) -> None:
     top, bottom, across = first.min(), rows[1].max(), right - left + 1
     # a byte a pixel may overflow: only odd or even matters
     cells = np.zeros((bottom - top) * across, np.uint8)
-    edge = np.repeat(np.arange(len(counts)), counts)
-    row = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts - first, counts)
-    crossing = x[edge] + (row + 0.5 - y[edge]) * slope[edge]
-    column = np.clip(np.ceil(crossing - 0.5).astype(int), left, right)
-    # 40 times slower with an int
-    np.add.at(cells, (row - top) * across + column - left, np.uint8(1))
+    batches = np.cumsum(counts) // CROSSINGS
+    for part in np.split(np.arange(len(crossed)), np.flatnonzero(np.diff(batches)) + 1):
+        edge = np.repeat(part, counts[part])
+        before = np.cumsum(counts[part]) - counts[part]
+        row = np.arange(len(edge)) - np.repeat(before - first[part], counts[part])
+        crossing = x[edge] + (row + 0.5 - y[edge]) * slope[edge]
+        column = np.clip(np.ceil(crossing - 0.5).astype(int), left, right)
+        # 40 times slower with an int
+        np.add.at(cells, (row - top) * across + column - left, np.uint8(1))
     inside = np.cumsum(cells.reshape(-1, across), axis=1, dtype=np.uint8)[:, :-1] % 2 == 1
     label[top:bottom, left:right][inside] = value
