@@ -452,7 +452,7 @@ truth: found shape (9,), expected a 2-D label map (H, W)
 > score real  # probabilities
 truth: found dtype float64, expected integer ids
 > score negative  # negative ids
-truth: found ids from -1 to 0, expected 0 to 2**63 - 1
+truth: found ids from -1 to -1, expected 0 to 2**63 - 1
 > read_tensors none  # no such file of tensors
 none: no such file; expected one that nucsam wrote
 > read_tensors plain  # a folder of tensors
