@@ -236,21 +236,29 @@ class LabelBlocks:
         """
         label = nuclei.label.copy()
         pieces = []
+        hidden = False
         for axes in product(*(segments_under(place, BLOCK) for place in window.outer)):
             at, in_block, in_window = zip(*axes)
             piece = label[in_window]
             if piece.any():
                 block = self.block(at)
-                piece[block[in_block] > 0] = 0
-                pieces.append((at, block, block[in_block], piece))
-        visible = np.bincount(label.ravel(), minlength=len(nuclei.confidence) + 1) > 0
+                place = block[in_block]
+                taken = (place > 0) & (piece > 0)
+                if taken.any():
+                    piece[taken] = 0
+                    hidden = True
+                pieces.append((at, block, place, piece))
+        visible = np.ones(len(nuclei.confidence) + 1, bool)
+        if hidden:
+            visible = np.bincount(label.ravel(), minlength=len(visible)) > 0
         visible[0] = False
         ids = (np.cumsum(visible) * visible).astype(np.int32)
+        numbers = np.where(visible, ids + self.count, 0).astype(np.int32)
         for at, block, place, piece in pieces:
-            np.copyto(place, ids[piece] + self.count, where=piece > 0)
+            np.maximum(place, numbers[piece], out=place)
             self._keep(at, block)
         self.count += int(ids.max())
-        return Nuclei(ids[label], nuclei.confidence[visible[1:]])
+        return Nuclei(ids[label] if hidden else label, nuclei.confidence[visible[1:]])
 
     def write(self, path: Path, mpp: float | None) -> None:
         """Write a deflated TIFF: uint16, or uint32 where an id is over 65535.
