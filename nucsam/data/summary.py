@@ -15,6 +15,7 @@ from nucsam.data.samples import by_region, read_each, read_sample, summed_remark
 from nucsam.errors import UserError
 
 EXAMPLES = 24  # images on the contact sheet
+WIDTH = 80  # characters of a table
 
 
 class Contents(NamedTuple):
@@ -148,8 +149,26 @@ def _cell(value: object) -> str:
     return str(value)
 
 
+def _widths(columns: dict[str, list[str]]) -> tuple[dict[str, int], int]:
+    """Width of each column, by heading, and the gap between two, in characters.
+
+    A column holds its longest word. What is left of WIDTH goes to those that would wrap, organs
+    first.
+    """
+    texts = {heading: [heading, *cells] for heading, cells in columns.items()}
+    widths = {heading: max(map(len, " ".join(text).split())) for heading, text in texts.items()}
+    spare = WIDTH - sum(widths.values()) - len(widths)
+    gap = 1 if spare >= len(widths) else 0
+    spare -= gap * len(widths)
+    for heading in sorted(widths, key=lambda heading: heading != "organ"):
+        more = min(max(map(len, texts[heading])) - widths[heading], max(0, spare))
+        widths[heading] += more
+        spare -= more
+    return widths, gap
+
+
 def summary_table(summary: dict):
-    """The rows of a summary as a rich Table, without its problems and remarks.
+    """The rows of a summary as a rich Table for 80 columns, without its problems and remarks.
 
     A column without a value is left out, and so is the one of groups where each image is its own.
     """
@@ -163,10 +182,11 @@ def summary_table(summary: dict):
     if all(row["groups"] == row["images"] for row in rows):
         del columns["groups"]
     columns = {heading: cells for heading, cells in columns.items() if {*cells} - {"-"}}
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)  # up to ten columns in 80
-    for heading in columns:
+    widths, gap = _widths(columns)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), show_edge=False)
+    for heading, width in widths.items():
         justify = "left" if heading in ("organ", "size px") else "right"
-        table.add_column(heading, justify=justify, overflow="fold")
+        table.add_column(heading, justify=justify, width=width)
     for cells in zip(*columns.values()):
         table.add_row(*cells)
     return table
