@@ -472,7 +472,7 @@ def open_finished(
     net = accelerator.prepare_model(net.eval(), evaluation_mode=True)  # as training scores it
     records, split = splits.find_split(settings.data)
     test = [records[i] for i in split.test or split.inner]
-    samples = Samples(test, memory_gib=settings.data.memory, progress=False)
+    samples = Samples(test, memory_gib=settings.data.memory)
     return net, samples, accelerator, metadata
 
 

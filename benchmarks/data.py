@@ -192,7 +192,7 @@ def build_ways(
     base = train_step.random_base(images)
     ways = train_step.build(base, samples, config, run.device, ["nucsam", "plain"])
     if "plain" in ways:
-        files = Samples(records, memory_gib=0, progress=False)
+        files = Samples(records, memory_gib=0)
         ways["files"] = replace(ways["plain"], data=train_step.PlainCrops(files, config))
     return {name: way for name, way in ways.items() if name in args.ways}
 
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         records = make_records(Path(folder) / "data", args.images)
         start = time.perf_counter()
-        samples = Samples(records, progress=False)
+        samples = Samples(records)
         decoded = time.perf_counter() - start
         ways = build_ways(samples, records, args, run, config)
         if not ways:

@@ -63,6 +63,7 @@ from stock import embed, stock_sam
 from train_step import random_base
 
 from nucsam.config import Config
+from nucsam.console import PlainConsole
 from nucsam.data.slides import TiffWindows
 from nucsam.data.synthetic import make_image
 from nucsam.model import network
@@ -127,7 +128,7 @@ def predict(predictor: Predictor, files: Sequence[Path], out: Path) -> tuple[int
     before = predictor.tiles_done
     results = {path: writers.output_files(out, path.stem, ["labels"]) for path in files}
     batch = predict_images.Batch(predictor, results, force=True)
-    batch.console = Console(quiet=True)
+    batch.console = PlainConsole(quiet=True)
     status = batch.run()
     assert status == 0, batch.outcomes
     return predictor.tiles_done - before, sum(o["nuclei"] for o in batch.outcomes.values())

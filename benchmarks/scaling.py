@@ -66,7 +66,7 @@ Curves = dict[str, dict[int, float]]  # name with its unit -> {size: value}
 
 def image_size(args: argparse.Namespace, folder: Path) -> Curves:
     write_dataset(folder, images=args.batch, size=train_step.SIDE, seed=0)
-    samples = Samples(find_records(folder), progress=False)
+    samples = Samples(find_records(folder))
     curves: Curves = {}
     for side in args.sides:
         config = bench.cropped(args.config, side)
@@ -120,7 +120,7 @@ def data_set(args: argparse.Namespace, folder: Path) -> Curves:
     for count in args.counts:
         records = epochs.make_records(folder / str(count), count)
         start = time.perf_counter()
-        samples = Samples(records, progress=False)
+        samples = Samples(records)
         add(curves, "decoding, s", count, time.perf_counter() - start)
         add(curves, "decoded, MiB", count, samples.kept_bytes / 2**20)
         crops = Crops(samples, window=window(config.data.crop, config.augment), seed=0)

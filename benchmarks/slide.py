@@ -1,7 +1,8 @@
 """What does a whole slide cost, from file to nuclei?
 
     python benchmarks/slide.py [--side 30000] [--share 0.2] [--data FOLDER] [--model RUN]
-        [--stored] [--against 6bdc1a4] [--repeat 1] [--threads N] [--json FILE]
+        [--stored] [--formats labels,csv] [--against 6bdc1a4] [--repeat 1] [--threads N]
+        [--json FILE]
 
 The slide is in Aperio's form: JPEG tiles and levels at 1/4 and 1/16. Its tissue, two ellipses,
 repeats eight images, of a data set or synthetic. Glass is bright noise.
@@ -252,7 +253,7 @@ def measure(args: argparse.Namespace, folder: Path, worktree: Path | None) -> di
                 results[f"{name}, no pyramid"] = min(row, old, key=lambda row: row["cpu_s"])
     results["now, pyramid"] = host(ROOT, folder / "slide.svs", folder, "labels")
     labels_s = results["now, pyramid"]["cpu_s"]
-    for name in [name for name in FORMATS.split(",") if name != "labels"]:
+    for name in [name for name in args.formats.split(",") if name != "labels"]:
         row = results[f"with {name}"] = host(ROOT, folder / "slide.svs", folder, f"labels,{name}")
         row["us_a_nucleus"] = 1e6 * (row["cpu_s"] - labels_s) / max(1, row["nuclei"])
     document: dict[str, Any] = {}
@@ -280,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--data", type=Path, help="data set whose images are the tissue; default: synthetic")
     add("--model", type=Path, help="run or export; default: trained briefly")
     add("--epochs", type=bench.integer(), default=8, help="of the brief training")
+    add("--formats", default=FORMATS, help="to write on the host alone, each beside labels")
     add("--stored", action="store_true", help="no network: stored maps alone")
     add("--against", default="6bdc1a4", help="commit to compare with; '' = none")
     args = bench.parse(parser, arguments)

@@ -56,6 +56,7 @@ def watch():
 def now():
     """The batch of this checkout: run() -> (status, tiles, nuclei)."""
     from nucsam.config import Config
+    from nucsam.console import PlainConsole
     from nucsam.model.instances import from_depth
     from nucsam.predict import images, writers
     from nucsam.predict.predictor import Predictor
@@ -71,7 +72,7 @@ def now():
     predictor = Stored(scale=1.0, tile=TILE, overlap=16, instances=Config().instances)
     files = {slide: writers.output_files(out, "a", formats)}
     batch = images.Batch(predictor, files, 0.25, force=True)
-    batch.console = Console(quiet=True)
+    batch.console = PlainConsole(quiet=True)
 
     def run():
         status = batch.run()

@@ -817,7 +817,7 @@ def load_samples(run: Bench, config: Config) -> Samples:
     size = max(SIDE, window(run.crop, config.augment))
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder) / "data", images=max(run.batch, IMAGES), size=size, seed=0)
-        return Samples(find_records(Path(folder) / "data"), progress=False)
+        return Samples(find_records(Path(folder) / "data"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,4 +8,4 @@ environment test
 
 ruff format --check .
 ruff check .
-OMP_NUM_THREADS=1 python -m pytest -n 2 "$@"
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal "$@"

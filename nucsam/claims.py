@@ -20,7 +20,7 @@ except ImportError:  # Windows
     import msvcrt
 
 FAR = 2**30  # offset of the byte that Windows locks, behind the note: nobody else could read it
-RETRY = 0.1  # s between attempts on Windows, which gives up waiting after 10 s
+RETRY = 0.1  # s between attempts
 
 
 class Claim:
@@ -43,8 +43,33 @@ class Claim:
         Raises:
             UserError: the system or the file system has no such locks.
         """
-        descriptor = _lock(path, wait=wait)
-        return None if descriptor is None else cls(descriptor)
+        while (claim := cls.try_once(path)) is None and wait:
+            time.sleep(RETRY)
+        return claim
+
+    @classmethod
+    def try_once(cls, path: Path, *, shared: bool = False) -> "Claim | None":
+        """As `take` without waiting; `shared` claims, which Windows lacks, only exclude others."""
+        binary = getattr(os, "O_BINARY", 0)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | binary, 0o666)
+        try:
+            if fcntl:
+                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            else:
+                os.lseek(descriptor, FAR, os.SEEK_SET)
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):  # the second one on Windows
+            os.close(descriptor)
+            return None
+        except OSError as error:
+            os.close(descriptor)
+            expected = "expected a file system with locks"
+            raise UserError(f"{path}: cannot be locked ({error}); {expected}") from None
+        if os.fstat(descriptor).st_nlink == 0:  # the holder before has removed the file
+            os.close(descriptor)
+            return cls.try_once(path, shared=shared)
+        return cls(descriptor)
 
     def __enter__(self) -> "Claim":
         return self
@@ -70,11 +95,10 @@ class Claim:
 
 def is_claimed(path: Path) -> bool:
     """Whether a process holds the claim on `path`. Two that look do not see each other."""
-    descriptor = _lock(path, wait=False, shared=True)
-    if descriptor is None:
-        return True
-    Claim(descriptor).release()
-    return False
+    claim = Claim.try_once(path, shared=True)
+    if claim:
+        claim.release()
+    return claim is None
 
 
 def read_note(path: Path) -> dict[str, Any]:
@@ -84,44 +108,3 @@ def read_note(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return note if isinstance(note, dict) else {}
-
-
-def _lock(path: Path, *, wait: bool, shared: bool = False) -> int | None:
-    """The descriptor of the locked file, or None where another process holds the lock."""
-    binary = getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | binary, 0o666)
-    try:
-        if fcntl:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
-        else:
-            _lock_byte(descriptor, wait=wait)
-    except (BlockingIOError, PermissionError):  # the second one on Windows
-        os.close(descriptor)
-        return None
-    except OSError as error:
-        os.close(descriptor)
-        raise UserError(
-            f"{path}: cannot be locked ({error}); expected a file system with locks"
-        ) from None
-    if os.fstat(descriptor).st_nlink == 0:  # the holder before has removed the file
-        os.close(descriptor)
-        return _lock(path, wait=wait, shared=shared)
-    return descriptor
-
-
-def _lock_byte(descriptor: int, *, wait: bool) -> None:
-    """Lock one byte of a file on Windows, where all locks exclude each other.
-
-    Raises:
-        PermissionError: another process holds the lock, and `wait` is off.
-    """
-    os.lseek(descriptor, FAR, os.SEEK_SET)
-    while True:
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-            return
-        except PermissionError:
-            if not wait:
-                raise
-            time.sleep(RETRY)

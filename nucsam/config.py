@@ -114,10 +114,7 @@ PROBABILITY = number("a probability from 0 to 1", lambda value: 0 <= value <= 1)
 INSIDE = number("a number between 0 and 1", lambda value: 0 < value < 1)
 BELOW_ONE = number("0 up to but not 1", lambda value: 0 <= value < 1)
 UP_TO_HALF = number("a fraction over 0, at most 0.5", lambda value: 0 < value <= 0.5)
-WIDTH = number(
-    "a positive multiple of 32, at most 4096",
-    lambda value: 0 < value <= 4096 and value % 32 == 0,
-)
+WIDTH = number("a positive multiple of 32, at most 4096", lambda v: v in range(32, 4097, 32))
 
 
 def setting(default: Any, text: str, rule: Rule | None = None) -> Any:
@@ -125,29 +122,21 @@ def setting(default: Any, text: str, rule: Rule | None = None) -> Any:
     return field(default=default, metadata={"text": text, "rule": rule})
 
 
+PublicSet = Literal["nuinsseg", "pannuke", "monuseg", "consep", "lizard", "cryonuseg", "tnbc"]
+
+
 @dataclass(frozen=True)
 class Data:
     """[data]: the images and how they are split."""
 
     root: str = setting("data/NuInsSeg", "folder of images and label maps; ~ is the home folder")
-    layout: Literal[
-        "auto",
-        "nuinsseg",
-        "pannuke",
-        "monuseg",
-        "consep",
-        "lizard",
-        "cryonuseg",
-        "tnbc",
-        "plain",
-        "flat",
-    ] = setting("auto", "how the folder is arranged; auto looks what it is")
+    layout: Literal["auto", PublicSet, "plain", "flat"] = setting(
+        "auto", "how the folder is arranged; auto looks what it is"
+    )
     split: Literal["official", "organ"] = setting("official", "NuInsSeg's KFold, or stratified")
     folds: int = setting(5, "number of folds", at_least(2))
     fold: int | Literal["all"] = setting(0, 'test fold; "all" tests nothing: a model to keep')
-    group: str = setting(
-        "", "images whose stems share this match stay together", regular_expression
-    )
+    group: str = setting("", "images whose stems share a match stay together", regular_expression)
     connected: bool = setting(False, "for masks: each connected component of a label is a nucleus")
     region_class: str = setting("", "class of outlines of annotated regions, beside Region*")
     select: Literal["inner", "test"] = setting("inner", "split that chooses the epoch")
@@ -182,12 +171,7 @@ class Model:
     """[model]: the network, and which of its parts train."""
 
     encoder: Literal[
-        "mobile_sam",
-        "tiny_sam",
-        "lite_medsam",
-        "sam_vit_b",
-        "efficient_sam_ti",
-        "efficient_sam_s",
+        "mobile_sam", "tiny_sam", "lite_medsam", "sam_vit_b", "efficient_sam_ti", "efficient_sam_s"
     ] = setting("mobile_sam", "the network whose weights are fine-tuned")
     weights: str = setting(
         "auto",
@@ -199,9 +183,7 @@ class Model:
     norms: Literal["pinned", "moving"] = setting("pinned", "of BatchNorm; moving learns a new base")
     rank: int = setting(4, "rank of LoRA's matrices", between(1, 4096))
     alpha: float = setting(4.0, "LoRA's scale is alpha / rank", POSITIVE)
-    pattern: str = setting(
-        "", "linear layers that get LoRA; empty: the encoder's own choice", regular_expression
-    )
+    pattern: str = setting("", "layers that get LoRA; empty: the encoder's own", regular_expression)
     width: int = setting(128, "channels of the instance head at stride 16", WIDTH)
 
 
@@ -384,10 +366,9 @@ def override(
         name, equals, value = text.partition("=")
         table, dot, key = name.strip().partition(".")
         if not (equals and dot and key):
-            raise UserError(
-                f"override: found {text!r}, expected an existing folder, or table.key=value, such "
-                "as data.root=my_folder or train.epochs=10"
-            )
+            example = "such as data.root=my_folder or train.epochs=10"
+            expected = f"expected an existing folder, or table.key=value, {example}"
+            raise UserError(f"override: found {text!r}, {expected}")
         parsed, name = parse_value(value), f"{table}.{key}"
         if name in SETTINGS and isinstance(SETTINGS[name].default, str):
             parsed = parsed if isinstance(parsed, str) else value.strip()  # such as 2024-05-01
@@ -431,10 +412,15 @@ def setting_rows(config: Config, word: str = "") -> list[tuple[str, ...]]:
     return rows
 
 
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`name: old value -> new value` of each name in `new` whose value differs."""
+    both = [(name, old.get(name), value) for name, value in new.items()]
+    return [f"{name}: {before!r} -> {after!r}" for name, before, after in both if before != after]
+
+
 def differences(a: Config, b: Config) -> list[str]:
     """`table.key: a's value -> b's value` for every setting that differs."""
-    old, new = a.flat(), b.flat()
-    return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]]
+    return changes(a.flat(), b.flat())
 
 
 def conflicts(a: Config, b: Config, *free: str) -> list[str]:

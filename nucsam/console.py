@@ -1,8 +1,9 @@
-"""The console that every command prints on."""
+"""The console that every command prints on, and its progress bar."""
 
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.text import Text
 
 from nucsam.files import printable
@@ -18,3 +19,24 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
+
+    def say(self, text: str, style: str = "") -> None:
+        """Print a text whose lines end only where the text says so."""
+        self.print(text, style=style, soft_wrap=True)
+
+
+class Bar(Progress):
+    """A progress bar with a text and the time left.
+
+    It appears only on a terminal or in a notebook, and where `shown` is on.
+    """
+
+    def __init__(self, console: Console, *, total: int, done: int = 0, shown: bool) -> None:
+        columns = ("{task.description}", BarColumn(), TimeRemainingColumn())
+        shown = shown and (console.is_interactive or console.is_jupyter)
+        super().__init__(*columns, console=console, disable=not shown)
+        self.add_task("", total=total, completed=done)
+        (self.task,) = self.tasks
+
+    def show(self, text: str, done: float) -> None:
+        self.update(self.task.id, description=text, completed=done)

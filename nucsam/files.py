@@ -81,23 +81,22 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
-def read_json(text: str | bytes, source: str) -> dict[str, Any]:
+def read_json(text: str | bytes, source: str, form: Any = dict) -> dict[str, Any]:
     """Parse a JSON document that must be a dict.
 
     Args:
         text: the document.
         source: its file, for messages.
+        form: as of `check_form`.
 
     Raises:
-        UserError: the text is not JSON, or not a dict.
+        UserError: the text is not JSON, or has another form.
     """
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not JSON ({error})") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{source}: found a {type(document).__name__}, expected a dict")
-    return document
+    return check_form(document, form, source)
 
 
 class Leaf(NamedTuple):
@@ -107,16 +106,12 @@ class Leaf(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a number of a size that a result can have; not NaN, not a bool."""
-    return type(value) in (int, float) and abs(value) < 1e15
-
-
 TEXT = Leaf("a string", lambda value: isinstance(value, str))
 FLAG = Leaf("true or false", lambda value: isinstance(value, bool))
 COUNT = Leaf("a whole number from 0", lambda value: type(value) is int and 0 <= value < 1e15)
-NUMBER = Leaf("a number", is_number)
-SHARE = Leaf("0 to 1 or null", lambda v: v is None or (is_number(v) and 0 <= v <= 1) or v != v)
+# of a size that a result can have; not NaN, not a bool
+NUMBER = Leaf("a number", lambda value: type(value) in (int, float) and abs(value) < 1e15)
+SHARE = Leaf("0 to 1 or null", lambda v: v is None or (NUMBER.holds(v) and 0 <= v <= 1) or v != v)
 
 
 def check_form(document: Any, form: Any, source: str) -> Any:

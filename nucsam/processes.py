@@ -40,11 +40,9 @@ def check_joined(joined: int) -> None:
         UserError: it has not, and each process would run alone.
     """
     if process_count() != joined:
-        raise UserError(
-            f"WORLD_SIZE: the launcher started {process_count()} processes, Accelerate joined "
-            f"{joined}, so each would run alone; on CPUs set ACCELERATE_USE_CPU=true or use "
-            "launch/cpu2.yaml"
-        )
+        found = f"the launcher started {process_count()} processes, Accelerate joined {joined}"
+        advice = "on CPUs set ACCELERATE_USE_CPU=true or use launch/cpu2.yaml"
+        raise UserError(f"WORLD_SIZE: {found}, so each would run alone; {advice}")
 
 
 def launch_time() -> float:

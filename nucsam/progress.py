@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
+from nucsam.processes import is_first
+
 
 def console_options() -> dict[str, bool]:
     """Options of a rich Console whose bars are redrawn in place, or not drawn at all.
@@ -15,16 +17,15 @@ def console_options() -> dict[str, bool]:
     """
     if "JPY_PARENT_PID" not in os.environ:  # set for a notebook's kernel and what it starts
         return {}
-    options = {"force_terminal": False}
-    if find_spec("ipywidgets") is None:
-        options["force_jupyter"] = False
-    return options
+    jupyter = {} if find_spec("ipywidgets") else {"force_jupyter": False}
+    return {"force_terminal": False, **jupyter}
 
 
 def with_bar(results: Iterable[Any], count: int, title: str) -> Iterator[Any]:
     """Pass results through, under a progress bar on stderr with their rate and the time left.
 
-    The bar appears only where stderr is a terminal, or in a notebook, and vanishes at the end.
+    The bar appears on the first process of a launch, where stderr is a terminal, or in a notebook.
+    It vanishes at the end.
 
     Args:
         results: what to pass through, in order.
@@ -41,6 +42,6 @@ def with_bar(results: Iterable[Any], count: int, title: str) -> Iterator[Any]:
     console = Console(stderr=True, markup=False, **console_options())
     counts = (progress.BarColumn(), progress.MofNCompleteColumn(), Rate())
     columns = ("{task.description}", *counts, progress.TimeRemainingColumn())
-    shown = console.is_interactive or console.is_jupyter
+    shown = is_first() and (console.is_interactive or console.is_jupyter)
     with progress.Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         yield from bar.track(results, count, description=title)

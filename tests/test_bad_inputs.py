@@ -206,7 +206,7 @@ def plain(root: Path, stems: str | list[str] = "abc") -> Path:
 
 def read_all(root: Path) -> list[int]:
     """Numbers of nuclei."""
-    samples = Samples(find_records(root), progress=False)
+    samples = Samples(find_records(root))
     return [int(samples[k].label.max()) for k in range(len(samples))]
 
 

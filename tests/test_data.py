@@ -199,7 +199,7 @@ def test_annotations_are_labels_of_the_plain_layout(tmp_path):
         ("b", "", "labels/b.tif"),
         ("liver_a", "liver", "annotations/liver/a.geojson"),
     ]
-    samples = Samples(records, progress=False)
+    samples = Samples(records)
     assert all(np.array_equal(samples[k].label, COMPACT) for k in range(3))
     rows = inspect_folder(tmp_path)[0]["rows"]
     assert [(row["organ"], row["nuclei"], row["median_area_px"]) for row in rows] == [
@@ -214,7 +214,7 @@ def test_a_bad_annotation_is_named(tmp_path):
     bad = outlined(tmp_path / "annotations" / "bad.geojson")
     bad.write_text("{")
     with pytest.raises(UserError, match=re.escape(str(bad))):
-        Samples(find_records(tmp_path), progress=False)
+        Samples(find_records(tmp_path))
     assert [str(bad) in text for text in inspect_folder(tmp_path)[0]["bad"]] == [True]
 
 
@@ -671,7 +671,7 @@ def test_a_crop_of_another_magnification_is_resampled(tmp_path):
         place = tmp_path / "images" / f"{name}.tif"
         tifffile.imwrite(place, picture, resolution=(1e4 / mpp, 1e4 / mpp), **tags)
         tifffile.imwrite(tmp_path / "labels" / f"{name}.tif", squares)
-    samples = Samples(find_records(tmp_path), progress=False)
+    samples = Samples(find_records(tmp_path))
     assert samples.mpps == pytest.approx([0.25, 0.51, 0.5])
     fine, near, same = (Crops(samples, window=64, seed=1, mpp=0.5)[0, k] for k in range(3))
     assert len(np.unique(fine["label"])) == 64 and fine["label"].shape == (64, 64)
@@ -683,15 +683,15 @@ def test_a_crop_of_another_magnification_is_resampled(tmp_path):
 
 
 def test_an_image_is_known_by_its_pixels_and_ids_not_by_its_files(tmp_path):
-    first = Samples(find_records(plain(tmp_path / "a", 2)), progress=False).digests
+    first = Samples(find_records(plain(tmp_path / "a", 2))).digests
     moved = find_records(plain(tmp_path / "b", 2))
     for record in moved:  # another format, the same pixels
         Image.open(record.image).convert("RGB").save(record.image.with_suffix(".tif"))
         record.image.unlink()
     moved = find_records(tmp_path / "b")
-    assert Samples(moved, progress=False).digests == first and len(set(first)) == 2
+    assert Samples(moved).digests == first and len(set(first)) == 2
     pixels = read_image(moved[0].image).copy()
     pixels[0, 0, 0] ^= 1
     Image.fromarray(pixels).save(moved[0].image)
-    second = Samples(moved, progress=False).digests
+    second = Samples(moved).digests
     assert second[0] != first[0] and second[1] == first[1]

@@ -51,7 +51,7 @@ def config(tmp_path_factory):
     write_dataset(out, images=12, size=96, seed=4)
     tables = {name: dict(values) for name, values in TINY.items()}
     tables["data"] |= {"root": str(out), "folds": 4}
-    samples = Samples(folders.find_records(out), progress=False)
+    samples = Samples(folders.find_records(out))
     data = Data(folds=4, fold=0, inner=0.3)
     chosen = [samples[i] for i in splits.split_records(samples.records, data).train]
     assert sum(sample.label.max() == 0 for sample in chosen) == 2

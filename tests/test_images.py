@@ -284,7 +284,7 @@ def test_exif_turns_a_photograph_and_is_named(tmp_path, suffix):
     assert read_label(tmp_path / "labels/a.png").shape == (W, H)
     assert "orientation tag 6" in " ".join(inspect_folder(tmp_path)[0]["remarks"])
     with pytest.warns(UserWarning, match="orientation tag 6"):
-        Samples(find_records(tmp_path), progress=False)
+        Samples(find_records(tmp_path))
 
 
 # ---- labels and masks ----

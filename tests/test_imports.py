@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(nucsam.__file__).parent
 ROWS = (  # a wing imports from rows above its own; only files of one wing may import each other
     "errors",
-    "processes files config claims progress",
+    "processes",
+    "files config claims progress",
     "console",
     "download names",
     "data",

@@ -80,7 +80,7 @@ def test_a_map_of_classes_is_remarked_on_wherever_labels_are_read(classes, tiny,
     nuclei = json.loads(capsys.readouterr().out)["rows"][-1]["nuclei"]
     assert all(record.connected for record in inspect_folder(classes, connected=True)[1])
     records, _ = find_split(tiny(f"data.root={classes}", "data.connected=true").data)
-    samples = Samples(records, progress=False)
+    samples = Samples(records)
     assert sum(samples[i].label.max() for i in range(12)) == nuclei
     labelled = score_folders(labels, labels, workers=1, connected=True, protocol="plain")
     assert labelled["scores"][0]["summary"]["mean"]["pq"] == 1 and not remarks(labelled)

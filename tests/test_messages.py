@@ -282,7 +282,7 @@ plain: found no config.toml in it or in its sub-folders, ... train or the folder
 $ report half  # a report of half a file
 half/scores.json: not JSON (Expecting ...)
 $ report listed  # a report of another document
-listed/scores.json: found a list, expected a dict
+listed/scores.json: found ..., expected a dict
 $ evaluate --pred plain/labels  # nothing to score
 evaluate: expected either RUN, or both --truth and --pred
 $ evaluate run --vague flat --connected --workers 0  # options for label maps

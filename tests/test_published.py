@@ -166,7 +166,7 @@ def test_a_public_set_is_read_as_it_is_published(tmp_path, name):
     assert records == find_records(tmp_path, layout=name)
     assert (len(records), {r.organ for r in records}) == (images, organs)
     assert len({r.group for r in records}) == groups
-    samples = Samples(records, progress=False)
+    samples = Samples(records)
     for sample in map(samples.__getitem__, range(images)):
         assert np.array_equal(sample.label, squares(1, 2, 3)) or name == "pannuke"
         assert np.array_equal(sample.label > 0, squares(1, 1, 1) > 0)

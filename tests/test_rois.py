@@ -194,7 +194,7 @@ def test_the_outside_of_a_region_is_unsure(tmp_path):
     expected[:50, :50] = False
     assert np.array_equal(sample.vague, expected) and sample.partial
     assert (sample.counted(sample.label) > 0).sum() == 150
-    item = Crops(Samples([record], progress=False), window=SIDE, seed=0)[0, 0]
+    item = Crops(Samples([record]), window=SIDE, seed=0)[0, 0]
     assert np.array_equal(item["counted"].numpy(), ~expected)
 
 
@@ -202,7 +202,7 @@ def test_crops_of_a_large_image_lie_on_its_regions(tmp_path):
     """One uniform place in four meets the region; 16 tries leave one crop in 65 without."""
     region = drawing(polygon(square(500, 300, 40)), name="Region*")
     root = dataset(tmp_path, region, drawing(polygon(square(510, 310, 9))), side=700)
-    crops = Crops(Samples(find_records(root), progress=False), window=200, seed=0)
+    crops = Crops(Samples(find_records(root)), window=200, seed=0)
     met = [bool(crops[epoch, 0]["counted"].any()) for epoch in range(60)]
     assert 55 < sum(met) <= 60
 

@@ -240,7 +240,7 @@ class Scan:
         folders = [_find_folders(root, kind) for kind in (rules.images, rules.labels, rules.vague)]
         self.found = any(path != root for paths in folders[0].values() for path in paths)
         for place in sorted(set().union(*folders)):
-            self._add_place(place, *(kind.get(place, []) for kind in folders))
+            self._add_place(place, [kind.get(place, []) for kind in folders])
         if layout == "pannuke":
             for stem, organ, image, label in stack_images(root):
                 self._add(stem, (organ, ""), image, label)
@@ -256,20 +256,13 @@ class Scan:
         self._check_repeats("name", [record.name for record in records])
         self.remarks = self._remarks(root)
 
-    def _add_place(
-        self,
-        place: Place,
-        image_folders: list[Path],
-        label_folders: list[Path],
-        vague_folders: list[Path],
-    ) -> None:
-        """Pair the files of one organ and patient."""
+    def _add_place(self, place: Place, kinds: Sequence[list[Path]]) -> None:
+        """Pair the files of one organ and patient, in their folders of images, labels and vague."""
         pictures, others, masks = (
-            [path for folder in folders for path in list_folder(folder)]
-            for folders in (image_folders, label_folders, vague_folders)
+            [path for folder in folders for path in list_folder(folder)] for folders in kinds
         )
         stems = {stem_of(path) for path in pictures if _is_of_kind(path, IMAGES)}
-        flat = bool(set(image_folders) & set(label_folders))
+        flat = bool(set(kinds[0]) & set(kinds[1]))
 
         def key(path: Path) -> str:
             stem = stem_of(path)
@@ -295,7 +288,7 @@ class Scan:
                 self._unused["images without a label, not used"].append(image)
             else:
                 alike = [path for name, path in labels.items() if name.startswith(f"{stem}_")]
-                self._miss_label(image, label_folders, near.pop(stem, None), alike)
+                self._miss_label(image, kinds[1], near.pop(stem, None), alike)
         for stem, path in near.items():
             if stem in images:
                 self._unused[f"files that are not taken as labels: {_advice(path)}"].append(path)

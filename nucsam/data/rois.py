@@ -165,12 +165,10 @@ class Outlines:
 
     def window(self, region: int, size: tuple[int, int]) -> Place:
         """The place of a region in an image of `size`, with CONTEXT px around it."""
-        x, y = self.regions[region][0].T
-        edges = (
-            (max(0, int(axis.min()) - CONTEXT), min(side, int(axis.max()) + CONTEXT))
-            for axis, side in ((y, size[0]), (x, size[1]))
-        )
-        return tuple(slice(low, max(low, high)) for low, high in edges)
+        rows_and_columns = self.regions[region][0][:, ::-1].astype(int)
+        low = np.maximum(rows_and_columns.min(0) - CONTEXT, 0)
+        high = np.maximum(np.minimum(rows_and_columns.max(0) + CONTEXT, size), low)
+        return tuple(map(slice, low.tolist(), high.tolist()))
 
     def inside(self, place: Place) -> np.ndarray:
         """Draw the areas to predict in, without the unsure ones: bool (h, w) of a place."""
@@ -357,17 +355,12 @@ def _holds(shape: Shape, others: Iterable[Shape]) -> bool:
 
 def _contains(shape: Shape, other: Shape) -> bool:
     """Whether nearly all points of a grid over the other shape that are in it are in the shape."""
-    from skimage.measure import points_in_poly
-
     low, size = other.box[:2], other.box[2:] - other.box[:2]
-    grid = np.zeros((GRID, GRID), bool)
-    for rings in other.polygons:
-        _fill(grid, [(ring - low) / size * GRID for ring in rings], True)
-    points = low + (np.argwhere(grid)[:, ::-1] + 0.5) / GRID * size
-    inside = np.zeros(len(points), bool)
-    for ring in chain(*shape.polygons):
-        inside ^= points_in_poly(points, ring)
-    return len(points) > 0 and inside.mean() > 0.95
+    outer, inner = grids = np.zeros((2, GRID, GRID), bool)
+    for grid, polygons in zip(grids, (shape.polygons, other.polygons)):
+        for rings in polygons:
+            _fill(grid, [(ring - low) / size * GRID for ring in rings], True)
+    return inner.any() and outer[inner].mean() > 0.95
 
 
 # Outlines to pixels
@@ -397,9 +390,8 @@ def _fill(label: np.ndarray, rings: Polygon, value: int) -> None:
     (x, y), (x_end, y_end) = np.where(upward, ends, starts).T, np.where(upward, starts, ends).T
     rows = np.clip(np.ceil(np.stack([y, y_end]) - 0.5), 0, label.shape[0]).astype(int)
     width = label.shape[1]
-    left, right = (
-        int(np.clip(np.ceil(k - 0.5), 0, width)) for k in (starts[:, 0].min(), starts[:, 0].max())
-    )
+    extremes = np.array([starts[:, 0].min(), starts[:, 0].max()])
+    left, right = np.clip(np.ceil(extremes - 0.5), 0, width).astype(int)
     counts = rows[1] - rows[0]  # rows of pixel centres that each edge crosses
     crossed = np.flatnonzero(counts)
     if not len(crossed) or left == right:

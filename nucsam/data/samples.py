@@ -44,11 +44,8 @@ class Sample:
 
 
 READERS = {
-    ".geojson": geojson.read_shapes,
-    ".json": geojson.read_shapes,
-    ".gz": geojson.read_shapes,
-    ".zip": rois.read_imagej,
-    ".roi": rois.read_imagej,
+    **dict.fromkeys((".geojson", ".json", ".gz"), geojson.read_shapes),
+    **dict.fromkeys((".zip", ".roi"), rois.read_imagej),
     ".xml": rois.read_aperio,
 }
 
@@ -251,7 +248,7 @@ def attempt(function: Callable[[Any], Any], item: Any) -> Any:
 
 
 def read_each(
-    function: Callable[[Record], Any], records: Sequence[Record], title: str, progress: bool = True
+    function: Callable[[Record], Any], records: Sequence[Record], title: str
 ) -> Iterator[Any]:
     """`attempt` a function on each record, in threads.
 
@@ -259,14 +256,12 @@ def read_each(
         function: reads one record.
         records: what to read.
         title: the text beside the progress bar.
-        progress: whether to show a bar.
 
     Returns:
         Results in the order of the records.
     """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = pool.map(partial(attempt, function), records)
-        yield from with_bar(results, len(records), title) if progress else results
+        yield from with_bar(pool.map(partial(attempt, function), records), len(records), title)
 
 
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # image, label, vague
@@ -296,15 +291,12 @@ class Samples:
     Args:
         records: the images.
         memory_gib: the limit of the memory kept, GiB.
-        progress: whether to show a progress bar.
 
     Raises:
         UserError: names every file that cannot be used; also a label that is no map of instances.
     """
 
-    def __init__(
-        self, records: Sequence[Record], *, memory_gib: float = 8.0, progress: bool = True
-    ):
+    def __init__(self, records: Sequence[Record], *, memory_gib: float = 8.0):
         self.records = list(records)
         self.sizes = []  # (H, W) of each image
         self.partial = []  # of each sample
@@ -314,7 +306,7 @@ class Samples:
         self._planes: list[Planes] = []
         problems, remarks = [], []
         self.kept_bytes = 0
-        results = read_each(_read_whole, self.records, "Decoding images", progress)
+        results = read_each(_read_whole, self.records, "Decoding images")
         for record, result in zip(self.records, results):
             if isinstance(result, UserError):
                 problems.append(str(result))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import lru_cache
 from importlib import import_module
+from itertools import product
 from operator import add
 from pathlib import Path
 from xml.etree import ElementTree
@@ -77,15 +78,12 @@ class Windows:
         """
         from PIL import Image
 
-        places, lows, highs = [], [], []
-        for window, full, side in zip((rows, columns), self.shape, self.sizes[level]):
-            low, high = window.start * side / full, window.stop * side / full
-            place = slice(math.floor(low), min(math.ceil(high), side))
-            places.append(place)
-            lows.append(low - place.start)
-            highs.append(min(high, place.stop) - place.start)
-        pixels = Image.fromarray(self._read(level, *places))
-        box = (*lows[::-1], *highs[::-1])
+        full, sides = np.array([self.shape[:2], self.sizes[level]])
+        low = [rows.start, columns.start] * sides / full
+        high = np.minimum([rows.stop, columns.stop] * sides / full, sides)
+        start, stop = np.floor(low).astype(int), np.ceil(high).astype(int)
+        pixels = Image.fromarray(self._read(level, *map(slice, start.tolist(), stop.tolist())))
+        box = (*(low - start)[::-1], *(high - start)[::-1])
         return np.asarray(pixels.resize(size[::-1], Image.Resampling.BILINEAR, box))
 
 
@@ -258,11 +256,11 @@ class TiffPixels:
         high, wide, *depth = self.page.chunks
         planes = np.split(pixels, self.channels // math.prod(depth), axis=2)  # views
         for plane, part in enumerate(planes):
-            for row, to_rows, from_rows in _segments_under(rows, high):
-                for column, to_columns, from_columns in _segments_under(columns, wide):
-                    segment = self._segment(plane, row, column)
-                    if segment is not None:  # else the file leaves it out
-                        part[to_rows, to_columns] = segment[from_rows, from_columns]
+            for axes in product(segments_under(rows, high), segments_under(columns, wide)):
+                (row, column), in_segment, in_window = zip(*axes)
+                segment = self._segment(plane, row, column)
+                if segment is not None:  # else the file leaves it out
+                    part[in_window] = segment[in_segment]
         return pixels
 
 
@@ -302,13 +300,17 @@ def _decoder(
     return decode
 
 
-def _segments_under(window: slice, step: int) -> Iterator[tuple[int, slice, slice]]:
-    """Yield what a window meets on one axis: segment number, place in window, place in segment."""
+def segments_under(window: slice, step: int) -> Iterator[tuple[int, slice, slice]]:
+    """Yield what a window meets on one axis: segment number, place in segment, place in window."""
     for number in range(window.start // step, math.ceil(window.stop / step)):
-        origin = number * step
-        start, stop = max(window.start, origin), min(window.stop, origin + step)
-        to_window = slice(start - window.start, stop - window.start)
-        yield number, to_window, slice(start - origin, stop - origin)
+        yield number, *meet(number * step, step, window)
+
+
+def meet(start: int, length: int, place: slice) -> tuple[slice, slice]:
+    """The intersection of `length` px from `start` with `place`, counted from the start of each."""
+    low = max(start, place.start)
+    high = min(start + length, place.stop)
+    return slice(low - start, high - start), slice(low - place.start, high - place.start)
 
 
 class TiffWindows(Windows):
@@ -435,10 +437,9 @@ class ScannerWindows(Windows):
         self.sizes = [(round(height / s), round(width / s)) for s in self._scales]
 
     def _read(self, level: int, rows: slice, columns: slice) -> np.ndarray:
-        starts = columns.start, rows.start
-        corner = [
-            edge + round(start * self._scales[level]) for edge, start in zip(self._corner, starts)
-        ]
+        left, top = self._corner
+        scale = self._scales[level]
+        corner = left + round(columns.start * scale), top + round(rows.start * scale)
         size = columns.stop - columns.start, rows.stop - rows.start
         if 0 in size:
             return np.zeros((*size[::-1], 3), np.uint8)

@@ -161,10 +161,9 @@ def device_of(environment: Mapping[str, str]) -> str:
         listed = "0" if rank == 0 else _gpus()  # "0" is none on a machine without a GPU
     visible = [name.strip() for name in listed.split(",") if name.strip()]
     if visible and rank >= len(visible):
-        raise UserError(
-            f"LOCAL_RANK: found {rank} with the GPUs {', '.join(visible)}, expected at most one "
-            "process for each; CUDA_VISIBLE_DEVICES=0,0 puts two on one"
-        )
+        found = f"found {rank} with the GPUs {', '.join(visible)}"
+        expected = "expected at most one process for each; CUDA_VISIBLE_DEVICES=0,0 puts two on one"
+        raise UserError(f"LOCAL_RANK: {found}, {expected}")
     return visible[rank] if visible else ""
 
 

@@ -33,13 +33,7 @@ from nucsam.errors import UserError
 from nucsam.files import printable, write_text
 from nucsam.folds.jobs import Job, child_environment, device_of, plan, variants
 from nucsam.folds.methods import methods_section
-from nucsam.folds.table import (
-    cross_validation,
-    table_csv,
-    table_latex,
-    table_rows,
-    table_sections,
-)
+from nucsam.folds.table import cross_validation, table_csv, table_latex, table_rows, table_sections
 from nucsam.processes import ask_to_stop, child_options, handled, is_first
 from nucsam.run.directory import RunDirectory
 from nucsam.run.learning import learnt_nothing
@@ -65,9 +59,6 @@ class Board:
         self.console = PlainConsole()
         self.done: set[Job] = set()
         self._told: dict[Job, tuple[str, int]] = {}
-
-    def say(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, soft_wrap=True)
 
     def outcome(self, job: Job) -> str:
         """Of a job that nobody holds: done, failed in this launch, or waiting."""
@@ -105,16 +96,16 @@ class Board:
                 continue
             self._told[job] = (state, epochs)
             if state == "failed":
-                self.say(_failure(job, note), "red")
+                self.console.say(_failure(job, note), "red")
                 continue
             where = f" on {note['where']}" if state == "running" and note else ""
             text = f"{job.name}: {state}{where}, epoch {epochs} of {job.config.train.epochs}"
             if scores := job.scores() if state == "done" else None:
                 means = [f"{COLUMNS[k]} {percent(v)}" for k, v in scores["headline"].items()]
                 text += f", {scores['images_of']} {', '.join(means)}"
-            self.say(text)
+            self.console.say(text)
             if scores and (sentence := learnt_nothing(scores)):
-                self.say(f"{job.name}: {sentence}", "yellow")
+                self.console.say(f"{job.name}: {sentence}", "yellow")
 
 
 def _failures(job: Job) -> int:
@@ -154,9 +145,8 @@ def cross_validate(
         SystemExit: 128 + signal, after SIGTERM or SIGINT, once the child has saved.
     """
     if any(text.partition("=")[0].strip() == "data.fold" for text in overrides):
-        raise UserError(
-            "data.fold: found it on the command line; folds trains every fold without it"
-        )
+        advice = "folds trains every fold without it"
+        raise UserError(f"data.fold: found it on the command line; {advice}")
     if "=" in str(out):
         expected = "expected a path without =, which would read as table.key=value"
         raise UserError(f"out: found {out}, {expected}")
@@ -176,15 +166,16 @@ def cross_validate(
     write_text(out / "table.csv", table_csv(rows))
     write_text(out / "table.tex", table_latex(rows))
     write_text(out / "methods.md", "\n".join(methods))
+    console = board.console
     if len(methods) == 1:
-        board.console.print(Markdown(methods[0]))
+        console.print(Markdown(methods[0]))
     for section in reversed(sections):
-        board.console.print(Markdown(printable(section)))
+        console.print(Markdown(printable(section)))
     failed = [job for job in jobs if job not in board.done]
     for job in failed:
-        board.say(f"not done: {job.name}, see {job.log}", "red")
-    board.say(f"For your text: {out / 'table.md'}, table.csv and table.tex (LaTeX): the scores")
-    board.say(f"{out / 'methods.md'}: the methods, with citations")
+        console.say(f"not done: {job.name}, see {job.log}", "red")
+    console.say(f"For your text: {out / 'table.md'}, table.csv and table.tex (LaTeX): the scores")
+    console.say(f"{out / 'methods.md'}: the methods, with citations")
     return 1 if failed else 0
 
 
@@ -287,10 +278,9 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
         changed = _changed(common, base, free=("data.fold",))
         changed += [line for path, new in wanted.items() for line in _changed(path, new)]
         if changed:
-            raise UserError(
-                "out: holds runs of another configuration (found -> wanted), expected the same, "
-                "or another folder:\n" + "\n".join(changed)
-            )
+            found = "out: holds runs of another configuration (found -> wanted)"
+            lines = [f"{found}, expected the same, or another folder:", *changed]
+            raise UserError("\n".join(lines))
         write_text(common, config.to_toml(base))
 
 
@@ -313,7 +303,7 @@ def check_images(jobs: Sequence[Job]) -> None:
             continue
         records, split = find_split(job.config.data)
         new = [record for record in records if record not in digests]
-        digests |= zip(new, read_each(read_digest, new, "Checking images", is_first()))
+        digests |= zip(new, read_each(read_digest, new, "Checking images"))
         found = [digests[record] for record in records]
         problems = [str(digest) for digest in found if isinstance(digest, UserError)]
         raise_problems(f"{len(records)} images", problems)

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,16 +27,14 @@ def cross_validation(jobs: Sequence[Job], name: str) -> dict[str, Any]:
     Published results and caveats are there only where the images are NuInsSeg's.
 
     Args:
-        jobs: all folds of all variants.
+        jobs: all folds of all variants, variant by variant.
         name: of the variant where there is no grid.
 
     Returns:
         For each variant its scores, 0..1, and what must be known to read them.
     """
-    by_variant: dict[str, list[Job]] = {}
-    for job in jobs:
-        by_variant.setdefault(job.variant or name, []).append(job)
-    variants = [_variant(label, folds) for label, folds in by_variant.items()]
+    by_variant = groupby(jobs, lambda job: job.variant)
+    variants = [_variant(label or name, list(folds)) for label, folds in by_variant]
     protocols = [rules for variant in variants for rules in variant["protocols"]]
     organs = {organ for rules in protocols for organ in rules["organs"]}
     images = {variant["images"] for variant in variants if variant["protocols"]}
@@ -108,13 +107,8 @@ class TableRow(NamedTuple):
     protocol: str
     fold: str  # its number, MEAN or PUBLISHED_ROW
     images: str
-    scores: tuple[tuple[str, str], ...]  # of HEADLINE in percent: mean, and deviation over folds
+    cells: list[str]  # HEADLINE in percent: "70.00", or with a deviation over folds "70.00 ± 1.00"
     trained: str  # parameters
-
-    @property
-    def cells(self) -> list[str]:
-        """The scores, each with its deviation where there is one."""
-        return _cells(self.scores)
 
 
 def table_rows(table: dict[str, Any]) -> list[TableRow]:
@@ -127,17 +121,16 @@ def table_rows(table: dict[str, Any]) -> list[TableRow]:
         for scored in variant["protocols"] or [nothing]:
             for row in (*scored["folds"], {**scored, "fold": MEAN}):
                 place = scored["protocol"], str(row["fold"]), str(row["images"])
-                rows.append(TableRow(name, marks, *place, _scores(row), trained))
+                rows.append(TableRow(name, marks, *place, _cells(row), trained))
     for model, parameters, *cells, _ in table["published"]:
-        scores = tuple((cell, "") for cell in cells)
-        rows.append(TableRow(model, (), "", PUBLISHED_ROW, "", scores, parameters))
+        rows.append(TableRow(model, (), "", PUBLISHED_ROW, "", cells, parameters))
     return rows
 
 
 def table_sections(table: dict[str, Any]) -> list[str]:
     """table.md in sections: means, folds, how the models were made, and each variant's organs."""
-    values = {"rows": table_rows(table), "count": _count, "marks": _marks, "scores": _scores}
-    text = render("table.md", table=table, titles=TITLES, cells=_cells, **values)
+    values = {"rows": table_rows(table), "count": _count, "marks": _marks, "cells": _cells}
+    text = render("table.md", table=table, titles=TITLES, **values)
     return re.split(r"\n(?=## )", text.lstrip())
 
 
@@ -147,7 +140,7 @@ def table_csv(rows: Sequence[TableRow]) -> str:
     lines = [["model", "protocol", "fold", "images", *scores, "trained", "marks"]]
     for row in rows:
         place = row.model, row.protocol, row.fold, row.images
-        numbers = [text for pair in row.scores for text in pair]
+        numbers = [number for cell in row.cells for number in cell.partition(" ± ")[::2]]
         cells = [*place, *numbers, row.trained.replace(",", ""), "; ".join(row.marks)]
         lines.append(["" if cell == UNDEFINED else cell for cell in cells])
     return to_csv(lines)
@@ -171,17 +164,14 @@ def _marks(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(marks)
 
 
-def _scores(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Dice, AJI and PQ in percent, each with its deviation over folds, "" where there is none."""
-    scores = []
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    """Dice, AJI and PQ in percent, each with its deviation over folds where there is one."""
+    cells = []
     for name in HEADLINE:
         std = row.get("std", {}).get(name, math.nan)
-        scores.append((percent(row["mean"][name], 2), "" if math.isnan(std) else percent(std, 2)))
-    return tuple(scores)
-
-
-def _cells(scores: Iterable[tuple[str, str]]) -> list[str]:
-    return [f"{mean} ± {std}" if std else mean for mean, std in scores]
+        deviation = "" if math.isnan(std) else f" ± {percent(std, 2)}"
+        cells.append(percent(row["mean"][name], 2) + deviation)
+    return cells
 
 
 def _count(number: int | None) -> str:

@@ -47,10 +47,8 @@ def find_device(name: str, per_device: int = 1) -> torch.device:
     number = int(match[1] or int(os.environ.get("LOCAL_RANK", 0)) // per_device)
     count = torch.cuda.device_count()
     if number >= count:
-        raise UserError(
-            f"device: found {name!r}, but PyTorch sees {count} GPU(s), so no cuda:{number}; "
-            "expected cpu"
-        )
+        seen = f"PyTorch sees {count} GPU(s), so no cuda:{number}"
+        raise UserError(f"device: found {name!r}, but {seen}; expected cpu")
     allow_tf32()
     return torch.device("cuda", number)
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nucsam import __version__
 from nucsam.claims import Claim, read_note
-from nucsam.console import PlainConsole
+from nucsam.config import changes
+from nucsam.console import Bar, PlainConsole
 from nucsam.data.folders import list_folder, stem_of
 from nucsam.data.geojson import read_shapes, write_geojson
 from nucsam.data.images import IMAGES, open_image, read_metadata
@@ -160,16 +160,13 @@ def _check_files(files: Mapping[Path, dict[str, Path]], out: Path) -> None:
         for result in results.values():
             owner = owners.setdefault(result, path)
             if owner is not path:
-                raise UserError(
-                    f"{path}: has the stem of {owner}, expected another stem or another out"
-                )
+                expected = "expected another stem or another out"
+                raise UserError(f"{path}: has the stem of {owner}, {expected}")
     folders = {out.resolve(), *(result.parent.resolve() for result in owners)}
     for path in files:
         if folders & {path.parent.resolve(), path.resolve().parent}:
-            raise UserError(
-                f"{path}: lies in a folder of results, which could overwrite it; expected another "
-                "out"
-            )
+            found = "lies in a folder of results, which could overwrite it"
+            raise UserError(f"{path}: {found}; expected another out")
 
 
 def _read_rois(roi: Path, images: Iterable[Path]) -> dict[Path, Outlines]:
@@ -207,19 +204,12 @@ def _record(
     """Write `settings` as predict.json. If the old ones differ, `force` removes their results."""
     if record.is_file():
         before = read_json(record.read_bytes(), str(record))
-        before |= {name: settings[name] for name in UNRECORDED}
-        changes = [
-            f"{name}: {before.get(name)!r} -> {value!r}"
-            for name, value in settings.items()
-            if before.get(name) != value
-        ]
-        if changes and not force:
-            raise UserError(
-                f"{record}: the results beside it have other settings: {'; '.join(changes)}; "
-                "expected another out, or force"
-            )
+        changed = changes(before | {name: settings[name] for name in UNRECORDED}, settings)
+        if changed and not force:
+            found = f"the results beside it have other settings: {'; '.join(changed)}"
+            raise UserError(f"{record}: {found}; expected another out, or force")
         # Before predict.json changes: a run that is cut off must not leave results of both settings
-        if changes:
+        if changed:
             _remove_results(record.parent, files)
     write_text(record, json.dumps(settings, indent=2) + "\n")
 
@@ -230,10 +220,9 @@ def _remove_results(out: Path, files: Mapping[Path, dict[str, Path]]) -> None:
     replaced = {file.resolve() for results in files.values() for file in results.values()}
     kept = sorted(str(path) for path in results if path.resolve() not in replaced)
     if kept:
-        raise UserError(
-            f"{out}: found {len(kept)} result(s) that force would not replace, such as {kept[0]}; "
-            "expected their images and formats too, or another out"
-        )
+        found = f"found {len(kept)} result(s) that force would not replace, such as {kept[0]}"
+        expected = "expected their images and formats too, or another out"
+        raise UserError(f"{out}: {found}; {expected}")
     for path in results:
         path.unlink()
 
@@ -273,10 +262,7 @@ class Batch:
                 self.stale[result].append(partial)
         self.warned = not is_first()  # of images without microns per px
         self.console = PlainConsole(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-        self.bar = Progress(*columns, console=self.console, disable=not is_first())
-        self.bar.add_task("", total=len(self.files) - self.skipped)
-        self.task = self.bar.tasks[0]
+        self.bar = Bar(self.console, total=len(self.files) - self.skipped, shown=is_first())
 
     def run(self) -> int:
         """Predict the images until each has ended, on this process or another.
@@ -286,7 +272,7 @@ class Batch:
             one has another status than 0.
         """
         if self.skipped and is_first():
-            self._say(f"{self.skipped} image(s) with results skipped; force replaces them")
+            self.console.say(f"{self.skipped} image(s) with results skipped; force replaces them")
         with self.bar:
             self._predict()
             while len(self.outcomes) < len(self.files) and not self._is_over():
@@ -299,16 +285,14 @@ class Batch:
         nuclei, tiles = (sum(o.get(key, 0) for o in outcomes) for key in ("nuclei", "tiles"))
         out = next(iter(next(iter(self.files.values())).values())).parent
         text = f"{out}: {len(outcomes) - failed} image(s), {nuclei:,} nuclei, {tiles} tiles in "
-        text += f"{self.task.elapsed:.1f} s" + (f"; {failed} failed" if failed else "")
-        self._say(text)
+        text += f"{self.bar.task.elapsed:.1f} s" + (f"; {failed} failed" if failed else "")
+        self.console.say(text)
         if len(outcomes) > failed and "geojson" in next(iter(self.files.values())):
-            self._say(f"QuPath: open an image, then drag its .geojson from {out} onto it")
+            self.console.say(f"QuPath: open an image, then drag its .geojson from {out} onto it")
         if len(outcomes) > failed and not nuclei:
-            self._say(
-                "no nucleus in any image: the model may have learnt nothing, or the images are of "
-                f"another magnification or stain. {self.predictor.trained}",
-                style="yellow",
-            )
+            why = "the model may have learnt nothing, or the images are of another magnification"
+            text = f"no nucleus in any image: {why} or stain. {self.predictor.trained}"
+            self.console.say(text, style="yellow")
         self._remove_claims()
         return int(failed > 0)
 
@@ -404,7 +388,8 @@ class Batch:
         if lacking and not self.warned:
             who = f"{path} has no" if mpp is None else "the model was trained without"
             why = "".join(f" ({remark})" for remark in remarks)
-            self._say(f"{who} microns per px{why}: assuming the magnification of the training")
+            assumed = "assuming the magnification of the training"
+            self.console.say(f"{who} microns per px{why}: {assumed}")
             self.warned = True
         return mpp
 
@@ -426,18 +411,15 @@ class Batch:
 
     def _fail(self, path: Path, error: Exception) -> None:
         text = str(error) if str(path) in str(error) else f"{path}: {error}"
-        self._say(text, style="red")
+        self.console.say(text, style="red")
         self._end(path, failed=text)
-
-    def _say(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, soft_wrap=True)
 
     def _show(self, part: float = 0.0) -> None:
         """Show how many images have ended, and `part`, 0..1, of the one that is being written."""
         ended = len(self.outcomes) - self.skipped
-        speed = self.predictor.tiles_done / self.task.elapsed
-        text = f"{ended}/{self.task.total} images, {speed:.1f} tiles/s"
-        self.bar.update(self.task.id, completed=ended + part, description=text)
+        speed = self.predictor.tiles_done / self.bar.task.elapsed
+        text = f"{ended}/{len(self.files) - self.skipped} images, {speed:.1f} tiles/s"
+        self.bar.show(text, ended + part)
 
     def _remove_claims(self) -> None:
         """Remove the claims that nobody holds; a rerun needs none of them."""

@@ -62,9 +62,8 @@ def load(
     if path.suffix == ".onnx":
         open_file = open_graph
     elif importlib.util.find_spec("torch") is None:
-        raise UserError(
-            f"{path}: needs PyTorch, found none; expected an .onnx file of nucsam export"
-        )
+        expected = "expected an .onnx file of nucsam export"
+        raise UserError(f"{path}: needs PyTorch, found none; {expected}")
     else:
         from nucsam.predict.pytorch import open_weights as open_file
     if per_device < 1:
@@ -74,17 +73,16 @@ def load(
     overlap = tile // SHARE if overlap is None else overlap
     if batch is None:
         batch = 1 if on_cpu else config.train.batch
-    _check_numbers(scale, tile, overlap, batch)
+    sizes = {"tile": tile, "overlap": overlap, "batch": batch}
+    _check_numbers(scale, **sizes)
     return make(
         scale=config.data.scale,
         instances=config.instances,
         mpp=metadata.get("mpp"),
-        tile=tile,
-        overlap=overlap,
-        batch=batch,
         tta=tta,
         trained=_training(config, metadata),
         ratio=config.data.scale / scale if scale else None,
+        **sizes,
     )
 
 

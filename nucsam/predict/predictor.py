@@ -180,10 +180,8 @@ class Predictor:
         """
         ratio = self.ratio or (self.mpp / mpp if mpp and self.mpp else 1.0)
         if not 1 / RATIO <= ratio <= RATIO:
-            raise UserError(
-                f"mpp, scale: found {ratio:g} times the magnification trained on, expected "
-                f"{1 / RATIO:g} to {RATIO:g} times"
-            )
+            found = f"found {ratio:g} times the magnification trained on"
+            raise UserError(f"mpp, scale: {found}, expected {1 / RATIO:g} to {RATIO:g} times")
         tile, overlap, core, margin = (
             max(1, round(px * ratio)) if px else 0
             for px in (self.tile, self.overlap, self.core, self.margin)
@@ -193,10 +191,7 @@ class Predictor:
             places = windows_in(places, area, margin)
         if tissue is not None:
             places = [window for window in places if tissue.meets(window.core)] or places[:1]
-        sizes = {"scale": self.scale / ratio, "tile": tile, "overlap": overlap}
-        tiles = Tiles(image, **sizes, windows=places, tissue=tissue)
-        tiles.area = area
-        return tiles
+        return Tiles(image, self.scale / ratio, tile, overlap, places, tissue, area)
 
     def extract(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, Window, Nuclei]]:
         """The nuclei of each window of images, in order.
@@ -289,9 +284,8 @@ def _opened(image: Picture, mpp: float | None) -> tuple[np.ndarray, float | None
         image = image.convert("RGB")
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise UserError(
-            f"image: found {pixels.dtype} of shape {pixels.shape}, expected uint8 (H, W, 3)"
-        )
+        found = f"{pixels.dtype} of shape {pixels.shape}"
+        raise UserError(f"image: found {found}, expected uint8 (H, W, 3)")
     return pixels, mpp
 
 

@@ -16,12 +16,13 @@ A place is a pair of slices: rows, columns.
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import InitVar, dataclass
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nucsam.data.slides import Windows
+from nucsam.data.slides import Windows, meet
 from nucsam.errors import UserError
 from nucsam.predict.tissue import Tissue, is_glass
 
@@ -50,12 +51,9 @@ def windows(size: tuple[int, int], core: int, margin: int) -> list[Window]:
     axes = []
     for length in size:
         edges = np.linspace(0, length, -(-length // core) + 1).round().astype(int).tolist()
-        axes.append(
-            [
-                (slice(low, high), slice(max(0, low - margin), min(length, high + margin)))
-                for low, high in pairwise(edges)
-            ]
-        )
+        cores = [slice(low, high) for low, high in pairwise(edges)]
+        outer = [slice(max(0, c.start - margin), min(length, c.stop + margin)) for c in cores]
+        axes.append(list(zip(cores, outer)))
     rows, columns = axes
     return [
         Window((y, x), (y_outer, x_outer))
@@ -135,21 +133,7 @@ def ramps(starts: Sequence[int], side: int, overlap: int) -> list[np.ndarray]:
     return [(ramp / total[start : start + side]).astype(np.float32) for start in starts]
 
 
-def edges(weights: np.ndarray) -> list[slice]:
-    """The two ends of weights, up to where they are 1."""
-    ones = np.flatnonzero(weights == 1)
-    if not len(ones):
-        return [slice(0, len(weights))]
-    return [slice(0, ones[0]), slice(ones[-1] + 1, len(weights))]
-
-
-def meet(start: int, length: int, place: slice) -> tuple[slice, slice]:
-    """The intersection of `length` px from `start` with `place`, counted from the start of each."""
-    low = max(start, place.start)
-    high = min(start + length, place.stop)
-    return slice(low - start, high - start), slice(low - place.start, high - place.start)
-
-
+@dataclass(eq=False)
 class Tiles:
     """Gives one image's tiles, takes their dense maps, and stitches the maps of each window.
 
@@ -164,26 +148,20 @@ class Tiles:
         overlap: what neighbours share, image px.
         windows: windows of this image, in the order in which they are asked for.
         tissue: tiles without tissue are not run, and their maps are 0; None = all tiles are run.
+        area: where nuclei are kept; None = everywhere.
     """
 
-    area: Area | None = None  # where nuclei are kept; None = everywhere
+    image: Any
+    scale: float
+    tile: InitVar[int]
+    overlap: InitVar[int]
+    windows: Sequence[Window]
+    tissue: Tissue | None = None
+    area: Area | None = None
 
-    def __init__(
-        self,
-        image: Any,
-        *,
-        scale: float,
-        tile: int,
-        overlap: int,
-        windows: Sequence[Window],
-        tissue: Tissue | None = None,
-    ) -> None:
-        self.image = image
-        self.scale = scale
-        self.windows = windows
-        self.tissue = tissue
-        self.size = tuple(image.shape[:2])
-        grids = [grid(length, tile, overlap, scale) for length in self.size]
+    def __post_init__(self, tile: int, overlap: int) -> None:
+        self.size = tuple(self.image.shape[:2])
+        grids = [grid(length, tile, overlap, self.scale) for length in self.size]
         self.starts, self.sides, self.model_sides = zip(*grids)  # image px, image px, model px
         self.ramps = [
             ramps(starts, length, overlap) for starts, length in zip(self.starts, self.sides)
@@ -191,7 +169,7 @@ class Tiles:
         self.failed: Exception | None = None  # why the image could not be read to its end
         self.asked: set[Key] = set()  # tiles given so far
         self.run = 0  # tiles whose maps have come
-        self.level = image.level(scale) if isinstance(image, Windows) else 0
+        self.level = self.image.level(self.scale) if isinstance(self.image, Windows) else 0
         self._keys = self._plan()
         self._last = {key: k for k, keys in enumerate(self._keys) for key in keys}
         self._maps: dict[Key, np.ndarray | None] = {}
@@ -254,13 +232,7 @@ class Tiles:
                 for starts, n, length, place in zip(self.starts, key, self.sides, outer)
             )
             down, across = (ramps[n][part] for ramps, n, part in zip(self.ramps, key, (y, x)))
-            # Inside, a tile is alone; over the seams, the weights of neighbours sum to 1.
-            faded = maps[:, y, x].astype(np.float32)
-            for rows in edges(down):
-                faded[:, rows] *= down[rows, None]
-            for columns in edges(across):
-                faded[:, :, columns] *= across[columns]
-            total[:, y_in, x_in] += faded
+            total[:, y_in, x_in] += maps[:, y, x] * (down[:, None] * across)
         return total
 
     def _plan(self) -> list[list[Key]]:
@@ -302,24 +274,16 @@ def own_nuclei(label: np.ndarray, window: Window, area: Area | None = None) -> n
     """
     if window.core == window.outer and area is None:
         return label
-    inner = [slice(c.start - o.start, c.stop - o.start) for c, o in zip(*window)]
-    moved = np.full(int(label.max()) + 1, area is not None)  # ids whose centroid must be looked at
-    for strip in (slice(0, inner[0].start), slice(inner[0].stop, None)):
-        moved[label[strip]] = True
-    for strip in (slice(0, inner[1].start), slice(inner[1].stop, None)):
-        moved[label[:, strip]] = True
-    moved[0] = False
-    flat = label.ravel()
-    pixels = np.flatnonzero(moved[flat])
-    ids = flat[pixels]
-    sizes = np.bincount(ids, minlength=len(moved))
-    inside = np.ones(len(moved), bool)
-    inside[0] = False
+    pixels = np.flatnonzero(label)
+    ids = label.ravel()[pixels]
+    sizes = np.bincount(ids, minlength=1)
+    inside = sizes > 0
     centroids = []
-    for values, core in zip(np.divmod(pixels, label.shape[1]), inner):
+    for values, core, outer in zip(np.divmod(pixels, label.shape[1]), *window):
         total = np.bincount(ids, values, len(sizes)).astype(np.int64)
-        centroids.append(total // np.maximum(sizes, 1))
-        inside &= ~moved | ((centroids[-1] >= core.start) & (centroids[-1] < core.stop))
+        centroid = total // np.maximum(sizes, 1)
+        inside &= (centroid >= core.start - outer.start) & (centroid < core.stop - outer.start)
+        centroids.append(centroid)
     if area is not None:
         inside &= area(window.outer)[tuple(centroids)]
     return (np.cumsum(inside) * inside).astype(np.int32)[label]

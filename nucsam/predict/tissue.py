@@ -57,11 +57,8 @@ class Tissue:
                 [np.minimum(np.multiply(ring, CELL), ends).tolist() for ring in rings]
                 for rings in polygons
             ]
-            yield {
-                "type": "Feature",
-                "geometry": {"type": "MultiPolygon", "coordinates": scaled},
-                "properties": ANNOTATION,
-            }
+            geometry = {"type": "MultiPolygon", "coordinates": scaled}
+            yield {"type": "Feature", "geometry": geometry, "properties": ANNOTATION}
 
     def meets(self, place: tuple[slice, slice]) -> bool:
         """Whether a place of the image has tissue."""
@@ -82,6 +79,7 @@ def find_tissue(image: Any, *, whole: bool = False) -> Tissue:
     """
     from scipy import ndimage
     from skimage.filters import threshold_otsu
+    from skimage.measure import block_reduce
 
     H, W = image.shape[:2]
     level = image.level(DETAIL) if isinstance(image, Windows) else 0
@@ -90,9 +88,8 @@ def find_tissue(image: Any, *, whole: bool = False) -> Tissue:
         return Tissue(np.ones(shape, bool))
     counts = np.zeros(256, np.int64)
     darkest = np.zeros(shape, np.uint8)
-    px = CELL // BLOCK  # of the overview, a cell
-    if level:
-        px = max(1, round(CELL * image.sizes[level][0] / H))
+    # of the overview, a cell
+    px = max(1, round(CELL * image.sizes[level][0] / H)) if level else CELL // BLOCK
     for top in range(0, H, BAND * CELL):
         rows, columns = slice(top, min(top + BAND * CELL, H)), slice(0, W)
         if level:
@@ -101,11 +98,10 @@ def find_tissue(image: Any, *, whole: bool = False) -> Tissue:
         else:
             dark = darkness(shrunk(image[rows, columns]))
         counts += np.bincount(dark.ravel(), minlength=256)
-        dark = np.pad(dark, [(0, -length % px) for length in dark.shape])
-        cells = dark.reshape(dark.shape[0] // px, px, -1, px).max((1, 3))
+        cells = block_reduce(dark, (px, px), np.max)
         darkest[top // CELL :][: len(cells)] = cells
-    used = np.flatnonzero(counts)
-    otsu = threshold_otsu(hist=(counts, np.arange(256))) if len(used) > 1 else FLOOR
+    several = np.count_nonzero(counts) > 1
+    otsu = threshold_otsu(hist=(counts, np.arange(256))) if several else FLOOR
     limit = int(np.clip(otsu, FLOOR, PALE))
     mask = ndimage.binary_fill_holes(darkest > limit)
     return Tissue(ndimage.binary_dilation(mask, np.ones((3, 3))), limit)

@@ -19,11 +19,12 @@ from skimage.measure import block_reduce
 from skimage.segmentation import find_boundaries
 
 from nucsam.data import draw, geojson
+from nucsam.data.slides import segments_under
 from nucsam.files import atomic
 from nucsam.model.instances import Nuclei
 from nucsam.predict.measure import measure
 from nucsam.predict.threads import in_threads
-from nucsam.predict.tiles import Window, meet
+from nucsam.predict.tiles import Window
 
 FILES = {  # format -> file, by the stem of the image
     "labels": "{}.tif",
@@ -236,31 +237,28 @@ class LabelBlocks:
         label = nuclei.label.copy()
         pieces = []
         hidden = False
-        for at in product(*(range(p.start // BLOCK, -(-p.stop // BLOCK)) for p in window.outer)):
-            (y, y_in), (x, x_in) = (
-                meet(BLOCK * k, BLOCK, place) for k, place in zip(at, window.outer)
-            )
-            piece = label[y_in, x_in]
+        for axes in product(*(segments_under(place, BLOCK) for place in window.outer)):
+            at, in_block, in_window = zip(*axes)
+            piece = label[in_window]
             if piece.any():
                 block = self.block(at)
-                taken = (block[y, x] > 0) & (piece > 0)
+                place = block[in_block]
+                taken = (place > 0) & (piece > 0)
                 if taken.any():
                     piece[taken] = 0
                     hidden = True
-                pieces.append((at, block, block[y, x], piece))
-        ids = np.arange(len(nuclei.confidence) + 1, dtype=np.int32)
+                pieces.append((at, block, place, piece))
+        visible = np.ones(len(nuclei.confidence) + 1, bool)
         if hidden:
-            visible = np.bincount(label.ravel(), minlength=len(ids)) > 0
-            visible[0] = False
-            ids = (np.cumsum(visible) * visible).astype(np.int32)
-        numbers = np.where(ids > 0, ids + self.count, 0).astype(np.int32)
+            visible = np.bincount(label.ravel(), minlength=len(visible)) > 0
+        visible[0] = False
+        ids = (np.cumsum(visible) * visible).astype(np.int32)
+        numbers = np.where(visible, ids + self.count, 0).astype(np.int32)
         for at, block, place, piece in pieces:
             np.maximum(place, numbers[piece], out=place)
             self._keep(at, block)
         self.count += int(ids.max())
-        if not hidden:
-            return Nuclei(label, nuclei.confidence)
-        return Nuclei(ids[label], nuclei.confidence[ids[1:] > 0])
+        return Nuclei(ids[label] if hidden else label, nuclei.confidence[visible[1:]])
 
     def write(self, path: Path, mpp: float | None) -> None:
         """Write a deflated TIFF: uint16, or uint32 where an id is over 65535.
@@ -283,10 +281,10 @@ class LabelBlocks:
             tags |= {"shape": self.size, "dtype": dtype, "tile": (BLOCK, BLOCK), "bigtiff": True}
             tifffile.imwrite(path, blocks, buffersize=2**24, **tags)
         else:
-            whole = np.zeros([BLOCK * length for length in self.grid], dtype)
-            for y, x in places:
-                whole[BLOCK * y :, BLOCK * x :][:BLOCK, :BLOCK] = self.block((y, x))
-            tifffile.imwrite(path, whole[: self.size[0], : self.size[1]], **tags)
+            rows, columns = map(range, self.grid)
+            whole = np.block([[self.block((y, x)) for x in columns] for y in rows])
+            whole = whole[: self.size[0], : self.size[1]].astype(dtype)
+            tifffile.imwrite(path, whole, **tags)
 
 
 def draw_overlay(image: Any, labels: LabelBlocks) -> np.ndarray:

@@ -11,48 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from nucsam.claims import Claim, read_note
-from nucsam.config import SPLIT, Config, conflicts, load_config, to_toml
+from nucsam.config import SPLIT, Config, changes, conflicts, load_config, to_toml
 from nucsam.data.splits import inventory_changes
 from nucsam.errors import UserError
-from nucsam.files import (
-    COUNT,
-    FLAG,
-    SHARE,
-    TEXT,
-    check_form,
-    printable,
-    read_json,
-    stale_partials,
-    to_json,
-    write_text,
-)
-
-# The form of what the table, the report and the export read in a run's documents
-HEADLINE = dict.fromkeys(("dice", "aji", "pq"), SHARE)
-MEANS = {"images": COUNT, "mean": HEADLINE}
-SCORES = {
-    "images_of": TEXT,
-    "untrained": FLAG,
-    "epoch": COUNT,
-    "epoch_chosen_by": TEXT,
-    "base": {"source": TEXT},
-    "headline": HEADLINE,
-    "scores": [
-        {
-            "protocol": {"name": TEXT},
-            "rules": TEXT,
-            "images": [
-                HEADLINE
-                | {"name": TEXT, "organ": TEXT, "n_truth": COUNT, "n_pred": COUNT}
-                | {"outcomes": dict.fromkeys(("missed", "false", "split", "merged"), COUNT)}
-            ],
-            "summary": MEANS
-            | {"nuclei": COUNT, "predicted": COUNT, "pooled": HEADLINE}
-            | {"low": HEADLINE, "high": HEADLINE, "organs": {str: MEANS}},
-        }
-    ],
-}
-IMAGES = {str: {"organ": TEXT, "group": TEXT, "part": TEXT, "sha256": TEXT}}
+from nucsam.files import check_form, printable, read_json, stale_partials, to_json, write_text
+from nucsam.run.metadata import EPOCH, IMAGES, SCORES
 
 
 class RunDirectory:
@@ -106,10 +69,8 @@ class RunDirectory:
             return
         if claim is None:
             holder = read_note(self.lock_file).get("holder", "another process")
-            raise UserError(
-                f"{self.path}: {holder} trains in this directory; wait for its end, or give "
-                "another out"
-            )
+            found = f"{holder} trains in this directory"
+            raise UserError(f"{self.path}: {found}; wait for its end, or give another out")
         with claim:
             claim.note({"holder": f"process {os.getpid()} on {socket.gethostname()}"})
             try:
@@ -131,20 +92,16 @@ class RunDirectory:
         if resume and self.exists():
             before = load_config(self.config_file)
             more = ["train.epochs"] if config.train.epochs > before.train.epochs else []
-            if changes := conflicts(before, config, *more):
-                raise UserError(
-                    f"{self.config_file}: cannot resume with another configuration: "
-                    f"{'; '.join(changes)} (found -> wanted). Give the run's own settings, or "
-                    "another out for a new run"
-                )
+            if changed := conflicts(before, config, *more):
+                found = f"another configuration: {'; '.join(changed)} (found -> wanted)"
+                advice = "Give the run's own settings, or another out for a new run"
+                raise UserError(f"{self.config_file}: cannot resume with {found}. {advice}")
         elif self.path.exists() and any(
             path not in (self.lock_file, self.images_file) and path.suffix != ".partial"
             for path in self.path.iterdir()
         ):
-            raise UserError(
-                f"{self.path}: found files, expected a new or empty folder; give another out, or "
-                "resume to continue the run there"
-            )
+            advice = "give another out, or resume to continue the run there"
+            raise UserError(f"{self.path}: found files, expected a new or empty folder; {advice}")
 
     def prepare(self, config: Config, images: Mapping[str, Mapping[str, str]]) -> None:
         """Clear the directory of partial files, and write the inventory and the configuration.
@@ -165,10 +122,8 @@ class RunDirectory:
             UserError: the directory holds no run, or its configuration cannot be read.
         """
         if not self.exists():
-            raise UserError(
-                f"{self.path}: found no {self.config_file.name}, expected a run directory of "
-                "nucsam train"
-            )
+            expected = "expected a run directory of nucsam train"
+            raise UserError(f"{self.path}: found no {self.config_file.name}, {expected}")
         return load_config(self.config_file)
 
     def read_images(self) -> dict[str, dict[str, str]]:
@@ -185,11 +140,10 @@ class RunDirectory:
         Raises:
             UserError: names the images that differ.
         """
-        if changes := inventory_changes(self.read_images(), images):
-            raise UserError(
-                f"{root}: found other images than {self.path} was split on, so that test images "
-                f"may have been trained on; {'; '.join(changes)}"
-            )
+        if changed := inventory_changes(self.read_images(), images):
+            found = f"found other images than {self.path} was split on"
+            why = "so that test images may have been trained on"
+            raise UserError(f"{root}: {found}, {why}; {'; '.join(changed)}")
 
     def write_environment(self, facts: dict[str, Any]) -> None:
         write_text(self.environment_file, json.dumps(facts, indent=2) + "\n")
@@ -207,7 +161,7 @@ class RunDirectory:
             return []
         source = str(self.metrics_file)
         lines = self.metrics_file.read_bytes().splitlines()
-        return [check_form(read_json(line, source), {"epoch": COUNT}, source) for line in lines]
+        return [read_json(line, source, EPOCH) for line in lines]
 
     def write_scores(self, scores: dict[str, Any]) -> None:
         write_text(self.scores_file, to_json(scores) + "\n")
@@ -221,18 +175,12 @@ class RunDirectory:
         if not self.is_finished(config):
             return None
         scores = _read_document(self.scores_file, SCORES)
-        split, data = scores.get("split", {}), config.to_dict()["data"]
-        check_form(split, dict, f"{self.scores_file}: split")
-        changes = [
-            f"data.{k}: {split[k]!r} -> {data[k]!r}"
-            for k in SPLIT
-            if split.get(k, data[k]) != data[k]
-        ]
-        if changes:
-            raise UserError(
-                f"{self.scores_file}: found scores of another split than {self.config_file} has: "
-                f"{'; '.join(changes)}"
-            )
+        split = check_form(scores.get("split", {}), dict, f"{self.scores_file}: split")
+        wanted = {f"data.{key}": getattr(config.data, key) for key in SPLIT}
+        scored = wanted | {f"data.{key}": value for key, value in split.items()}
+        if changed := changes(scored, wanted):
+            found = f"found scores of another split than {self.config_file} has"
+            raise UserError(f"{self.scores_file}: {found}: {'; '.join(changed)}")
         return scores
 
     def trained_scores(self, untrained: dict[str, Any]) -> dict[str, Any] | None:
@@ -262,7 +210,7 @@ class RunDirectory:
 def _read_document(path: Path, form: Any) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    return check_form(read_json(path.read_bytes(), str(path)), form, str(path))
+    return read_json(path.read_bytes(), str(path), form)
 
 
 @dataclass(frozen=True)
@@ -306,10 +254,9 @@ def read_runs(folder: Path) -> list[RunRecord]:
     inside = [*folder.glob("*/"), *folder.glob("*/*/")]
     runs = [RunRecord.read(path) for path in inside if RunDirectory(path).exists()]
     if not runs:
-        raise UserError(
-            f"{folder}: found no {RunDirectory(folder).config_file.name} in it or in its "
-            "sub-folders, expected a run of nucsam train or the folder of nucsam folds"
-        )
+        found = f"found no {RunDirectory(folder).config_file.name} in it or in its sub-folders"
+        expected = "expected a run of nucsam train or the folder of nucsam folds"
+        raise UserError(f"{folder}: {found}, {expected}")
     first = runs[0].config
     lines = [line for run in runs for line in conflicts(first, run.config, "data.fold")]
     differing = {line.partition(":")[0] for line in lines}

@@ -8,31 +8,25 @@ from nucsam.config import Config
 
 # benchmarks/accuracy.md: on 32 images, 1,536 steps scored 1 to 3 AJI more than 384
 USUAL_STEPS = 1500
+USUAL = f"{USUAL_STEPS:,} or more are usual"
 NO_DICE = 0.01  # a pooled Dice below it says that nothing was learnt
 
 
 def steps_sentence(images: int, epochs: int, steps: int) -> str:
     """How many optimizer steps the images and epochs of a training make."""
-    return (
-        f"{images} images x {epochs} epochs = {steps:,} optimizer steps; "
-        f"{USUAL_STEPS:,} or more are usual"
-    )
+    return f"{images} images x {epochs} epochs = {steps:,} optimizer steps; {USUAL}"
 
 
 def advice(config: Config, epoch: int, step: int) -> str:
     """Why a model may have learnt nothing after `step` optimizer steps, in `epoch` epochs."""
     t = config.train
-    taken = (
-        f"It has taken {step:,} optimizer steps in {epoch} epochs, with peak rates "
-        f"train.lr_adapter = {t.lr_adapter:g} and train.lr_head = {t.lr_head:g}"
-    )
+    rates = f"train.lr_adapter = {t.lr_adapter:g} and train.lr_head = {t.lr_head:g}"
+    taken = f"It has taken {step:,} optimizer steps in {epoch} epochs, with peak rates {rates}"
     if not 0 < epoch <= step or step >= USUAL_STEPS:
         return f"{taken}: other rates may help, if the labels belong to the images"
     epochs = math.ceil(USUAL_STEPS * epoch / step)
-    return (
-        f"{taken}. That is few: {USUAL_STEPS:,} or more are usual, which train.epochs = {epochs} "
-        "would take for this number of images"
-    )
+    longer = f"train.epochs = {epochs} would take for this number of images"
+    return f"{taken}. That is few: {USUAL}, which {longer}"
 
 
 def learnt_nothing(scores: Mapping[str, Any]) -> str:

@@ -1,13 +1,41 @@
-"""What the metadata of an adapter or an export must hold. Loads no torch."""
+"""What the documents of a run, and the metadata of its weights, must hold. Loads no torch."""
 
 from pathlib import Path
 from typing import Any
 
 from nucsam.config import Config
-from nucsam.files import COUNT, NUMBER, TEXT, Leaf, check_form
+from nucsam.files import COUNT, FLAG, NUMBER, SHARE, TEXT, Leaf, check_form
 
 MPP = Leaf("microns per px over 0, or null", lambda v: v is None or (NUMBER.holds(v) and v > 0))
 PRECISION = Leaf("a precision", lambda value: value in ("no", "fp16", "bf16", "fp8"))
+
+# The form of what the table, the report and the export read in a run's documents
+HEADLINE = dict.fromkeys(("dice", "aji", "pq"), SHARE)
+MEANS = {"images": COUNT, "mean": HEADLINE}
+SCORES = {
+    "images_of": TEXT,
+    "untrained": FLAG,
+    "epoch": COUNT,
+    "epoch_chosen_by": TEXT,
+    "base": {"source": TEXT},
+    "headline": HEADLINE,
+    "scores": [
+        {
+            "protocol": {"name": TEXT},
+            "rules": TEXT,
+            "images": [
+                HEADLINE
+                | {"name": TEXT, "organ": TEXT, "n_truth": COUNT, "n_pred": COUNT}
+                | {"outcomes": dict.fromkeys(("missed", "false", "split", "merged"), COUNT)}
+            ],
+            "summary": MEANS
+            | {"nuclei": COUNT, "predicted": COUNT, "pooled": HEADLINE}
+            | {"low": HEADLINE, "high": HEADLINE, "organs": {str: MEANS}},
+        }
+    ],
+}
+EPOCH = {"epoch": COUNT}
+IMAGES = {str: {"organ": TEXT, "group": TEXT, "part": TEXT, "sha256": TEXT}}
 
 
 def check_metadata(path: Path, metadata: dict[str, Any]) -> Config:
@@ -18,7 +46,7 @@ def check_metadata(path: Path, metadata: dict[str, Any]) -> Config:
     """
     source = f"{path}: metadata"
     check_form(metadata, {"base": {"sha256": TEXT, "source": TEXT}, "config": dict}, source)
-    for name, form in (("mpp", MPP), ("precision", PRECISION), ("selected", {"epoch": COUNT})):
+    for name, form in (("mpp", MPP), ("precision", PRECISION), ("selected", EPOCH)):
         if name in metadata:
             check_form(metadata[name], form, f"{source}: {name}")
     return Config.from_dict(metadata["config"], f"{path}: configuration")

@@ -21,7 +21,7 @@ import numpy as np
 from nucsam.data.labels import components, not_instances
 from nucsam.errors import UserError
 from nucsam.score.assignment import assign
-from nucsam.score.overlaps import Overlaps, overlaps, starts_of_runs
+from nucsam.score.overlaps import Overlaps, overlaps
 
 METRICS = ("dice", "dice2", "aji", "aji_plus", "dq", "sq", "pq", "precision", "recall", "f1", "map")
 
@@ -209,11 +209,8 @@ class Score:
             Truth id -> one of OUTCOMES, and prediction id -> one of OUTCOMES.
         """
         table = self.table
-        pairs = {
-            "matched": _matches(table, self.protocol),
-            "merged": table.merges,
-            "split": table.splits,
-        }
+        matched = _matches(table, self.protocol)
+        pairs = {"matched": matched, "merged": table.merges, "split": table.splits}
         truth = dict.fromkeys(table.truth_ids.tolist(), "missed")
         for name in ("matched", "merged", "split"):  # the later one wins
             truth |= dict.fromkeys(table.truth_ids[table.t[pairs[name]]].tolist(), name)
@@ -295,11 +292,8 @@ def _label_map(labels: np.ndarray, name: str, connected: bool) -> np.ndarray:
     if connected:
         return components(labels)
     if found := not_instances(labels, high):
-        warnings.warn(
-            f"{name}: found {found}, each value scored as ONE object; connected=True makes each "
-            "component an object",
-            stacklevel=3,
-        )
+        how = "each value scored as ONE object; connected=True makes each component an object"
+        warnings.warn(f"{name}: found {found}, {how}", stacklevel=3)
     return labels
 
 
@@ -396,7 +390,7 @@ def _aji(table: Overlaps) -> tuple[int, int]:
     lower id. Truths without overlap and predictions not taken add their areas to the union.
     """
     order = np.lexsort((-table.union, -table.iou, table.t))  # stable: the lower id comes first
-    best = order[starts_of_runs(table.t)]
+    best = order[np.unique(table.t, return_index=True)[1]]  # the first pair of each truth
     unpaired = np.delete(table.truth_area, table.t).sum()
     not_taken = np.delete(table.pred_area, table.p[best]).sum()
     return int(table.inter[best].sum()), int(table.union[best].sum() + unpaired + not_taken)

@@ -59,7 +59,7 @@ def overlaps(truth: np.ndarray, pred: np.ndarray, min_area: int = 0) -> Overlaps
     from scipy.sparse import coo_array  # takes a moment to load
 
     truth, pred = truth.ravel(), pred.ravel()
-    start = starts_of_runs(truth, pred)
+    start = _starts_of_runs(truth, pred)
     length = np.diff(start, append=truth.size)
     truth_ids, truth_area, t = _objects(truth[start], length, 1)
     pred_ids, pred_area, p = _objects(pred[start], length, max(1, min_area))
@@ -70,14 +70,13 @@ def overlaps(truth: np.ndarray, pred: np.ndarray, min_area: int = 0) -> Overlaps
     return Overlaps(truth_ids, truth_area, pred_ids, pred_area, *pairs.coords, pairs.data)
 
 
-def starts_of_runs(values: np.ndarray, *others: np.ndarray) -> np.ndarray:
-    """Indices at which any of several arrays changes; the first index is one."""
-    words = np.zeros(-(-len(values) // 8), np.uint64)
-    changes = words.view(bool)[: len(values)]
+def _starts_of_runs(truth: np.ndarray, pred: np.ndarray) -> np.ndarray:
+    """Indices at which one of two arrays changes; the first index is one."""
+    words = np.zeros(-(-len(truth) // 8), np.uint64)
+    changes = words.view(bool)[: len(truth)]
     changes[:1] = True
-    np.not_equal(values[1:], values[:-1], out=changes[1:])
-    for other in others:
-        changes[1:] |= other[1:] != other[:-1]
+    np.not_equal(truth[1:], truth[:-1], out=changes[1:])
+    changes[1:] |= pred[1:] != pred[:-1]
     # Words of eight first: where few values are true, NumPy takes long for each.
     found = np.flatnonzero(words != 0)
     bits = np.flatnonzero(words[found].view(bool))

@@ -129,10 +129,7 @@ def find_pairs(
 
 
 def score_pair(
-    pair: Pair,
-    protocols: Sequence[Protocol],
-    connected: bool = False,
-    region_class: str = "",
+    pair: Pair, protocols: Sequence[Protocol], connected: bool = False, region_class: str = ""
 ) -> list[dict]:
     """A row of one image for each protocol.
 
@@ -210,8 +207,7 @@ def score_folders(
         UserError: names every file that cannot be scored.
     """
     pairs, missing, extra = find_pairs(truth, pred, vague, organ=organ)
-    known = any(pair.vague for pair in pairs)
-    protocols = protocols_for(protocol, vague=known, **changes)
+    protocols = protocols_for(protocol, vague=any(pair.vague for pair in pairs), **changes)
     if workers < 0:
         raise UserError(f"workers: found {workers}, expected 0 or more")
     workers = workers or min(os.cpu_count() or 1, 8, 1 + len(pairs) // 16)

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
@@ -18,13 +17,7 @@ from nucsam.data.samples import Samples
 from nucsam.data.splits import Split, find_split, inventory
 from nucsam.errors import UserError
 from nucsam.model.network import build_model
-from nucsam.predict.devices import (
-    PRECISIONS,
-    autocast_dtype,
-    find_device,
-    make_accelerator,
-    uses_gpu,
-)
+from nucsam.predict.devices import PRECISIONS, autocast_dtype, find_device, make_accelerator
 from nucsam.predict.pytorch import TorchPredictor
 from nucsam.run.checkpoint import open_run
 from nucsam.run.directory import RunDirectory
@@ -50,7 +43,7 @@ def score_images(
 ) -> list[dict[str, Any]]:
     """Scores of images by a protocol, NuInsSeg's by default, and its variant without vague areas.
 
-    The processes share the images round-robin; each image is scored once.
+    The processes share the images; each image is scored once.
 
     Args:
         net: the model, on the accelerator's device.
@@ -67,8 +60,7 @@ def score_images(
     Returns:
         One dict of `nucsam.score.tables.scored` per protocol, the same on every process.
     """
-    places = range(accelerator.process_index, len(indices), accelerator.num_processes)
-    share = [indices[place] for place in places]
+    share = np.array_split(indices, accelerator.num_processes)[accelerator.process_index].tolist()
     vague = any(samples.records[i].vague for i in indices)
     protocols = protocols_for(**{"protocol": PROTOCOL, **rules}, vague=vague)
     was_training = net.training
@@ -77,19 +69,17 @@ def score_images(
     predictor = scoring_predictor(net, config, mpp=mpp, tta=tta)
     images = (samples[i].image for i in share)
     labels = predictor.predict_many(images, [samples.mpps[i] for i in share])
-    for place, index, label in zip(places, share, labels):
+    for index, label in zip(share, labels):
         record, sample = samples.records[index], samples[index]
         truth, pred = sample.counted(sample.label), sample.counted(label)
         for protocol in protocols:
             score = score_maps(truth, pred, vague=sample.vague, protocol=protocol)
-            rows.append((place, image_row(record.name, record.organ, score)))
+            rows.append(image_row(record.name, record.organ, score))
         if overlays is not None:
             picture = overlay(sample.image, sample.label, label)
             write_png(overlays / f"{record.name}.png", picture)
     net.train(was_training)
-    if accelerator.num_processes > 1:
-        rows = gather_object(rows)
-    rows = [row for _, row in sorted(rows, key=itemgetter(0))]
+    rows = gather_object(rows)  # process by process, so in the order of the images
     return [scored(rows[k :: len(protocols)], protocol) for k, protocol in enumerate(protocols)]
 
 
@@ -142,13 +132,9 @@ def score_run(
     net = accelerator.prepare_model(net, evaluation_mode=True)  # as training scores it
     rules |= {"mpp": metadata.get("mpp"), "overlays": overlays}
     results = score_images(net, config, samples, split.test or split.inner, accelerator, **rules)
-    scores = describe_scores(
-        results,
-        metadata,
-        of="test" if split.test else "inner",
-        untrained=untrained,
-        unfinished="" if run.is_trained(config) else run.progress(config),
-    )
+    of = "test" if split.test else "inner"
+    unfinished = "" if run.is_trained(config) else run.progress(config)
+    scores = describe_scores(results, metadata, of=of, untrained=untrained, unfinished=unfinished)
     changed = untrained or organ or protocols != protocols_for(PROTOCOL)
     if not changed and run.is_trained(config):
         run.write_scores(scores)
@@ -208,17 +194,15 @@ def scores_sentence(scores: dict[str, Any]) -> str:
         return f"untrained model, {images}: {', '.join(numbers)}"
     warning = ", THE IMAGES SCORED HERE" if scores["epoch_chosen_on_these"] else ""
     unfinished = f"UNFINISHED, {scores['unfinished']}: " if scores["unfinished"] else ""
-    return (
-        f"{unfinished}epoch {scores['epoch']} (chosen by {scores['epoch_chosen_by']}{warning}), "
-        f"{images}, one seed, base {scores['base']['source']}: {', '.join(numbers)}"
-    )
+    epoch = f"epoch {scores['epoch']} (chosen by {scores['epoch_chosen_by']}{warning})"
+    run = f"{images}, one seed, base {scores['base']['source']}"
+    return f"{unfinished}{epoch}, {run}: {', '.join(numbers)}"
 
 
 def scoring_accelerator(metadata: dict[str, Any]) -> Accelerator:
     """An accelerator in the precision of a run's training, as `autocast_dtype` says."""
-    device = torch.device("cuda" if uses_gpu() else "cpu")
-    precision = PRECISIONS[autocast_dtype(metadata.get("precision"), device)]
-    return make_accelerator(precision)
+    dtype = autocast_dtype(metadata.get("precision"), find_device("auto"))
+    return make_accelerator(PRECISIONS[dtype])
 
 
 def scoring_predictor(

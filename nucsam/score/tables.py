@@ -170,14 +170,9 @@ def _table(result: dict, first: Sequence[str], metrics: Iterable[str], note: str
     """An empty table: its protocol above, columns of text, columns of metrics, remarks below."""
     summary = result["summary"]
     empty = f"percent; both maps empty in {summary['both_empty']} of {summary['images']} images"
-    table = Table(
-        title=result["rules"],
-        caption=empty + note,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE,
-        padding=(0, 1, 0, 0),
-    )
+    texts = {"title": result["rules"], "caption": empty + note}
+    left = {"title_justify": "left", "caption_justify": "left"}
+    table = Table(**texts, **left, box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column(first[0], overflow="fold")
     for column in (*first[1:], *(COLUMNS[metric] for metric in metrics)):
         table.add_column(column, justify="right", no_wrap=True)

@@ -13,22 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from nucsam.config import Config, Train, load_config
+from nucsam.console import Bar
 from nucsam.data.augment import augment
 from nucsam.errors import UserError
 from nucsam.model.network import build_model
 from nucsam.processes import exit_on_sigterm, is_first
 from nucsam.run.checkpoint import load_adapter, put_weights
 from nucsam.run.directory import RunDirectory
-from nucsam.score.runs import describe_scores, headline, score_images, scores_sentence
-from nucsam.train.progress import (
-    StepBar,
-    console,
-    epoch_speed,
-    print_epoch,
-    print_stopped,
-    warn_if_nothing_learnt,
-    warn_if_worse,
-)
+from nucsam.score.runs import describe_scores, headline
+from nucsam.train.progress import console, epoch_speed, print_epoch, print_scores, print_stopped
 from nucsam.train.signals import StopSignals
 from nucsam.train.training import Training
 
@@ -83,12 +76,8 @@ def _fit(
         # The base is a trained model: epoch 0 shows later whether training made it worse.
         training.log({"epoch": 0, "step": 0, **validate(training)}, validated=True)
     training.net.train()
-    bar = StepBar(
-        steps=training.steps,
-        done=progress.step,
-        step_images=_step_images(training),
-        shown=training.accelerator.is_main_process,
-    )
+    main = training.accelerator.is_main_process
+    bar = Bar(console, total=training.steps, done=progress.step, shown=main)
     try:
         with bar, StopSignals() as stop, memory_advice(config):
             while progress.epochs < config.train.epochs:
@@ -98,14 +87,15 @@ def _fit(
         with exit_on_sigterm():
             scores = score_best(training)
     except (KeyboardInterrupt, SystemExit) as stopped:
-        if training.accelerator.is_main_process:
+        if main:
             print_stopped(training.run, training.saved_step, training.steps)
         raise SystemExit(getattr(stopped, "code", 128 + signal.SIGINT)) from None
-    _leave(training)
+    training.accelerator.wait_for_everyone()  # else gloo sometimes aborts at interpreter exit
+    training.accelerator.end_training()
     return scores
 
 
-def epoch(training: Training, bar: StepBar, stop: StopSignals) -> None:
+def epoch(training: Training, bar: Bar, stop: StopSignals) -> None:
     """Run the steps of an epoch that are not done yet, validate if it is time, and log."""
     t = training.config.train
     batches = training.batches
@@ -118,7 +108,9 @@ def epoch(training: Training, bar: StepBar, stop: StopSignals) -> None:
     began = time.monotonic()
     for _ in range(done, batches.steps):
         step(training, micro_batches)
-        bar.show(progress.step, f"epoch {number + 1}/{t.epochs}")
+        speed = (bar.task.speed or 0) * _step_images(training)
+        text = f"epoch {number + 1}/{t.epochs}, step {progress.step}/{training.steps}"
+        bar.show(f"{text}, {speed:.3g} images/s", progress.step)
         check = progress.step % CHECK_STEPS == 0 or progress.step % batches.steps == 0
         if check:
             training.check_losses()
@@ -188,14 +180,7 @@ def validate(training: Training) -> dict[str, float]:
     """Mean Dice, AJI and PQ of the weights to keep on the selecting images, 0 to 1."""
     current = {name: p.detach().clone() for name, p in training.weights.items()}
     put_weights(training.net, training.average or current, training.run.path)
-    scored = score_images(
-        training.net,
-        training.config,
-        training.samples,
-        training.select,
-        training.accelerator,
-        mpp=training.mpp,
-    )
+    scored = training.score_samples(training.select)
     put_weights(training.net, current, training.run.path)
     training.net.train()
     return headline(scored)
@@ -207,15 +192,11 @@ def score_best(training: Training) -> dict[str, Any]:
     accelerator = training.accelerator
     accelerator.wait_for_everyone()  # the main process has written the adapter
     metadata = load_adapter(training.run.adapter_file, training.net, training.base)
-    scored = score_images(
-        training.net, config, training.samples, training.score, accelerator, mpp=training.mpp
-    )
+    scored = training.score_samples(training.score)
     scores = describe_scores(scored, metadata, of=training.scored_split, untrained=False)
     if accelerator.is_main_process:
         training.run.write_scores(scores)
-        warn_if_worse(training.progress.history, config.train.best)
-        console.print(scores_sentence(scores), soft_wrap=True)
-        warn_if_nothing_learnt(scores, config, training.progress.history)
+        print_scores(scores, config, training.progress.history)
     return scores
 
 
@@ -282,17 +263,10 @@ def memory_advice(config: Config) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         if config.data.workers and _LOADER_DIED.search(str(error)):
-            raise UserError(
-                f"data.workers: found {config.data.workers}, but a loader process died or found no "
-                "shared memory. Use data.workers=0; or in a container give it more, as in "
-                f"docker run --shm-size=2g. ({str(error).strip().splitlines()[-1]})"
-            ) from error
+            reason = str(error).strip().splitlines()[-1]
+            found = f"found {config.data.workers}"
+            died = "but a loader process died or found no shared memory"
+            advice = "or in a container give it more, as in docker run --shm-size=2g"
+            message = f"data.workers: {found}, {died}. Use data.workers=0; {advice}. ({reason})"
+            raise UserError(message) from error
         raise
-
-
-def _leave(training: Training) -> None:
-    """End trackers and processes. Without the barrier gloo sometimes aborts at interpreter exit."""
-    training.accelerator.end_training()
-    if torch.distributed.is_initialized():
-        training.accelerator.wait_for_everyone()
-        torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What a training prints: a progress bar, speed and memory, a line per epoch."""
+"""What a training prints: speed and memory, a line per epoch."""
 
 import os
 import shlex
@@ -6,35 +6,15 @@ from typing import Any
 
 import psutil
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nucsam.config import Config
 from nucsam.console import PlainConsole
 from nucsam.run.directory import RunDirectory
 from nucsam.run.learning import USUAL_STEPS, advice, learnt_nothing, steps_sentence
+from nucsam.score.runs import scores_sentence
 from nucsam.score.tables import HEADLINE
 
 console = PlainConsole()
-
-
-class StepBar(Progress):
-    """A progress bar over optimizer steps with the rate in images.
-
-    One process draws it, and only on a terminal or in a notebook.
-    """
-
-    def __init__(self, *, steps: int, done: int, step_images: int, shown: bool) -> None:
-        counts = TextColumn("{task.completed}/{task.total} steps, {task.fields[rate]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), counts, TimeRemainingColumn())
-        shown = shown and (console.is_interactive or console.is_jupyter)
-        super().__init__(*columns, console=console, disable=not shown)
-        self.task = self.add_task("", total=steps, completed=done, rate="")
-        self.step_images = step_images
-
-    def show(self, step: int, text: str) -> None:
-        speed = self.tasks[0].speed
-        rate = f"{speed * self.step_images:.3g} images/s" if speed else ""
-        self.update(self.task, completed=step, description=text, rate=rate)
 
 
 def epoch_speed(device: torch.device, seconds: float, images: int) -> dict[str, float]:
@@ -64,11 +44,9 @@ def print_start(facts: dict[str, Any], device: torch.device, setting: str) -> No
     precision = facts["precision"].replace("no", "fp32")
     precision += " (train.precision=auto)" if setting == "auto" else ""
     processes = f" in {facts['processes']} processes" if facts["processes"] > 1 else ""
-    console.print(f"images: {images}; base {facts['base']}", soft_wrap=True)
-    console.print(
-        f"trains {facts['parameters_trainable']:,} of {facts['parameters']:,} parameters on "
-        f"{where} in {precision}{processes}"
-    )
+    console.say(f"images: {images}; base {facts['base']}")
+    trained = f"{facts['parameters_trainable']:,} of {facts['parameters']:,} parameters"
+    console.print(f"trains {trained} on {where} in {precision}{processes}")
     names = ("threads", "loader_processes", "idle_cores")
     console.print(", ".join(f"{name.replace('_', ' ')}: {facts[name]}" for name in names))
     steps = steps_sentence(facts["images"]["train"], facts["epochs"], facts["steps"])
@@ -97,28 +75,29 @@ def print_stopped(run: RunDirectory, step: int | None, steps: int) -> None:
     line = "give the same command with --resume"  # a launcher's choices are not in the run
     if not {"RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
         line = shlex.join(["nucsam", "train", "--resume", "--out", str(run.path)])
-    console.print(f"stopped: {saved}; to continue:", style="yellow", soft_wrap=True)
-    console.print(line, soft_wrap=True)
+    console.say(f"stopped: {saved}; to continue:", style="yellow")
+    console.say(line)
 
 
 def print_warning(text: str) -> None:
     console.print(text, style="yellow")
 
 
-def warn_if_worse(history: list[dict[str, Any]], metric: str) -> None:
-    """Warn where a run that started from a trained model ends below it."""
+def print_scores(scores: dict[str, Any], config: Config, history: list[dict[str, Any]]) -> None:
+    """The scores of a run; warns where it ends below the model it began with, or learnt nothing.
+
+    Args:
+        scores: content of scores.json.
+        config: of the run.
+        history: the lines of metrics.jsonl.
+    """
+    metric = config.train.best
     first, last = history[0], history[-1]
     if first["epoch"] == 0 and last[metric] < first[metric]:
-        print_warning(
-            f"training made it worse: {metric} {100 * first[metric]:.1f} at epoch 0, "
-            f"{100 * last[metric]:.1f} at the end; the kept weights are those of the best epoch"
-        )
-
-
-def warn_if_nothing_learnt(
-    scores: dict[str, Any], config: Config, history: list[dict[str, Any]]
-) -> None:
-    """Warn where the scores of a run say that its model is of no use."""
+        before, after = (f"{100 * line[metric]:.1f}" for line in (first, last))
+        change = f"{metric} {before} at epoch 0, {after} at the end"
+        kept = "the kept weights are those of the best epoch"
+        print_warning(f"training made it worse: {change}; {kept}")
+    console.say(scores_sentence(scores))
     if sentence := learnt_nothing(scores):
-        last = history[-1]
         print_warning(f"{sentence} {advice(config, last['epoch'], last['step'])}")

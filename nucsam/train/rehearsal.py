@@ -17,7 +17,6 @@ from nucsam.model.network import build_model
 from nucsam.processes import exit_on_sigterm, process_count
 from nucsam.run.learning import USUAL_STEPS
 from nucsam.score.metrics import PROTOCOLS
-from nucsam.score.runs import score_images
 from nucsam.score.tables import FEWEST
 from nucsam.train.loop import memory_advice, step
 from nucsam.train.progress import console, epoch_speed, print_warning
@@ -50,11 +49,9 @@ def rehearse(config: Config) -> dict[str, Any]:
         facts = _measure(training)
     facts["problems"] = list(_problems(training, facts))
     groups = len({record.group for record in training.samples.records})
-    console.print(
-        f"images in {groups} groups; about {facts['minutes']:.0f} min, with "
-        f"{facts['step_seconds']:.1f} s a step; {facts['memory_gib']:.1f} GiB of memory; "
-        "nothing is kept of this dry run"
-    )
+    seconds = f"about {facts['minutes']:.0f} min, with {facts['step_seconds']:.1f} s a step"
+    cost = f"{seconds}; {facts['memory_gib']:.1f} GiB of memory"
+    console.print(f"images in {groups} groups; {cost}; nothing is kept of this dry run")
     for problem in facts["problems"]:
         print_warning(problem)
     return facts
@@ -72,8 +69,7 @@ def _measure(training: Training) -> dict[str, float]:
         training.check_losses()  # waits for the device
         times.append(time.monotonic())
         console.print(f"  step: {times[-1] - times[-2]:.1f} s")
-    image = training.select[:1], training.accelerator
-    score_images(training.net, training.config, training.samples, *image, mpp=training.mpp)
+    training.score_samples(training.select[:1])
     times.append(time.monotonic())
     seconds = float(np.median(np.diff(times)[:STEPS]))
     images = math.ceil(t.epochs / t.validate_every) * len(training.select) + len(training.score)
@@ -97,10 +93,9 @@ def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
         images = f"only {len(training.score)} image(s) are scored"
         yield f"data.folds: {images}; nucsam folds scores every image once"
     if removed > TINY:
-        yield (
-            f"{removed:.0%} of the nuclei are under {SMALLEST} px: the protocol nuinsseg "
-            "removes such predictions before it scores; nucsam evaluate --protocol plain does not"
-        )
+        small = f"{removed:.0%} of the nuclei are under {SMALLEST} px"
+        rule = "the protocol nuinsseg removes such predictions before it scores"
+        yield f"{small}: {rule}; nucsam evaluate --protocol plain does not"
     if tiny > TINY:
         yield f"instances.area: {tiny:.0%} of the nuclei are under {least} px and will be dropped"
     if training.steps < USUAL_STEPS:
@@ -109,9 +104,7 @@ def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
     if facts["minutes"] > LONG and training.accelerator.device.type == "cpu":
         if d.crop * d.scale > 256:
             share = (256 / (d.crop * d.scale)) ** 2
-            yield (
-                f"data.crop: on a CPU, data.crop=256 data.scale=1 takes about {share:.2g} times as "
-                "long, for scores a few points lower"
-            )
+            smaller = f"data.crop=256 data.scale=1 takes about {share:.2g} times as long"
+            yield f"data.crop: on a CPU, {smaller}, for scores a few points lower"
         epochs = int(60 * training.config.train.epochs / facts["minutes"])
         yield f"train.epochs: an hour of this device is about {epochs} epochs as they are set"

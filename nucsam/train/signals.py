@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from contextlib import ExitStack
 from types import FrameType
 
 import torch
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from nucsam.processes import handled, is_first
 
 
-class StopSignals:
+class StopSignals(ExitStack):
     """Context in which SIGTERM and Ctrl-C only ask to stop; `stop_requested` says whether they did.
 
     All processes stop after the same step, whichever of them got the signal. A second Ctrl-C stops
@@ -20,12 +21,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._received = 0  # number of the signal
-        self._handled = handled(self._receive, signal.SIGTERM, signal.SIGINT)
-        self._handled.__enter__()
+        self.enter_context(handled(self._receive, signal.SIGTERM, signal.SIGINT))
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handled.__exit__(None, None, None)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self._received == number == signal.SIGINT:

@@ -37,6 +37,7 @@ from nucsam.processes import check_joined, idle_cores
 from nucsam.run import checkpoint
 from nucsam.run.checkpoint import Progress
 from nucsam.run.directory import RunDirectory
+from nucsam.score.runs import score_images
 from nucsam.train.progress import console, print_start, print_warning
 from nucsam.train.signals import ignore_signals, kill_workers
 
@@ -91,7 +92,6 @@ class Training:
     def _load_images(self, resume: bool) -> None:
         """Samples and their split."""
         d = self.config.data
-        main = self.accelerator.is_main_process
         records, split = find_split(d)
         on_test = d.select == "test"
         self.train = split.train + split.inner if on_test else split.train
@@ -99,28 +99,23 @@ class Training:
         self.score = split.test or split.inner
         self.scored_split = "test" if split.test else "inner"
         if not self.train or not self.select:
-            raise UserError(
-                f"data.root: found {len(records)} images in {d.root}, of which {len(self.train)} "
-                f"are left to train on and {len(self.select)} to choose the epoch by; expected at "
-                "least one of each"
-            )
-        self.samples = Samples(records, memory_gib=d.memory, progress=main)
+            choose = f"{len(self.select)} to choose the epoch by"
+            left = f"{len(self.train)} are left to train on and {choose}"
+            found = f"found {len(records)} images in {d.root}, of which {left}"
+            raise UserError(f"data.root: {found}; expected at least one of each")
+        self.samples = Samples(records, memory_gib=d.memory)
         self.images = inventory(records, split, self.samples.digests)
         if resume and self.run.exists():
             self.run.check_images(self.images, d.root)
         self.mpp = run_mpp(d, self.samples.mpps)
         if not any(self.samples[i].label.any() for i in self.train):
-            raise UserError(
-                f"data.root: found no nucleus in the {len(self.train)} images of {d.root} to train "
-                "on, expected label maps with an id per nucleus; nucsam inspect "
-                f"{d.root} counts them"
-            )
+            found = f"found no nucleus in the {len(self.train)} images of {d.root} to train on"
+            expected = "expected label maps with an id per nucleus"
+            raise UserError(f"data.root: {found}, {expected}; nucsam inspect {d.root} counts them")
         side = max(min(size) for size in self.samples.sizes)
-        if main and d.crop > side:
-            print_warning(
-                f"data.crop: found {d.crop} px, but no image with a shorter side over {side} px; a "
-                "smaller crop is faster"
-            )
+        if self.accelerator.is_main_process and d.crop > side:
+            found = f"found {d.crop} px, but no image with a shorter side over {side} px"
+            print_warning(f"data.crop: {found}; a smaller crop is faster")
 
     def _load_model(self, build: Callable[..., nn.Module]) -> None:
         """Batches, base, model and optimizer."""
@@ -157,9 +152,8 @@ class Training:
             self.ddp = torch.compile(self.ddp, fullgraph=accelerator.num_processes == 1)
         # After `prepare`, which replaces the buffers of processes on CPUs.
         self.weights: dict[str, Tensor] = self.net.trainable()
-        self.average: dict[str, Tensor] = {}
-        if t.ema:
-            self.average = {name: p.detach().clone() for name, p in self.weights.items()}
+        averaged = self.weights if t.ema else {}
+        self.average = {name: p.detach().clone() for name, p in averaged.items()}
         self.optimizer = accelerator.prepare(make_optimizer(self.weights, t))
         self.facts = {
             "mpp": self.mpp,
@@ -175,10 +169,9 @@ class Training:
         if accelerator.is_main_process:
             epochs = self.config.train.epochs
             if self.run.exists() and (before := self.run.read_config().train.epochs) < epochs:
-                print_warning(
-                    f"train.epochs: {before} -> {epochs}; the rate follows the longer schedule "
-                    f"from here on, so the result is not that of {epochs} epochs in one run"
-                )
+                rate = "the rate follows the longer schedule from here on"
+                result = f"so the result is not that of {epochs} epochs in one run"
+                print_warning(f"train.epochs: {before} -> {epochs}; {rate}, {result}")
             self.run.prepare(self.config, self.images)
             if random_base:
                 checkpoint.save_random_base(self.run, self.base)
@@ -191,7 +184,7 @@ class Training:
                 facts["command"] = self.run.read_environment().get("command", facts["command"])
             self.run.write_environment(facts)
             data = f"{self.config.data.root}: {taken(self.samples.records)}"
-            console.print(data, markup=False, soft_wrap=True)
+            console.say(data)
             print_start(facts, accelerator.device, self.config.train.precision)
 
     def _environment(self) -> dict[str, Any]:
@@ -227,10 +220,10 @@ class Training:
         """Optimizer steps in all."""
         return self.batches.steps * self.config.train.epochs
 
-    @property
-    def weights_to_keep(self) -> dict[str, Tensor]:
-        """What is validated and kept: the running average, or the weights where EMA is off."""
-        return self.average or self.weights
+    def score_samples(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The scores of some of the samples, by the weights in `net`; as of `score_images`."""
+        net, accelerator = self.net, self.accelerator
+        return score_images(net, self.config, self.samples, indices, accelerator, mpp=self.mpp)
 
     # ---- losses ----
 
@@ -257,11 +250,9 @@ class Training:
         return {"loss": sum(terms.values()), **terms}
 
     def _not_finite(self, what: str) -> UserError:
-        return UserError(
-            f"{what} is not finite at or before step {self.progress.step}. Lower train.lr_head and "
-            "train.lr_adapter, or use train.precision=bf16 or fp32; resume continues from the "
-            "last saved state"
-        )
+        found = f"{what} is not finite at or before step {self.progress.step}"
+        advice = "Lower train.lr_head and train.lr_adapter, or use train.precision=bf16 or fp32"
+        return UserError(f"{found}. {advice}; resume continues from the last saved state")
 
     # ---- files ----
 
@@ -303,18 +294,16 @@ class Training:
         saved = check_form(metadata.get("about", {}), dict, f"{path}: about")
         for name, value in self.facts.items():
             if saved.get(name, value) != value:
-                raise UserError(
-                    f"{path}: cannot resume with another {name}: found {saved[name]!r}, wanted "
-                    f"{value!r}; resume with the same images, number of processes and precision"
-                )
+                found = f"another {name}: found {saved[name]!r}, wanted {value!r}"
+                advice = "resume with the same images, number of processes and precision"
+                raise UserError(f"{path}: cannot resume with {found}; {advice}")
         device = self.accelerator.device
         self.loss_sums = {
             name: torch.tensor(total, device=device) for name, total in self.progress.sums.items()
         }
-        if self.accelerator.scaler is not None and metadata.get(
-            "scaler"
-        ):  # empty in a state of fp32
-            self.accelerator.scaler.load_state_dict(metadata["scaler"])
+        scaler = self.accelerator.scaler
+        if scaler is not None and metadata.get("scaler"):  # empty in a state of fp32
+            scaler.load_state_dict(metadata["scaler"])
 
     def log(self, line: dict[str, Any], *, validated: bool) -> None:
         """Add an epoch's line to metrics.jsonl, keep the weights if it is the best, and save."""
@@ -340,16 +329,15 @@ class Training:
             **self.facts,
             "selected": {"by": self.config.train.best, "on": self.config.data.select, **best},
         }
-        checkpoint.save_adapter(self.run.adapter_file, self.weights_to_keep, metadata)
+        checkpoint.save_adapter(self.run.adapter_file, self.average or self.weights, metadata)
 
 
 def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
     t = config.train
     trackers = LoggerType.list()
     if t.log_with and t.log_with not in trackers:
-        raise UserError(
-            f"train.log_with: found {t.log_with!r}, expected one of {', '.join(trackers)} or ''"
-        )
+        expected = f"expected one of {', '.join(trackers)} or ''"
+        raise UserError(f"train.log_with: found {t.log_with!r}, {expected}")
     precision = _precision(t.precision, uses_gpu(), run)
     torch.backends.cudnn.benchmark = True  # all crops have one size
     ddp = DistributedDataParallelKwargs(
@@ -363,9 +351,8 @@ def _accelerator(config: Config, run: RunDirectory) -> Accelerator:
     )
     check_joined(accelerator.num_processes)
     if t.log_with and not accelerator.log_with:
-        raise UserError(
-            f"train.log_with: {t.log_with} is not installed; expected one that is, or ''"
-        )
+        found = f"{t.log_with} is not installed"
+        raise UserError(f"train.log_with: {found}; expected one that is, or ''")
     return accelerator
 
 
@@ -381,9 +368,8 @@ def _precision(setting: str, on_gpu: bool, run: RunDirectory) -> str:
         name = began if began in PRECISIONS.values() else name
         name = os.environ.get("ACCELERATE_MIXED_PRECISION", name)
     if name == "fp16" and not on_gpu:
-        warnings.warn(
-            "train.precision: fp16 needs a GPU; computing in fp32 on this CPU", stacklevel=5
-        )
+        found = "fp16 needs a GPU; computing in fp32 on this CPU"
+        warnings.warn(f"train.precision: {found}", stacklevel=5)
         return "no"
     return name
 
@@ -422,10 +408,8 @@ def run_mpp(d: Data, mpps: Sequence[float | None]) -> float | None:
     if max(most / mpp, mpp / least) > RATIO:
         raise UserError(f"{spread}, expected at most {RATIO:g} times off {mpp:g} (data.mpp)")
     if max(most / mpp, mpp / least) > math.exp(SAME_SCALE):
-        warnings.warn(
-            f"{spread}; training, scoring and prediction resample them to {mpp:g} (data.mpp)",
-            stacklevel=2,
-        )
+        use = f"training, scoring and prediction resample them to {mpp:g} (data.mpp)"
+        warnings.warn(f"{spread}; {use}", stacklevel=2)
     return mpp
 
 
