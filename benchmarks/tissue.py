@@ -24,7 +24,7 @@ from slide import GLASS
 
 from nucsam.data.folders import find_records
 from nucsam.data.images import read_image, read_label
-from nucsam.predict.tissue import find_tissue, is_glass
+from nucsam.predict.tissue import Tissue, find_tissue, is_glass
 
 EDGE = 256  # px of glass around an image
 
@@ -38,9 +38,8 @@ def on_glass(image: np.ndarray, pale: float, rng: np.random.Generator) -> np.nda
     return canvas.round().clip(0, 255).astype(np.uint8)
 
 
-def skipped(canvas: np.ndarray, tile: int, corner: Sequence[int]) -> np.ndarray:
+def skipped(canvas: np.ndarray, tissue: Tissue, tile: int, corner: Sequence[int]) -> np.ndarray:
     """Bool (rows, columns): the tiles of the canvas, from a corner, that are not predicted."""
-    tissue = find_tissue(canvas, whole=True)
     starts = [range(c, side, tile) for c, side in zip(corner, canvas.shape)]
     result = np.zeros(tuple(map(len, starts)), bool)
     for (row, y), (column, x) in product(*map(enumerate, starts)):
@@ -60,11 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         counts = {"images": 0, "nuclei": 0, "lost": 0, "tiles": 0, "skipped": 0}
         for record in find_records(Path(folder)):
             canvas = on_glass(read_image(record.image), pale, rng)
+            tissue = find_tissue(canvas, whole=True)
             label = np.pad(read_label(record.label), EDGE)
             lost: set[int] = set()
             for tile in args.tiles:
                 corner = rng.integers(0, EDGE, 2)
-                glass = skipped(canvas, tile, corner)
+                glass = skipped(canvas, tissue, tile, corner)
                 covered = np.kron(glass, np.ones((tile, tile), bool))
                 part = label[corner[0] :, corner[1] :]
                 lost |= set(np.unique(part[covered[: part.shape[0], : part.shape[1]]])) - {0}

@@ -96,6 +96,8 @@ def read_json(text: str | bytes, source: str, form: Any = dict) -> dict[str, Any
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not JSON ({error})") from None
+    if not isinstance(document, dict):  # its kind says more than the start of a long list
+        raise UserError(f"{source}: found a {type(document).__name__}, expected a dict")
     return check_form(document, form, source)
 
 

@@ -24,6 +24,7 @@ import roofline
 import scaling
 import slide
 import stock
+import tissue
 import train_step
 import writing
 
@@ -76,6 +77,16 @@ def test_the_last_line_is_a_document(script, capsys, tmp_path, monkeypatch):
         assert all(row["aji"] > 0.8 for row in document["results"]["9"].values())
     elif script is inference:
         assert document["results"]["tiled"]["tiles"] == 4  # of 256 px cover 300 px
+
+
+def test_nuclei_lost_with_the_glass_are_counted(folder, capsys, monkeypatch):
+    for lost in (False, True):
+        if lost:  # all is taken for glass
+            monkeypatch.setattr(tissue, "is_glass", lambda *_: True)
+        tissue.main([str(folder), *SMALL, "--tiles", "64", "--pale", "0"])
+        (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"].values()
+        assert row["images"] == 12 and 0 < row["skipped"] <= row["tiles"]
+        assert row["lost"] == (row["nuclei"] if lost else 0) and row["nuclei"] > 50
 
 
 def test_a_turn_counts_between_start_and_stop_and_not_the_first(monkeypatch):

@@ -282,7 +282,7 @@ plain: found no config.toml in it or in its sub-folders, ... train or the folder
 $ report half  # a report of half a file
 half/scores.json: not JSON (Expecting ...)
 $ report listed  # a report of another document
-listed/scores.json: found ..., expected a dict
+listed/scores.json: found a list, expected a dict
 $ evaluate --pred plain/labels  # nothing to score
 evaluate: expected either RUN, or both --truth and --pred
 $ evaluate run --vague flat --connected --workers 0  # options for label maps
@@ -465,7 +465,7 @@ truth: found shape (9,), expected a 2-D label map (H, W)
 > score real  # probabilities
 truth: found dtype float64, expected integer ids
 > score negative  # negative ids
-truth: found ids from -1 to -1, expected 0 to 2**63 - 1
+truth: found ids from -1 to 0, expected 0 to 2**63 - 1
 > read_tensors none  # no such file of tensors
 none: no such file; expected one that nucsam wrote
 > read_tensors plain  # a folder of tensors

@@ -237,6 +237,12 @@ def test_huge_ids_are_kept(dtype, factor):
     assert plain(full, full).pq == 1
 
 
+@pytest.mark.parametrize("dtype", [">i4", ">u2", ">i8"])
+def test_the_order_of_bytes_changes_nothing(dtype):
+    labels = np.arange(1, 301).reshape(15, 20)  # read the other way round, 128 is negative
+    assert plain(labels.astype(dtype), labels).pq == 1
+
+
 @pytest.mark.parametrize("labels", [np.zeros((4, 4, 3), int), np.full((4, 4), 2**63, np.uint64)])
 def test_colours_and_ids_over_int64_are_refused(labels):
     with pytest.raises(UserError, match="prediction"):

@@ -284,10 +284,9 @@ def _label_map(labels: np.ndarray, name: str, connected: bool) -> np.ndarray:
     if labels.dtype.kind not in "biu":
         raise UserError(f"{name}: found dtype {labels.dtype}, expected integer ids")
     # As unsigned numbers, negative ids are larger than all others: one pass finds both.
-    unsigned = labels if labels.dtype.kind == "b" else labels.view(f"u{labels.itemsize}")
-    high = int(unsigned.max(initial=0))
-    if labels.dtype.kind != "b" and high > min(np.iinfo(labels.dtype).max, np.iinfo(np.int64).max):
-        found = f"found ids from {labels.min()} to {labels.max()}"
+    high = int(labels.view(labels.dtype.str.replace("i", "u")).max(initial=0))
+    if high > np.iinfo(labels.dtype if labels.dtype.kind == "i" else np.int64).max:
+        found = f"found ids from {labels.min()} to {labels.max(initial=0)}"
         raise UserError(f"{name}: {found}, expected 0 to 2**63 - 1")
     if connected:
         return components(labels)
