@@ -122,7 +122,7 @@ def curve(args: argparse.Namespace) -> None:
     runner.run_jobs(mine, common, args.out / "curve")
     rows = [row for job in jobs if (row := curve_row(job))]
     rows += [untrained_row(args, common, seed) for seed in args.seeds]
-    points = {start: scores for start, scores in by_images(rows)["aji"].items() if scores}
+    points = {start: scores for start, scores in aji_by_images(rows).items() if scores}
     chart = charts.against(points, "AJI by the number of images", "images with labels")
     charts.write_chart(chart, args.out / "starter-curve")
     text = curve_table(rows)
@@ -167,14 +167,13 @@ def curve_row(job: Job) -> dict[str, Any] | None:
     scores = job.scores()
     if scores is None:
         return None
-    start, images, seed = job.variant.split(", ")
-    epochs = job.config.train.epochs
+    settings = job.config
     return {
-        "start": start,
-        "images": int(images.split()[0]),
-        "seed": int(seed.split()[1]),
+        "start": job.variant.split(", ")[0],
+        "images": settings.data.images,
+        "seed": settings.train.seed,
         "of_them": job.directory.read_environment()["images"],
-        "epochs": epochs,
+        "epochs": settings.train.epochs,
         "epoch": scores["epoch"],
         **scores["headline"],
     }
@@ -191,12 +190,11 @@ def untrained_row(args: argparse.Namespace, common: Config, seed: int) -> dict[s
     return {"start": STARTS[0], "seed": seed, **scores, "images": 0}
 
 
-def by_images(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[int, list[float]]]]:
-    """Metric -> start -> number of images -> scores of the seeds, in their order."""
-    series = {metric: {start: {} for start in STARTS} for metric in HEADLINE}
-    for row in sorted(rows, key=lambda row: (row["images"], row["seed"])):
-        for metric in HEADLINE:
-            series[metric][row["start"]].setdefault(row["images"], []).append(row[metric])
+def aji_by_images(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, list[float]]]:
+    """Start -> number of images -> AJI of the seeds."""
+    series = {start: {} for start in STARTS}
+    for row in rows:
+        series[row["start"]].setdefault(row["images"], []).append(row["aji"])
     return series
 
 

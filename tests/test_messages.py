@@ -207,7 +207,8 @@ $ train PLAIN model.pattern=x  # a pattern that matches nothing
 $ train PLAIN model.width=64 model.weights=merged.safetensors  # a head of another width
 merged.safetensors: found another head...model.width = 64...
 $ NUCSAM_CACHE=page.pt train PLAIN model.weights=auto  # a file for the cache
-page.pt/mobile_sam.pt: cannot be written (...); elsewhere, ... model.weights to its path, or ...
+page.pt/mobile_sam.pt: cannot be written (...); elsewhere, ... Or set model.weights to its path, or
+to 'none' ...
 $ GPUS LOCAL_RANK=2 folds PLAIN --out OUT/f  # more processes than GPUs
 LOCAL_RANK: found 2 with the GPUs 0, 1, expected at ... CUDA_VISIBLE_DEVICES=0,0 puts two on one
 $ UNLOCKED folds PLAIN --out OUT/f  # a file system without locks
@@ -311,7 +312,8 @@ workers: found -1, expected 0 or more
 $ evaluate SAME --json flat  # scores into a folder
 flat: found a folder or device, expected a file
 $ predict model flat --out p  # no such model
-model: found no such file, expected a run directory or ... export, 'starter' or hf:USER/NAME
+model: found no such file, expected a run directory or a safetensors file of nucsam export,
+'starter' or hf:USER/NAME
 $ predict none.onnx flat --out p  # no such graph
 none.onnx: no such file, expected one of nucsam export
 $ predict page.onnx flat --out p  # a page in place of a graph

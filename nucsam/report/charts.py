@@ -264,7 +264,8 @@ def against(series: Mapping[str, Mapping[float, Sequence[float]]], title: str, x
         axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    figure.legend(loc="outside lower center", ncols=1 if "AJI" in title else 3, fontsize=9)
+    columns = 3 if set(series) <= set(SHOWN.values()) else 1  # names of metrics are short
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
     return Chart(figure, f"{title}: {'; '.join(texts)}")
 
 
