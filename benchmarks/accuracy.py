@@ -157,6 +157,15 @@ MODELS = {
     "scale-2": Model({"data.scale": 2.0}),
     "tta": Model(tta="lora"),
     "no-ema": Model({"train.ema": 0.0}),
+    "zoom": Model({"augment.scale_min": 0.5, "augment.scale_max": 2.0}),
+    "stain-half": Model({"augment.stain_scale": 0.15, "augment.stain_bias": 0.05}),
+    "stain-double": Model({"augment.stain_scale": 0.6, "augment.stain_bias": 0.2}),
+    "stain-mix": Model({"augment.stain_mix": 0.1}),
+    "stain-mix-more": Model({"augment.stain_mix": 0.2}),
+    "blur-noise": Model({"augment.blur": 0.5, "augment.blur_sigma": 2.0, "augment.noise": 0.5}),
+    "batch-8": Model({"train.batch": 8}),
+    "boundary-4": Model({"loss.boundary": 4.0}),
+    "distance-8": Model({"loss.distance": 8.0}),
 }
 UNETS = tuple(name for name, model in MODELS.items() if model.net)
 MUSTS = (*UNETS, "report", "sam", "lora", "head", "full")
@@ -340,7 +349,7 @@ class Plan:
         return Job(
             f"{label}, seed {seed}",
             fold,
-            changed(self.settings(name).to_dict(), values, f"model {name}"),
+            splits.with_epochs(changed(self.settings(name).to_dict(), values, f"model {name}")),
             self.out / label / f"seed{seed}" / f"fold{fold}",
             self.out / ".locks" / f"{label},seed{seed},fold{fold}",
             trainer(*command),

@@ -43,7 +43,7 @@ from nucsam.claims import Claim
 from nucsam.config import Config, changed
 from nucsam.data.folders import Record, find_records
 from nucsam.data.samples import Samples
-from nucsam.data.splits import find_split
+from nucsam.data.splits import find_split, with_epochs
 from nucsam.export.merged import export_run
 from nucsam.files import read_json, without_nan, write_text
 from nucsam.folds import runner
@@ -136,21 +136,19 @@ def curve_job(args: argparse.Namespace, common: Config, start: str, images: int,
     """One run of the curve."""
     values = {
         "data.images": images,
+        "train.presentations": args.presentations,
         "data.fold": seed,
         "train.seed": seed,
         "model.weights": args.model if start == STARTS[0] else "auto",
     }
-    settings = changed(common.to_dict(), values, "curve")
-    trained = len(find_split(settings.data)[1].train)
-    batch = settings.train.batch
-    epochs = max(1, round(args.presentations / (batch * math.ceil(trained / batch))))
-    lengths = {"train.epochs": epochs, "train.validate_every": max(1, epochs // 5)}
+    settings = with_epochs(changed(common.to_dict(), values, "curve"))
+    every = {"train.validate_every": max(1, settings.train.epochs // 5)}
     name = f"{start}, {images} images, seed {seed}"
     place = f"{start}-{images}-seed{seed}"
     return Job(
         name,
         seed,
-        changed(settings.to_dict(), lengths, "curve"),
+        changed(settings.to_dict(), every, "curve"),
         args.out / "curve" / place,
         args.out / "curve" / ".locks" / place,
         (sys.executable, str(Path(__file__).resolve()), "fit"),

@@ -133,7 +133,9 @@ class Data:
     layout: Literal["auto", PublicSet, "plain", "flat"] = setting(
         "auto", "how the folder is arranged; auto looks what it is"
     )
-    split: Literal["official", "organ"] = setting("official", "NuInsSeg's KFold, or stratified")
+    split: Literal["official", "organ", "leave-one-out"] = setting(
+        "official", "NuInsSeg's KFold; stratified by organ; or one organ or source a fold"
+    )
     folds: int = setting(5, "number of folds", at_least(2))
     fold: int | Literal["all"] = setting(0, 'test fold; "all" tests nothing: a model to keep')
     group: str = setting("", "images whose stems share a match stay together", regular_expression)
@@ -160,6 +162,9 @@ class Augment:
     stain: float = setting(1.0, "probability of HED stain augmentation", PROBABILITY)
     stain_scale: float = setting(0.3, "s: each stain times 1 + U(-s, s)", at_least(0))
     stain_bias: float = setting(0.1, "b: each stain plus U(-b, b), optical density", at_least(0))
+    stain_mix: float = setting(
+        0.0, "m: each stain's density in R, G and B plus U(-m, m): other hues", at_least(0)
+    )
     blur: float = setting(0.15, "probability of a Gaussian blur", PROBABILITY)
     blur_sigma: float = setting(1.0, "largest Gaussian sigma, model px", at_least(0))
     noise: float = setting(0.15, "probability of Gaussian noise", PROBABILITY)
@@ -213,6 +218,9 @@ class Train:
     """[train]: the training loop."""
 
     epochs: int = setting(100, "passes over the training images", at_least(1))
+    presentations: int = setting(
+        0, "images that a run sees, repeats counted; sets epochs; 0: epochs stands", at_least(0)
+    )
     batch: int = setting(4, "images per process and forward pass", at_least(1))
     # The instance head's BatchNorms see one forward pass at a time.
     accumulate: int = setting(1, "forward passes per optimizer step", at_least(1))

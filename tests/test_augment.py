@@ -14,7 +14,9 @@ from nucsam.data.samples import DRAWS
 NONE = Augment(d4=False, scale_min=1.0, scale_max=1.0, stain=0.0, blur=0.0, noise=0.0)
 D4 = replace(NONE, d4=True)
 GEOMETRY = replace(Augment(), stain=0.0, blur=0.0, noise=0.0)
-STRONG = Augment(stain=0.7, stain_scale=0.5, stain_bias=0.3, blur=0.5, noise=0.5, noise_sigma=30.0)
+STRONG = Augment(
+    stain=0.7, stain_scale=0.5, stain_bias=0.3, stain_mix=0.2, blur=0.5, noise=0.5, noise_sigma=30.0
+)
 STEP = 3.0  # grey levels per px of `maps`' ramps
 HAEMATOXYLIN, EOSIN = torch.tensor([0.65, 0.70, 0.29]), torch.tensor([0.07, 0.99, 0.11])
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -287,6 +289,19 @@ def test_bias_adds_one_density_everywhere():
     torch.testing.assert_close(added, mean.expand_as(added), atol=1e-3, rtol=0)
     assert 0.02 < mean.abs().max() < 0.1 * (0.70 + 0.99 + 0.57)
     assert (mean.flatten(1).std(0) > 0.01).all()
+
+
+def test_mix_gives_each_stain_another_colour_and_leaves_glass_white():
+    config = replace(NONE, stain=1.0, stain_scale=0.0, stain_bias=0.0, stain_mix=0.2)
+    for stain in (HAEMATOXYLIN, EOSIN):
+        batch = stained(0.8 * stain, 100)
+        images, _, _ = augmented(batch, config)
+        change = (density(images[:, :, 0, 0]) - density(batch[0][:, :, 0, 0])) / 0.8
+        assert (change.abs() < 0.21).all()  # the uint8 colour is rounded
+        assert (change.abs().amax(0) > 0.17).all()
+        assert (torch.corrcoef(change.T) - torch.eye(3)).abs().max() < 0.3  # R, G and B apart
+    glass = flat(torch.full((100, 3), 255, dtype=torch.uint8))
+    torch.testing.assert_close(augmented(glass, config)[0], glass[0].float(), atol=1e-2, rtol=0)
 
 
 def test_blur_is_a_gaussian_mean():

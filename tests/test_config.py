@@ -242,11 +242,12 @@ REFUSED = {
     "data.crop model.rank train.epochs train.batch train.accumulate train.step_epochs "
     "train.validate_every": [0, -1, 2**31],
     "data.folds": [1, 0],
-    "data.images data.workers instances.area": [-1],
+    "data.images data.workers instances.area train.presentations": [-1],
     "data.seed": [-1, 2**32],
     "train.seed": [-1, 2**64],
     "model.width": [0, 100, -32],
-    "data.mpp data.memory augment.stain_scale augment.stain_bias augment.blur_sigma "
+    "data.mpp data.memory augment.stain_scale augment.stain_bias augment.stain_mix "
+    "augment.blur_sigma "
     "augment.noise_sigma loss.cross_entropy loss.boundary loss.tversky loss.distance loss.dice "
     "train.weight_decay train.save_minutes": [-0.1, math.inf],
     "data.scale augment.scale_min augment.scale_max model.alpha train.lr_adapter train.lr_head "

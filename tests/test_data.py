@@ -14,12 +14,12 @@ from PIL import Image
 from rich.console import Console
 from sklearn.model_selection import KFold
 
-from nucsam.config import Data
+from nucsam.config import Config, Data, Train
 from nucsam.data import geojson
 from nucsam.data.folders import Record, find_records
 from nucsam.data.images import read_image, read_label, read_mpp, write_label
 from nucsam.data.samples import Crops, EpochBatches, Samples, read_sample
-from nucsam.data.splits import inventory, split_records
+from nucsam.data.splits import find_split, inventory, split_records, with_epochs
 from nucsam.data.summary import inspect_folder, summary_table
 from nucsam.errors import UserError
 
@@ -464,6 +464,36 @@ def test_organ_folds_hold_their_share_of_each_organ():
     counts = [[sum(organs[index] == organ for index in test) for organ in "abc"] for test in tests]
     assert sorted(counts) == [[10, 2, 4]] * 2 + [[10, 2, 5]] * 3
     assert sorted(len(test) for test in tests) == [16, 16, 17, 17, 17]
+
+
+def test_leave_one_out_tests_all_images_of_an_organ():
+    organs = ["b"] * 3 + ["a"] * 9 + ["c"] * 5
+    records = fake_records(organs)
+    for fold, organ in enumerate("abc"):
+        section = Data(split="leave-one-out", folds=3, fold=fold)
+        split = split_records(records, section)
+        assert {organs[i] for i in split.test} == {organ}
+        assert organ not in {organs[i] for i in split.train + split.inner}
+        assert len(split.train + split.inner + split.test) == 17
+    with pytest.raises(UserError, match=r"^data\.folds: found 5, expected 3.*a, b, c"):
+        split_records(records, Data(split="leave-one-out"))
+
+
+@pytest.mark.parametrize(
+    "batch, accumulate, expected",
+    [(1, 1, 111), (4, 1, 83), (2, 4, 62), (64, 64, 1)],  # of 9, 12, 16 and 4,096 a pass
+)
+def test_presentations_count_what_the_last_batch_repeats(tmp_path, batch, accumulate, expected):
+    plain(tmp_path, 11)
+    config = Config(
+        Data(root=str(tmp_path), fold="all"),
+        train=Train(presentations=1000, batch=batch, accumulate=accumulate),
+    )
+    assert len(find_split(config.data)[1].train) == 9
+    changed = with_epochs(config)
+    assert changed.train.epochs == expected
+    assert with_epochs(changed) == changed
+    assert with_epochs(Config()) == Config()
 
 
 def test_the_inner_split_is_stratified_and_depends_on_the_seed():

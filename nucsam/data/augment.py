@@ -19,7 +19,7 @@ from nucsam.config import Augment
 # Columns of the uniform numbers
 _FLIP_Y, _FLIP_X, _TURN, _ZOOM, _SHIFT_Y, _SHIFT_X = range(6)
 _STAIN, _BLUR, _BLUR_SIGMA, _NOISE, _NOISE_SIGMA, _NOISE_PLACE = range(6, 12)
-_STAIN_SCALE, _STAIN_BIAS = slice(12, 15), slice(15, 18)
+_STAIN_SCALE, _STAIN_BIAS, _STAIN_MIX = slice(12, 15), slice(15, 18), slice(18, 27)
 
 # Optical density of haematoxylin, eosin and DAB in R, G, B (Ruifrok and Johnston 2001)
 _STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
@@ -109,15 +109,17 @@ def _affine(draws: Tensor, source: int, crop: int, config: Augment) -> Tensor:
 
 
 def _draw_stain(draws: Tensor, config: Augment) -> dict[str, Tensor]:
-    """A scale and a shift of the density of each stain: one 3x3 matrix and one offset per image."""
+    """Another density and colour of each stain: one 3x3 matrix and one offset per image."""
     if not config.stain:
         return {}
     chosen = (draws[:, _STAIN] < config.stain).float()[:, None]
     factor = 1 + chosen * config.stain_scale * (2 * draws[:, _STAIN_SCALE] - 1)
     bias = chosen * config.stain_bias * (2 * draws[:, _STAIN_BIAS] - 1)
-    change = torch.linalg.inv(_STAINS) @ (factor[:, :, None] * _STAINS)
+    mix = chosen * config.stain_mix * (2 * draws[:, _STAIN_MIX] - 1)
+    stains = _STAINS + mix.view(-1, 3, 3)
+    change = torch.linalg.inv(_STAINS) @ (factor[:, :, None] * stains)
     # With log(1 + pixel) in place of the density log(256 / (1 + pixel)): fewer passes.
-    offset = math.log(256) * (1 - change.sum(1)) - bias @ _STAINS
+    offset = math.log(256) * (1 - change.sum(1)) - (bias[:, None] @ stains)[:, 0]
     return {"stain_matrix": change.mT, "stain_offset": offset[:, :, None]}
 
 

@@ -1,12 +1,13 @@
 """Folds: which images train, which choose the epoch, which are tested."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nucsam.config import Data
+from nucsam.config import Config, Data
 from nucsam.data.folders import Record, find_records
 from nucsam.data.samples import by_region
 from nucsam.errors import UserError
@@ -92,7 +93,8 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
 
     - `split = "official"` is scikit-learn's KFold(folds, shuffle=True, random_state=seed) over the
       records, or over the sorted groups where a group has several images. `"organ"` gives each fold
-      its share of every organ.
+      its share of every organ. `"leave-one-out"` tests fold k on all images of organ k, in
+      alphabetical order: how a model does on an organ, or a source, that it never saw.
     - `fold = "all"` tests on nothing.
     - `images` is how many of the others are used. They are drawn from (seed, fold), spread over the
       groups; a smaller number takes some of what a larger one takes.
@@ -104,7 +106,8 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
         data: the section `data` of the configuration.
 
     Raises:
-        UserError: there are more folds than groups.
+        UserError: there are more folds than groups, or one is left out and there are not as many
+            folds as organs.
     """
     images = Counter(record.group for record in records)
     groups = list(images) if len(images) == len(records) else sorted(images)
@@ -121,6 +124,12 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
     elif data.split == "official":
         shuffled = np.random.RandomState(data.seed).permutation(len(groups))
         kind[np.array_split(shuffled, data.folds)[data.fold]] = TEST
+    elif data.split == "leave-one-out":
+        names = sorted(set(organs))
+        if data.folds != len(names):
+            expected = f"{len(names)}, one for each organ: {shortened(names)}"
+            raise UserError(f"data.folds: found {data.folds}, expected {expected}")
+        kind[organs == names[data.fold]] = TEST
     else:
         kind[_stratified(organs, sizes, data.folds, data.seed) == data.fold] = TEST
     kind_of = dict(zip(groups, kind))
@@ -161,3 +170,18 @@ def find_split(data: Data, root: str = "") -> tuple[list[Record], Split]:
     records = find_records(root or data.root, layout=data.layout, group=data.group)
     records = by_region(records, data.region_class, data.connected)
     return records, split_records(records, data)
+
+
+def with_epochs(config: Config) -> Config:
+    """The configuration with the whole epochs, at least one, nearest to `train.presentations`.
+
+    So runs on different numbers of images train equally long. 0 presentations change nothing.
+    """
+    t = config.train
+    if not t.presentations:
+        return config
+    split = find_split(config.data)[1]
+    images = len(split.train) + (len(split.inner) if config.data.select == "test" else 0)
+    batch = t.batch * t.accumulate
+    filled = batch * math.ceil(images / batch)  # the last batch of an epoch repeats images
+    return replace(config, train=replace(t, epochs=max(1, round(t.presentations / max(1, filled)))))

@@ -18,6 +18,7 @@ from typing import Any
 from nucsam import config
 from nucsam.claims import read_note
 from nucsam.config import Config
+from nucsam.data.splits import with_epochs
 from nucsam.errors import UserError
 from nucsam.processes import allowed_cores
 from nucsam.run.directory import RunDirectory
@@ -116,7 +117,7 @@ def plan(by_label: Mapping[str, Config], out: Path) -> list[Job]:
     for label, variant in by_label.items():
         folder = _folder_name(label)
         for fold in range(variant.data.folds):
-            settings = replace(variant, data=replace(variant.data, fold=fold))
+            settings = with_epochs(replace(variant, data=replace(variant.data, fold=fold)))
             lock = out / ".locks" / f"{folder},fold{fold}".removeprefix(",")
             jobs.append(Job(label, fold, settings, out / folder / f"fold{fold}", lock))
     return jobs

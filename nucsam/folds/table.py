@@ -61,6 +61,7 @@ def _variant(label: str, jobs: Sequence[Job]) -> dict[str, Any]:
         "parameters": environment.get("parameters"),
         "images": sum(environment.get("images", {}).values()),
         "epochs": c.train.epochs,
+        "presentations": c.train.presentations,
         "best_epochs": {fold: document["epoch"] for fold, document in done.items()},
         "epoch_chosen_by": f"{c.train.best} on the {c.data.select} split",
         "epoch_chosen_on_test": c.data.select == "test",

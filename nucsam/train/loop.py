@@ -71,7 +71,7 @@ def _fit(
 ) -> dict[str, Any]:
     """`fit` in a directory that this launch alone writes."""
     training = Training(config, out, resume=resume, build=build)
-    progress = training.progress
+    config, progress = training.config, training.progress
     if training.base.extra and not progress.step and not progress.history:
         # The base is a trained model: epoch 0 shows later whether training made it worse.
         training.log({"epoch": 0, "step": 0, **validate(training)}, validated=True)

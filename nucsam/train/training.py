@@ -26,7 +26,7 @@ from nucsam.config import Config, Data, Train
 from nucsam.data.augment import window
 from nucsam.data.folders import taken
 from nucsam.data.samples import SAME_SCALE, Crops, EpochBatches, Samples
-from nucsam.data.splits import find_split, inventory
+from nucsam.data.splits import find_split, inventory, with_epochs
 from nucsam.errors import UserError
 from nucsam.files import check_form
 from nucsam.model.network import calibrated
@@ -68,7 +68,7 @@ class Training:
         Checks everything that a user can get wrong before it writes anything. Arguments and errors
         are those of `nucsam.train.loop.fit`.
         """
-        self.config = config
+        self.config = config = with_epochs(config)
         self.run = RunDirectory(out)
         self.cores = idle_cores()
         # A thread waits for all others at each step: two on one busy core take longer than one.
