@@ -108,7 +108,8 @@ class Model:
     differences: Mapping[str, Any] = field(default_factory=dict)
     net: str = ""  # of unets.NETS; "" = nucsam
     file: str = ""  # in configs/: its values in place of the common ones
-    tta: str = ""  # model whose runs are scored again, with test-time augmentation
+    again: str = ""  # model whose runs are scored again, with the differences
+    tta: bool = False  # scored again with test-time augmentation
     pretrains: bool = False  # on other images, also from MobileSAM's weights; U-Nets always do
 
 
@@ -155,7 +156,8 @@ MODELS = {
     "boundary-1": Model({"loss.boundary": 1.0}),
     "scale-1": Model({"data.scale": 1.0}),
     "scale-2": Model({"data.scale": 2.0}),
-    "tta": Model(tta="lora"),
+    "tta": Model(again="lora", tta=True),
+    "adapt": Model({"model.adapt": 0.06}, again="lora"),
     "no-ema": Model({"train.ema": 0.0}),
     "zoom": Model({"augment.scale_min": 0.5, "augment.scale_max": 2.0}),
     "stain-half": Model({"augment.stain_scale": 0.15, "augment.stain_bias": 0.05}),
@@ -215,7 +217,7 @@ class Plan:
         wrong = [fold for fold in self.folds if not 0 <= fold < folds]
         if wrong:
             raise UserError(f"--folds: found {wrong}, expected 0 to {folds - 1}")
-        scored_again = {MODELS[name].tta for name in self.models} - {""}
+        scored_again = {MODELS[name].again for name in self.models} - {""}
         missing = scored_again - {*self.models}
         if missing:
             raise UserError(
@@ -258,7 +260,7 @@ class Plan:
 
     def settings(self, name: str) -> Config:
         """A model's configuration, with the common fold and seed."""
-        model = MODELS[MODELS[name].tta or name]
+        model = MODELS[MODELS[name].again or name]
         tables = self.common.to_dict()
         if model.file:
             recipe = config.load_config(CONFIGS / model.file).to_dict()
@@ -268,7 +270,8 @@ class Plan:
             for table, keys in SHARED.items():
                 recipe[table] |= {key: tables[table][key] for key in keys}
             tables = recipe
-        return changed(tables, model.differences, f"model {name}")
+        differences = {**model.differences, **MODELS[name].differences}
+        return changed(tables, differences, f"model {name}")
 
     def base(self, name: str) -> tuple[str, Config]:
         """Name and configuration of the pretraining from which a model starts."""
@@ -301,7 +304,7 @@ class Plan:
         """A job for each pretraining."""
         jobs = {}
         for name in self.models:
-            trained = MODELS[name].tta or name
+            trained = MODELS[name].again or name
             if not self.pretrains(name):
                 continue
             base, settings = self.base(trained)
@@ -322,7 +325,7 @@ class Plan:
         Args:
             again: those that score runs of others again, or all the rest.
         """
-        rows = [row for row in self.rows() if bool(MODELS[row[0]].tta) == again]
+        rows = [row for row in self.rows() if bool(MODELS[row[0]].again) == again]
         jobs = [
             self.job(*row, seed, fold) for seed in self.seeds for fold in self.folds for row in rows
         ]
@@ -338,14 +341,15 @@ class Plan:
         values = {"data.fold": fold, "train.seed": seed}
         command = ["--net", model.net]
         if start:
-            base = RunDirectory(self.out / "pretrain" / self.base(model.tta or name)[0])
+            base = RunDirectory(self.out / "pretrain" / self.base(model.again or name)[0])
             if model.net:
                 command += ["--start", str(base.adapter_file)]
             else:
                 values["model.weights"] = str(base.path / MERGED)
                 command += ["--export", str(base.path)]
-        if model.tta:
-            command = ["--tta-of", str(self.job(model.tta, start, seed, fold).run)]
+        if model.again:
+            command = ["--again", str(self.job(model.again, start, seed, fold).run)]
+            command += ["--tta"] * model.tta
         return Job(
             f"{label}, seed {seed}",
             fold,
@@ -357,7 +361,9 @@ class Plan:
         )
 
     def _alike(self, a: str, b: str) -> bool:
-        same_net = (MODELS[a].net, MODELS[a].tta) == (MODELS[b].net, MODELS[b].tta)
+        same_net = all(
+            getattr(MODELS[a], name) == getattr(MODELS[b], name) for name in ("net", "again", "tta")
+        )
         same_start = self.pretrains(a) == self.pretrains(b)
         return same_net and same_start and self.settings(a) == self.settings(b)
 
@@ -426,13 +432,14 @@ def child(arguments: Sequence[str]) -> None:
     parser.add_argument("--net", default="", help="of unets.NETS; none = nucsam")
     parser.add_argument("--start", type=Path, help="adapter file that the U-Net starts from")
     parser.add_argument("--export", type=Path, help="run whose merged weights are model.weights")
-    parser.add_argument("--tta-of", type=Path, help="run to score with test-time augmentation")
+    parser.add_argument("--again", type=Path, help="finished run to score with these settings")
+    parser.add_argument("--tta", action="store_true", help="score it with test-time augmentation")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args(arguments)
     settings = config.load_config(args.settings)
-    if args.tta_of:
-        score_again(RunDirectory(args.tta_of), RunDirectory(args.out), settings)
+    if args.again:
+        score_again(RunDirectory(args.again), RunDirectory(args.out), settings, tta=args.tta)
         return
     if args.start:
         pretraining = RunDirectory(args.start.parent)
@@ -501,21 +508,21 @@ def inference_seconds(
     return statistics.median(seconds)
 
 
-def score_again(run: RunDirectory, out: RunDirectory, settings: Config) -> None:
-    """Score a finished nucsam run with test-time augmentation, as the run directory `out`."""
+def score_again(run: RunDirectory, out: RunDirectory, settings: Config, *, tta: bool) -> None:
+    """Score a finished nucsam run with other settings of prediction, as the run directory `out`."""
     net, samples, accelerator, metadata = open_finished(run, settings, network.build_model)
-    results = score_images(net, settings, samples, range(len(samples)), accelerator, tta=True)
+    results = score_images(net, settings, samples, range(len(samples)), accelerator, tta=tta)
     out.path.mkdir(parents=True, exist_ok=True)
     for source, target in (
         (run.images_file, out.images_file),
-        (run.config_file, out.config_file),
         (run.environment_file, out.environment_file),
         (run.metrics_file, out.metrics_file),
     ):
         shutil.copyfile(source, target)
+    write_text(out.config_file, config.to_toml(settings))
     out.write_scores(describe_scores(results, metadata, of="test", untrained=False))
     measured = json.loads((run.path / MEASURED).read_text())
-    measured["inference_seconds"] = inference_seconds(run, settings, network.build_model, tta=True)
+    measured["inference_seconds"] = inference_seconds(run, settings, network.build_model, tta=tta)
     write_text(out.path / MEASURED, json.dumps(measured) + "\n")
 
 
@@ -680,10 +687,11 @@ def settings_lines(plan: Plan) -> list[str]:
     for job in plan.pretraining():
         differences = _differences(plan.common, job.config)
         lines.append(f"{job.name}, on {images}, beside all: {differences}")
-    for name in sorted(plan.models, key=lambda name: bool(MODELS[name].tta)):
+    for name in sorted(plan.models, key=lambda name: bool(MODELS[name].again)):
         text = _differences(plan.common, plan.settings(name))
-        if MODELS[name].tta:
-            text = f"runs of `{MODELS[name].tta}`, test-time augmentation"
+        if MODELS[name].again:
+            text = f"runs of `{MODELS[name].again}`, {text}"
+            text += ", test-time augmentation" * MODELS[name].tta
         lines.append(f"`{name}`: {text}")
     return lines
 

@@ -283,6 +283,9 @@ def predict_command(
     batch: Annotated[int | None, Option(help="Tiles at a time; GPU default: as trained.")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     tta: Annotated[bool, Option("--tta", help="Average 8 flips and turns: 8 times slower")] = False,
+    adapt: Annotated[
+        float | None, Option(help="0 to 1: adapt to other stains, such as 0.1; default: as set.")
+    ] = None,
     roi: Annotated[Path | None, Option(help="GeoJSON, or a folder of STEM.geojson.")] = None,
     tissue: Annotated[
         bool, Option("--tissue-mask/--no-tissue-mask", help="Skip tiles that show glass alone.")
@@ -316,6 +319,7 @@ def predict_command(
         device=device,
         per_device=per_device,
         tta=tta,
+        adapt=adapt,
         force=force,
         roi=roi,
         tissue=tissue,

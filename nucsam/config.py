@@ -190,6 +190,9 @@ class Model:
     alpha: float = setting(4.0, "LoRA's scale is alpha / rank", POSITIVE)
     pattern: str = setting("", "layers that get LoRA; empty: the encoder's own", regular_expression)
     width: int = setting(128, "channels of the instance head at stride 16", WIDTH)
+    adapt: float = setting(
+        0.0, "share of an image's own statistics in the head's norms, when predicting", PROBABILITY
+    )
 
 
 @dataclass(frozen=True)

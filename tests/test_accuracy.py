@@ -99,7 +99,7 @@ def test_each_model_starts_from_its_pretraining():
         assert jobs[name].config.model.weights == f"runs/pretrain/{base}/merged.safetensors"
         assert jobs[name].trainer[-2:] == ("--export", f"runs/pretrain/{base}")
     (again,) = asked.training(again=True)
-    assert again.trainer[-2:] == ("--tta-of", "runs/lora/seed0/fold2")
+    assert again.trainer[-2:] == ("runs/lora/seed0/fold2", "--tta")
 
 
 def test_table_of_a_finished_benchmark(bench, tmp_path):
@@ -127,12 +127,13 @@ def test_a_child_trains_scores_and_measures(tiny, tmp_path):
     merged = tmp_path / "base" / accuracy.MERGED
     standin = tiny("train.epochs=1", "model.train=full")
     lora = config.override(standin.to_dict(), ["model.train=lora", f"model.weights={merged}"])
+    adapts = config.override(lora.to_dict(), ["model.adapt=0.5"])
     unet = tiny("train.epochs=1", "train.lr_adapter=1e-3")
     runs = {name: RunDirectory(tmp_path / name) for name in ("base", "run", "tta", "unet", "next")}
     children = {
         "base": (standin, []),
         "run": (lora, ["--export", str(merged.parent)]),
-        "tta": (lora, ["--tta-of", str(tmp_path / "run")]),
+        "tta": (adapts, ["--again", str(tmp_path / "run"), "--tta"]),
         "unet": (unet, ["--net", "shallow"]),
         "next": (unet, ["--net", "shallow", "--start", str(runs["unet"].adapter_file)]),
     }

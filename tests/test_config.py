@@ -253,7 +253,7 @@ REFUSED = {
     "data.scale augment.scale_min augment.scale_max model.alpha train.lr_adapter train.lr_head "
     "train.clip train.gamma": [0.0, -1.0, math.nan, 10**400],
     "data.inner": [0.0, 0.51, -0.1, math.nan],
-    "augment.stain augment.blur augment.noise": [-0.1, 1.1, math.nan],
+    "augment.stain augment.blur augment.noise model.adapt": [-0.1, 1.1, math.nan],
     "instances.foreground instances.seed_rise": [0.0, 1.0],
     "instances.confidence train.warmup train.ema": [1.0, -0.1],
     "data.group model.pattern": ["(", "a{99999999999}"],

@@ -325,6 +325,25 @@ def test_onnx_gives_the_same_tiles_and_nuclei(run, onnx, options):
     assert (again != label).mean() < 1e-3
 
 
+def test_onnx_has_the_share_that_it_was_exported_with(run, tmp_path):
+    text = run.joinpath("config.toml").read_text()
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    assert text.count("adapt = 0.0") == 1
+    other.joinpath("config.toml").write_text(text.replace("adapt = 0.0", "adapt = 0.5"))
+    file = tmp_path / "adapts.onnx"
+    export_run(other, file)
+    (maps, _), (same, _) = (label_maps(path) for path in (other, file))
+    np.testing.assert_allclose(same, maps, atol=1e-5)
+    asked, _ = label_maps(run, adapt=0.5)
+    np.testing.assert_array_equal(asked, maps)
+    plain, _ = label_maps(run)
+    assert np.abs(plain - maps).mean() > 1e-3
+    assert label_maps(file, adapt=0.5)
+    with pytest.raises(UserError, match=r"^adapt: found 0, but .*adapts\.onnx has 0\.5"):
+        nucsam.load(file, adapt=0.0)
+
+
 def test_onnx_at_another_magnification_is_near(run, onnx):
     (maps, _), (near, _) = (label_maps(file, mpp=0.3) for file in (run, onnx[0]))
     assert near.shape == maps.shape

@@ -108,6 +108,8 @@ $ train data.root=few TINY data.folds=2  # too few images
 data.root: found 2 images in few, of which 1 are left to ... epoch by; expected at least one of each
 $ train PLAIN data.folds=20  # more folds than images
 folds: found 20, expected at most one per group: 12
+$ train PLAIN data.split=leave-one-out  # one organ to leave out
+data.split: found leave-one-out of a single organ, expected several, each in a folder of its own
 $ train train.epoch=3  # a typo in a key
 command line: unknown key train.epoch; did you mean train.epochs?
 $ train trian.epochs=3  # a typo in a table
@@ -356,6 +358,8 @@ $ predict run flat --out p --formats tissue  # a mask alone
 ...formats: found tissue alone, expected another format beside it
 $ predict run flat --out p --per-device 0  # no process a GPU
 ...per_device: found 0, expected at least 1
+$ predict run flat --out p --adapt 6  # a percentage for a share
+adapt: found 6, expected a share from 0 to 1
 $ predict run flat --out p --scale 2 --mpp 0.5  # two magnifications
 ...scale, ...mpp: found both, expected one
 $ predict run flat --out p --mpp 0  # no magnification

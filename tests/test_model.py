@@ -11,7 +11,8 @@ from conftest import same_tensors
 from torch import nn
 
 from nucsam.config import Instances, Loss, Model, load_config
-from nucsam.model.heads import InstanceHead
+from nucsam.errors import UserError
+from nucsam.model.heads import Block, InstanceHead, Norm
 from nucsam.model.lora import LoRALinear
 from nucsam.model.network import Nucsam, build_model
 from nucsam.model.targets import BACKGROUND, BOUNDARY, INSIDE
@@ -254,6 +255,52 @@ def test_a_folded_model_makes_the_same_maps(base):
         assert not any("lora_" in name for name in net.state_dict())
         assert not any(isinstance(part, nn.BatchNorm2d) for part in net.head.modules())
         assert torch.allclose(net(x, (96, 64)), expected, atol=1e-5)
+
+
+def test_a_norm_adapts_to_each_image_alone():
+    """The share moves mean and variance from those of the training to those of the image."""
+    x = 3 * noise(2, 4, 8, 6) + 5
+    norm = Norm(4).eval()
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.uniform_(norm.bias, -0.5, 0.5)
+    plain = norm(x)
+    for share in (0.25, 1.0):
+        norm.adapt = share
+        for one, y in zip(x, norm(x)):
+            for c in range(4):
+                mean = share * one[c].mean()  # the norm's own is 0, and its variance 1
+                variance = (1 - share) + share * one[c].var(correction=0)
+                z = (one[c] - mean) / (variance + norm.eps).sqrt()
+                torch.testing.assert_close(y[c], norm.weight[c] * z + norm.bias[c])
+    norm.train()(x)
+    assert norm.running_mean.min() > 0.1  # training moves the statistics, as without a share
+    norm = Norm(4).eval()
+    norm.adapt = 0.0
+    assert torch.equal(norm(x), nn.functional.batch_norm(x, *norm.buffers(), eps=norm.eps))
+    assert not torch.equal(plain, x)
+
+
+def test_a_block_that_adapts_wholly_undoes_a_change_of_contrast():
+    block, x = Block(3, 8).eval(), noise(2, 3, 16, 16)
+    with torch.no_grad():
+        assert (block(2 * x) - block(x)).abs().max() > 0.1
+        block[1].adapt = 1.0
+        torch.testing.assert_close(block(2 * x), block(x), atol=1e-3, rtol=1e-3)
+
+
+def test_a_model_that_adapts_does_so_when_folded(base):
+    net = build_model(Model(adapt=0.5), base, seed=0)
+    x = 255 * noise(2, 3, 96, 64)
+    with torch.no_grad():
+        expected = net.eval()(x, (96, 64))
+        assert torch.allclose(net.fold()(x, (96, 64)), expected, atol=1e-4)
+        assert torch.allclose(
+            net(x[:1], (96, 64)), expected[:1], atol=1e-4
+        )  # no image sees another
+        net.adapt(0.0)
+        assert not torch.allclose(net(x, (96, 64)), expected, atol=1e-2)
+    with pytest.raises(UserError, match=r"^adapt: found 0\.5 and a sam head"):
+        build_model(Model(adapt=0.5, head="sam"), base, seed=0)
 
 
 # Weights

@@ -126,6 +126,11 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
         kind[np.array_split(shuffled, data.folds)[data.fold]] = TEST
     elif data.split == "leave-one-out":
         names = sorted(set(organs))
+        if len(names) == 1:
+            expected = "several, each in a folder of its own"
+            raise UserError(
+                f"data.split: found leave-one-out of a single organ, expected {expected}"
+            )
         if data.folds != len(names):
             expected = f"{len(names)}, one for each organ: {shortened(names)}"
             raise UserError(f"data.folds: found {data.folds}, expected {expected}")

@@ -11,7 +11,7 @@ from nucsam.errors import UserError
 from nucsam.model import lora
 from nucsam.model.bases import BASES
 from nucsam.model.encoder import Encoder
-from nucsam.model.heads import Block, InstanceHead, SamHead
+from nucsam.model.heads import Block, InstanceHead, Norm, SamHead
 from nucsam.model.vit import ViT
 from nucsam.model.weights import Base, build_sam, misfit, seeded, state_sha256
 
@@ -60,6 +60,7 @@ class Nucsam(nn.Module):
             self.head = SamHead(self.prompt_encoder, self.mask_decoder)
         else:
             self.head = InstanceHead(config.width, self.image_encoder.maps)
+        self.adapt(config.adapt)
 
     def forward(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """Dense maps of images.
@@ -90,8 +91,20 @@ class Nucsam(nn.Module):
         """Probabilities (C, H, W) of one image -> label map int32 (H, W), 0 = background."""
         return self.head.instances(maps, config)
 
+    def adapt(self, share: float) -> None:
+        """Set the share, 0..1, of an image's own statistics in the head's norms.
+
+        Raises:
+            UserError: the head has no such norms.
+        """
+        norms = [module for module in self.modules() if isinstance(module, Norm)]
+        if share and not norms:
+            raise UserError(f"adapt: found {share:g} and a sam head, which has no such norms")
+        for norm in norms:
+            norm.adapt = share
+
     def fold(self) -> "Nucsam":
-        """Make the model fast, for prediction only: merge LoRA, fold the norms of the head, freeze.
+        """Make the model fast, for prediction only: merge LoRA, fold the head's norms, freeze.
 
         Returns:
             The model itself; it must be in eval mode.

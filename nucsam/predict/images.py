@@ -194,6 +194,7 @@ def _settings(model: str, predictor: Predictor, mpp: float | None) -> dict[str, 
         "tile": predictor.tile,
         "overlap": predictor.overlap,
         "tta": predictor.tta,
+        "adapt": predictor.adapt,
         "instances": asdict(predictor.instances),
     }
 

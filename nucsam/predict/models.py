@@ -25,6 +25,7 @@ def load(
     overlap: int | None = None,
     batch: int | None = None,
     tta: bool = False,
+    adapt: float | None = None,
 ) -> Predictor:
     """Load a model.
 
@@ -54,6 +55,9 @@ def load(
         overlap: what neighbouring tiles share, px; None = one 32nd of a tile.
         batch: tiles at a time; None = as trained on a GPU, 1 on a CPU.
         tta: average the maps over the eight flips and quarter turns.
+        adapt: share, 0 to 1, of a tile's own statistics in the head's norms: for images of another
+            laboratory, whose stain differs. None = `model.adapt` of its configuration. An ONNX file
+            has the share with which it was exported.
 
     Raises:
         UserError: a file is missing or damaged, an argument out of range, or no such device.
@@ -66,9 +70,11 @@ def load(
         raise UserError(f"{path}: needs PyTorch, found none; {expected}")
     else:
         from nucsam.predict.pytorch import open_weights as open_file
+    if adapt is not None and not 0 <= adapt <= 1:
+        raise UserError(f"adapt: found {adapt:g}, expected a share from 0 to 1")
     if per_device < 1:
         raise UserError(f"per_device: found {per_device}, expected at least 1")
-    make, config, metadata, on_cpu = open_file(path, device, per_device)
+    make, config, metadata, on_cpu = open_file(path, device, per_device, adapt)
     tile = max(config.data.crop, 256) if tile is None else tile
     overlap = tile // SHARE if overlap is None else overlap
     if batch is None:
@@ -80,6 +86,7 @@ def load(
         instances=config.instances,
         mpp=metadata.get("mpp"),
         tta=tta,
+        adapt=config.model.adapt if adapt is None else adapt,
         trained=_training(config, metadata),
         ratio=config.data.scale / scale if scale else None,
         **sizes,

@@ -69,11 +69,12 @@ def resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     )
 
 
-def open_graph(path: Path, device: str, per_device: int = 1) -> Opened:
+def open_graph(path: Path, device: str, per_device: int = 1, adapt: float | None = None) -> Opened:
     """As `pytorch.open_weights`, of an ONNX file.
 
     Raises:
-        UserError: no onnxruntime, no such file or device, or a graph that nucsam has not written.
+        UserError: no onnxruntime, no such file or device, a graph that nucsam has not written, or
+            one that was exported with another `model.adapt`.
     """
     check_packages("onnx", "onnxruntime")
     if not path.is_file():
@@ -86,6 +87,9 @@ def open_graph(path: Path, device: str, per_device: int = 1) -> Opened:
         raise UserError(f"{path}: found another graph, expected one of nucsam export")
     metadata = read_json(entries["nucsam"], f"{path}: `nucsam` metadata")
     config = check_metadata(path, metadata)
+    if adapt not in (None, config.model.adapt):
+        found = f"found {adapt:g}, but {path} has {config.model.adapt:g} in its graph"
+        raise UserError(f"adapt: {found}; export it with that share")
     fields = {"multiple": int(multiple), "split": SPLITS[maps], "sha256": file_checksum(path)}
     make = partial(OnnxPredictor, session, **fields)
     return make, config, metadata, session.get_providers()[0] == "CPUExecutionProvider"

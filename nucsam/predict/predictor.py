@@ -52,6 +52,7 @@ class Predictor:
         overlap: what neighbouring tiles share, px.
         batch: tiles of one size that go through the model together.
         tta: average the maps over the eight flips and quarter turns.
+        adapt: share of a tile's own statistics in the head's norms; the model has it.
         trained: what training it had, for the message that it finds nothing.
         ratio: px of any image per px of those trained on, whatever its mpp; None = by mpp.
         core: longest side of a window's core, px; see `predict.tiles`.
@@ -67,6 +68,7 @@ class Predictor:
     overlap: int = 16
     batch: int = 4
     tta: bool = False
+    adapt: float = 0.0
     trained: str = ""
     ratio: float | None = None
     core: int = CORE

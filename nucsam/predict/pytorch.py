@@ -69,14 +69,24 @@ def _on_host(maps: torch.Tensor) -> np.ndarray:
     return host.numpy()
 
 
-def open_weights(path: Path, device: str, per_device: int = 1) -> Opened:
+def open_weights(
+    path: Path, device: str, per_device: int = 1, adapt: float | None = None
+) -> Opened:
     """A predictor without its options, of a run directory or a safetensors file.
 
+    Args:
+        path: the directory or file.
+        device: auto, cpu, cuda, cuda:N or mps.
+        per_device: launched processes that share a GPU.
+        adapt: in place of the `model.adapt` of its configuration; None = keep it.
+
     Raises:
-        UserError: as of `open_model`, or no such device.
+        UserError: as of `open_model`, no such device, or no head that adapts.
     """
     where = find_device(device, per_device)
     model, config, metadata = open_model(path)
+    if adapt is not None:
+        model.adapt(adapt)
     cast = autocast_dtype(metadata.get("precision"), where)
     sha256 = state_sha256(model.state_dict())
     make = partial(TorchPredictor, model.fold().to(where), autocast=cast, sha256=sha256)
