@@ -130,6 +130,7 @@ class Data:
     """[data]: the images and how they are split."""
 
     root: str = setting("data/NuInsSeg", "folder of images and label maps; ~ is the home folder")
+    test: str = setting("", "folder of the test images, if they lie apart; needs fold = all")
     layout: Literal["auto", PublicSet, "plain", "flat"] = setting(
         "auto", "how the folder is arranged; auto looks what it is"
     )
@@ -137,7 +138,7 @@ class Data:
         "official", "NuInsSeg's KFold; stratified by organ; or one organ or source a fold"
     )
     folds: int = setting(5, "number of folds", at_least(2))
-    fold: int | Literal["all"] = setting(0, 'test fold; "all" tests nothing: a model to keep')
+    fold: int | Literal["all"] = setting(0, 'test fold; "all" leaves none out: a model to keep')
     group: str = setting("", "images whose stems share a match stay together", regular_expression)
     connected: bool = setting(False, "for masks: each connected component of a label is a nucleus")
     region_class: str = setting("", "class of outlines of annotated regions, beside Region*")
@@ -318,6 +319,9 @@ def _check_pairs(config: Config) -> None:
     data, augment, model, train = config.data, config.augment, config.model, config.train
     if data.fold != "all" and not 0 <= data.fold < data.folds:
         raise UserError(f"data.fold: found {data.fold}, expected 0 to {data.folds - 1} or 'all'")
+    if data.test and data.fold != "all":
+        found = f"found {data.test!r} with data.fold = {data.fold}"
+        raise UserError(f"data.test: {found}, expected data.fold = 'all'")
     if data.fold == "all" and data.select == "test":
         raise UserError("data.select: found 'test' with data.fold = 'all', expected 'inner'")
     side = data.crop * data.scale
@@ -335,7 +339,10 @@ def _check_pairs(config: Config) -> None:
 
 
 # What a resumed run may change.
-MAY_CHANGE = ("data.root", "data.workers", "data.memory", "train.save_minutes", "train.log_with")
+MAY_CHANGE = (
+    *("data.root", "data.test", "data.workers", "data.memory"),
+    *("train.save_minutes", "train.log_with"),
+)
 
 
 # The settings of [data] that decide which image trains, chooses the epoch, or is tested.

@@ -13,6 +13,8 @@ from conftest import same_tensors
 from safetensors.torch import load_file
 
 from nucsam.config import Data, Train, load_config
+from nucsam.data.splits import find_split
+from nucsam.data.synthetic import write_dataset
 from nucsam.errors import UserError
 from nucsam.model import network
 from nucsam.run import checkpoint
@@ -338,6 +340,27 @@ def test_all_trains_on_everything_but_the_inner_split(tiny, tmp_path):
     images = json.loads((tmp_path / "run" / "environment.json").read_text())["images"]
     assert images == {"train": 8, "inner": 4, "test": 0}
     assert scores["images_of"] == "inner"
+
+
+def test_a_folder_of_its_own_is_tested(tiny, folder, tmp_path):
+    """Its images take no part in training; those with a name of the other folder get another."""
+    other = tmp_path / "test"
+    write_dataset(other, images=2, size=96, seed=9)
+    apart = tiny("data.fold=all", f"data.test={other}", "train.epochs=1")
+    records, split = find_split(apart.data)
+    names = [records[i].name for i in split.test]
+    assert len(names) == 2 and all(name.startswith("test_") for name in names)
+    assert {records[i].image.parents[2] for i in split.train + split.inner} == {folder}
+    scores = fit(apart, tmp_path / "run")
+    images = json.loads((tmp_path / "run" / "environment.json").read_text())["images"]
+    assert images == {"train": 8, "inner": 4, "test": 2}
+    assert scores["images_of"] == "test"
+    assert [row["name"] for row in scores["scores"][0]["images"]] == names
+    assert score_run(tmp_path / "run")["headline"] == pytest.approx(scores["headline"])
+    with pytest.raises(UserError, match=r"^data\.test: found 12 image"):
+        fit(tiny("data.fold=all", f"data.test={folder}", "train.epochs=1"), tmp_path / "same")
+    with pytest.raises(UserError, match=r"^data\.test: found .* with data\.fold = 0"):
+        tiny(f"data.test={folder}")
 
 
 @pytest.mark.parametrize("mode", ["full", "head"])

@@ -168,13 +168,26 @@ def _drawn(
 def find_split(data: Data, root: str = "") -> tuple[list[Record], Split]:
     """The images of a configuration and their split; training and scoring must agree on it.
 
+    The images of `data.test` come last. One with the name of another image is called test_NAME.
+
     Args:
         data: the section `data` of the configuration.
         root: folder of the images, if it has moved.
     """
-    records = find_records(root or data.root, layout=data.layout, group=data.group)
-    records = by_region(records, data.region_class, data.connected)
-    return records, split_records(records, data)
+
+    def found_in(folder: str, group: str) -> list[Record]:
+        records = find_records(folder, layout=data.layout, group=group)
+        return by_region(records, data.region_class, data.connected)
+
+    records = found_in(root or data.root, data.group)
+    split = split_records(records, data)
+    if data.test:
+        names = {record.name for record in records}
+        for record in found_in(data.test, ""):
+            name = f"test_{record.name}" if record.name in names else record.name
+            records.append(replace(record, name=name))
+        split = replace(split, test=tuple(range(len(records)))[len(names) :])
+    return records, split
 
 
 def with_epochs(config: Config) -> Config:

@@ -107,6 +107,7 @@ class Training:
         self.images = inventory(records, split, self.samples.digests)
         if resume and self.run.exists():
             self.run.check_images(self.images, d.root)
+        self._check_test_images(split.test)
         self.mpp = run_mpp(d, self.samples.mpps)
         if not any(self.samples[i].label.any() for i in self.train):
             found = f"found no nucleus in the {len(self.train)} images of {d.root} to train on"
@@ -116,6 +117,22 @@ class Training:
         if self.accelerator.is_main_process and d.crop > side:
             found = f"found {d.crop} px, but no image with a shorter side over {side} px"
             print_warning(f"data.crop: {found}; a smaller crop is faster")
+
+    def _check_test_images(self, test: Sequence[int]) -> None:
+        """Refuse a folder of test images that holds an image to train on.
+
+        In one folder the split decides, and copies of an image are not looked for.
+        """
+        if not self.config.data.test:
+            return
+        digests, records = self.samples.digests, self.samples.records
+        others = {digests[i]: records[i] for i in self.train + self.select}
+        if same := [(records[i], others[digests[i]]) for i in test if digests[i] in others]:
+            (copy, image), count = same[0], len(same)
+            found = (
+                f"found {count} image(s) to train on, such as {copy.image}, a copy of {image.image}"
+            )
+            raise UserError(f"data.test: {found}; expected others")
 
     def _load_model(self, build: Callable[..., nn.Module]) -> None:
         """Batches, base, model and optimizer."""
