@@ -83,6 +83,7 @@ SHARED = {
     "model": {"weights"},
     "train": {
         "epochs",
+        "presentations",
         "batch",
         "accumulate",
         "precision",
@@ -264,7 +265,7 @@ class Plan:
         tables = self.common.to_dict()
         if model.file:
             recipe = config.load_config(CONFIGS / model.file).to_dict()
-            longer = self.common.train.epochs / recipe["train"]["epochs"]
+            longer = splits.with_epochs(self.common).train.epochs / recipe["train"]["epochs"]
             steps = recipe["train"]["step_epochs"] * longer  # the rate keeps its shape
             recipe["train"]["step_epochs"] = max(1, round(steps))
             for table, keys in SHARED.items():
@@ -286,6 +287,7 @@ class Plan:
         values["data.root"] = str(self.out / "pretrain" / "data")
         values["data.layout"] = "nuinsseg"
         values["data.select"] = "inner"
+        values["train.presentations"] = 0
         values["train.validate_every"] = min(self.common.train.validate_every, epochs)
         if model.net or self.common.model.weights != "none":
             whole = {key for key in values if key.startswith("model.")} | {"train.lr_adapter"}
@@ -657,7 +659,8 @@ def markdown(plan: Plan, rows: Sequence[dict[str, Any]], verdicts: Sequence[dict
         f"Folds {_listed(plan.folds)} of {plan.common.data.folds}, seeds {_listed(plan.seeds)}. "
         "Percent: mean over a fold's images, then over folds; ± standard deviation over folds; in "
         "brackets over seeds.",
-        f"Budget of every model: {t.epochs} epochs, {presentations} image presentations a run, "
+        f"Budget of every model: {f'{t.epochs} epochs, ' * (not t.presentations)}{presentations} "
+        "image presentations a run, "
         f"batch {t.batch * t.accumulate}. A model whose epoch is chosen on the test images trains "
         "on the inner split too.",
         "Training: mean over runs, without validation. Inference: median of one image at a time, "

@@ -1,7 +1,7 @@
 """Train the starter, score it on images it never saw, and ask how many images are enough.
 
     python benchmarks/starter.py train DSB --out RUNS [table.key=value ...]
-    python benchmarks/starter.py score DATA ... --out RUNS [--model MODEL]
+    python benchmarks/starter.py score DATA ... --out RUNS [--model MODEL] [--adapt SHARE]
     python benchmarks/starter.py curve DATA ... --out RUNS [--model MODEL] [--only REGEX]
         [--images 4,8,16,32] [--seeds 0,1,2] [--presentations 1000] [table.key=value ...]
 
@@ -9,7 +9,8 @@
 half precision, as RUNS/starter.safetensors. An inner split of DSB chooses the epoch.
 
 `score` scores MODEL (RUNS/starter.safetensors) once on every image of each folder, and writes
-RUNS/scores.json. A metric is the mean over a folder's images.
+RUNS/scores.json, or with --adapt, which is that of `nucsam predict`, RUNS/scores-adapt.json. A
+metric is the mean over a folder's images.
 
 `curve` joins the folders, in NuInsSeg's layout, and trains on 4, 8, 16 and 32 of their images, from
 MODEL and from MobileSAM, with the settings of configs/starter.toml. Seed k tests on fold k, by
@@ -81,14 +82,17 @@ def score(args: argparse.Namespace) -> None:
     """Score a model once on every image of each folder."""
     rows = {}
     for root in args.data:
-        rows[root.name] = row = scores_of(args.model, find_records(root))
+        rows[root.name] = row = scores_of(args.model, find_records(root), args.adapt)
         print(f"{root.name}, {row['images']} images: {_sentence(row)}")
-    finish({"scores": rows}, args.out / "scores.json")
+    name = "scores.json" if args.adapt is None else "scores-adapt.json"
+    finish({"adapt": args.adapt, "scores": rows}, args.out / name)
 
 
-def scores_of(model: str, records: Sequence[Record]) -> dict[str, Any]:
+def scores_of(model: str, records: Sequence[Record], adapt: float | None = None) -> dict[str, Any]:
     """Mean scores, 0..1, of an adapter on all images of some records."""
     net, settings, _, metadata = checkpoint.open_adapter(find_model(model)[0])
+    if adapt is not None:
+        net.adapt(adapt)
     accelerator = scoring_accelerator(metadata)
     net = accelerator.prepare_model(net, evaluation_mode=True)
     samples = Samples(records, memory_gib=settings.data.memory)
@@ -236,6 +240,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("data", nargs="+", metavar="FOLDER | table.key=value")
     add("--out", type=Path, required=True)
     add("--model", help=f"an adapter file or starter; default: OUT/{FILE}")
+    add("--adapt", type=float, help="share of an image's own statistics; default: as set")
     add("--only", default="", help="regular expression on the names of the curve's runs")
     add("--images", type=numbers, default=(4, 8, 16, 32))
     add("--seeds", type=numbers, default=(0, 1, 2))

@@ -284,7 +284,7 @@ def predict_command(
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     tta: Annotated[bool, Option("--tta", help="Average 8 flips and turns: 8 times slower")] = False,
     adapt: Annotated[
-        float | None, Option(help="0 to 1: adapt to other stains, such as 0.1; default: as set.")
+        float | None, Option(help="0 to 1: adapt to other stains, such as 0.06; default: as set.")
     ] = None,
     roi: Annotated[Path | None, Option(help="GeoJSON, or a folder of STEM.geojson.")] = None,
     tissue: Annotated[

@@ -135,7 +135,7 @@ class Data:
         "auto", "how the folder is arranged; auto looks what it is"
     )
     split: Literal["official", "organ", "leave-one-out"] = setting(
-        "official", "NuInsSeg's KFold; stratified by organ; or one organ or source a fold"
+        "official", "NuInsSeg's KFold; by organ: stratified; leave-one-out: an organ a fold"
     )
     folds: int = setting(5, "number of folds", at_least(2))
     fold: int | Literal["all"] = setting(0, 'test fold; "all" leaves none out: a model to keep')
@@ -223,7 +223,7 @@ class Train:
 
     epochs: int = setting(100, "passes over the training images", at_least(1))
     presentations: int = setting(
-        0, "images that a run sees, repeats counted; sets epochs; 0: epochs stands", at_least(0)
+        0, "images that one process sees, with repeats; sets epochs; 0: epochs holds", at_least(0)
     )
     batch: int = setting(4, "images per process and forward pass", at_least(1))
     # The instance head's BatchNorms see one forward pass at a time.
@@ -330,6 +330,9 @@ def _check_pairs(config: Config) -> None:
     if model.head == "sam" and model.encoder.startswith("efficient_sam"):
         found = f"found 'sam' with model.encoder = {model.encoder!r}"
         raise UserError(f"model.head: {found}, whose decoder is another, expected 'instance'")
+    if model.adapt and model.head == "sam":
+        found = f"found {model.adapt:g} with model.head = 'sam', which has no norms that adapt"
+        raise UserError(f"model.adapt: {found}, expected 0")
     if model.norms == "moving" and (model.train != "full" or train.checkpoint):
         settings = "model.train = 'full' and train.checkpoint = false"
         raise UserError(f"model.norms: found 'moving', expected it only with {settings}")
@@ -391,7 +394,11 @@ def override(
         if name in SETTINGS and isinstance(SETTINGS[name].default, str):
             parsed = parsed if isinstance(parsed, str) else value.strip()  # such as 2024-05-01
         values[name] = parsed
-    return changed(tables, values, "command line" if overrides else source)
+    config = changed(tables, values, "command line" if overrides else source)
+    if "train.epochs" in values and config.train.presentations:
+        found = f"found it beside train.presentations = {config.train.presentations}"
+        raise UserError(f"train.epochs: {found}, which sets it; train.presentations=0 stops that")
+    return config
 
 
 def changed(tables: dict[str, Any], values: Mapping[str, Any], source: str) -> Config:
@@ -442,8 +449,13 @@ def differences(a: Config, b: Config) -> list[str]:
 
 
 def conflicts(a: Config, b: Config, *free: str) -> list[str]:
-    """The `differences` of all settings but MAY_CHANGE and `free`."""
+    """The `differences` of all settings but MAY_CHANGE and `free`.
+
+    Epochs that follow from the same `train.presentations` are no difference either.
+    """
     allowed = (*MAY_CHANGE, *free)
+    if a.train.presentations and a.train.presentations == b.train.presentations:
+        allowed += ("train.epochs",)
     return [line for line in differences(a, b) if line.partition(":")[0] not in allowed]
 
 

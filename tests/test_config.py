@@ -16,6 +16,7 @@ from nucsam.config import (
     Model,
     Train,
     compiled,
+    conflicts,
     differences,
     load_config,
     override,
@@ -169,6 +170,24 @@ def test_an_override_leaves_its_tables_alone():
     tables = {"train": {"epochs": 7}}
     assert override(tables, ["train.epochs=9", "model.rank=2"]).train.epochs == 9
     assert tables == {"train": {"epochs": 7}}
+
+
+def test_epochs_are_refused_beside_presentations():
+    tables = {"train": {"presentations": 1000, "epochs": 12}}
+    assert override(tables, ["model.rank=2"]).train.epochs == 12  # as a run's file holds both
+    with pytest.raises(UserError, match=r"^train\.epochs: found it beside train\.presentations"):
+        override(tables, ["train.epochs=20"])
+    assert override(tables, ["train.epochs=20", "train.presentations=0"]).train.epochs == 20
+
+
+def test_epochs_of_the_same_presentations_are_no_conflict():
+    runs = [
+        Config(train=Train(epochs=epochs, presentations=seen))
+        for epochs, seen in ((9, 0), (10, 0), (9, 800), (10, 800), (10, 900))
+    ]
+    none, other, first, second, longer = runs
+    assert conflicts(first, second) == []
+    assert len(conflicts(none, other)) == 1 and len(conflicts(first, longer)) == 2
 
 
 @pytest.mark.parametrize("text", ["train.epochs", "epochs=3", "train.=3", "=3", ""])

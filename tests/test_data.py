@@ -477,6 +477,9 @@ def test_leave_one_out_tests_all_images_of_an_organ():
         assert len(split.train + split.inner + split.test) == 17
     with pytest.raises(UserError, match=r"^data\.folds: found 5, expected 3.*a, b, c"):
         split_records(records, Data(split="leave-one-out"))
+    shared = fake_records(["a", "b", "b"], ["x", "x", "y"])  # leaving a out would leave b's x out
+    with pytest.raises(UserError, match=r"^data\.split: found .*group 'x' in several organs"):
+        split_records(shared, Data(split="leave-one-out", folds=2))
 
 
 @pytest.mark.parametrize(

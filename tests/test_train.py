@@ -12,10 +12,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 from conftest import same_tensors
 from safetensors.torch import load_file
 
-from nucsam.config import Data, Train, load_config
+from nucsam.config import Data, Train, load_config, to_toml
 from nucsam.data.splits import find_split
 from nucsam.data.synthetic import write_dataset
 from nucsam.errors import UserError
+from nucsam.folds.runner import cross_validate
 from nucsam.model import network
 from nucsam.run import checkpoint
 from nucsam.run.directory import RunDirectory
@@ -361,6 +362,9 @@ def test_a_folder_of_its_own_is_tested(tiny, folder, tmp_path):
         fit(tiny("data.fold=all", f"data.test={folder}", "train.epochs=1"), tmp_path / "same")
     with pytest.raises(UserError, match=r"^data\.test: found .* with data\.fold = 0"):
         tiny(f"data.test={folder}")
+    (tmp_path / "apart.toml").write_text(to_toml(apart))
+    with pytest.raises(UserError, match=r"^data\.test: found .*, expected none; nucsam train"):
+        cross_validate(tmp_path / "apart.toml", [], tmp_path / "folds")
 
 
 @pytest.mark.parametrize("mode", ["full", "head"])

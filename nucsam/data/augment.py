@@ -109,7 +109,7 @@ def _affine(draws: Tensor, source: int, crop: int, config: Augment) -> Tensor:
 
 
 def _draw_stain(draws: Tensor, config: Augment) -> dict[str, Tensor]:
-    """Another density and colour of each stain: one 3x3 matrix and one offset per image."""
+    """Change each stain's density and colour: one 3x3 matrix and one offset per image."""
     if not config.stain:
         return {}
     chosen = (draws[:, _STAIN] < config.stain).float()[:, None]

@@ -1,7 +1,7 @@
 """Folds: which images train, which choose the epoch, which are tested."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -106,8 +106,8 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
         data: the section `data` of the configuration.
 
     Raises:
-        UserError: there are more folds than groups, or one is left out and there are not as many
-            folds as organs.
+        UserError: there are more folds than groups; or one organ is left out, and there are not as
+            many folds as organs, or a group has several.
     """
     images = Counter(record.group for record in records)
     groups = list(images) if len(images) == len(records) else sorted(images)
@@ -116,6 +116,8 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
     sizes = np.array([images[group] for group in groups])
     kind = np.full(len(groups), TRAIN)
     number = data.fold
+    if data.split == "leave-one-out":
+        _check_left_out(records, sorted(set(organs)), data.folds)
     if data.fold == "all":
         number = data.folds
     elif data.folds > len(groups):
@@ -125,16 +127,7 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
         shuffled = np.random.RandomState(data.seed).permutation(len(groups))
         kind[np.array_split(shuffled, data.folds)[data.fold]] = TEST
     elif data.split == "leave-one-out":
-        names = sorted(set(organs))
-        if len(names) == 1:
-            expected = "several, each in a folder of its own"
-            raise UserError(
-                f"data.split: found leave-one-out of a single organ, expected {expected}"
-            )
-        if data.folds != len(names):
-            expected = f"{len(names)}, one for each organ: {shortened(names)}"
-            raise UserError(f"data.folds: found {data.folds}, expected {expected}")
-        kind[organs == names[data.fold]] = TEST
+        kind[organs == sorted(set(organs))[data.fold]] = TEST
     else:
         kind[_stratified(organs, sizes, data.folds, data.seed) == data.fold] = TEST
     kind_of = dict(zip(groups, kind))
@@ -150,6 +143,22 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
     kinds[sorted(set(others) - set(used))] = UNUSED
     indices = (np.flatnonzero(kinds == wanted) for wanted in (TRAIN, INNER, TEST))
     return Split(*(tuple(found.tolist()) for found in indices))
+
+
+def _check_left_out(records: Sequence[Record], organs: Sequence[str], folds: int) -> None:
+    """Raise a UserError where not each organ can be left out."""
+    if len(organs) == 1:
+        expected = "several, each in a folder of its own"
+        raise UserError(f"data.split: found leave-one-out of a single organ, expected {expected}")
+    organs_of = defaultdict(set)
+    for record in records:
+        organs_of[record.group].add(record.organ)
+    if several := sorted(group for group, names in organs_of.items() if len(names) > 1):
+        found = f"found leave-one-out, and group {several[0]!r} in several organs"
+        raise UserError(f"data.split: {found}, expected each group in one")
+    if folds != len(organs):
+        expected = f"{len(organs)}, one for each organ: {shortened(organs)}"
+        raise UserError(f"data.folds: found {folds}, expected {expected}")
 
 
 def _drawn(
@@ -182,11 +191,15 @@ def find_split(data: Data, root: str = "") -> tuple[list[Record], Split]:
     records = found_in(root or data.root, data.group)
     split = split_records(records, data)
     if data.test:
+        first = len(records)
         names = {record.name for record in records}
         for record in found_in(data.test, ""):
-            name = f"test_{record.name}" if record.name in names else record.name
+            name = record.name
+            while name in names:
+                name = f"test_{name}"
+            names.add(name)
             records.append(replace(record, name=name))
-        split = replace(split, test=tuple(range(len(records)))[len(names) :])
+        split = replace(split, test=tuple(range(first, len(records))))
     return records, split
 
 

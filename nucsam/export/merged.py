@@ -208,7 +208,8 @@ def _write(
 
 def _portable(metadata: dict[str, Any], config: Config) -> dict[str, Any]:
     """An adapter's metadata without the paths of this machine."""
-    data = replace(config.data, root=Path(config.data.root).resolve().name)
+    root, test = (d and Path(d).resolve().name for d in (config.data.root, config.data.test))
+    data = replace(config.data, root=root, test=test)
     model = replace(config.model, weights=portable_name(config.model.weights))
     return metadata | {
         "version": __version__,

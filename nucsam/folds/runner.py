@@ -151,6 +151,9 @@ def cross_validate(
         expected = "expected a path without =, which would read as table.key=value"
         raise UserError(f"out: found {out}, {expected}")
     base = config.load_config(path, overrides)
+    if base.data.test:
+        expected = "expected none; nucsam train tests them"
+        raise UserError(f"data.test: found {base.data.test!r}, {expected}")
     jobs = plan(variants(base, grid), out)
     board = run_jobs(jobs, base, out)
     if not is_first():

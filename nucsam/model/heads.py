@@ -59,13 +59,14 @@ class Norm(nn.BatchNorm2d):
         return y
 
     def _adapted(self, x: Tensor) -> Tensor:
-        variances, means = torch.var_mean(x.float(), dim=(2, 3), correction=0)  # (B, C)
+        wide = x.float()
+        variances, means = torch.var_mean(wide, dim=(2, 3), correction=0)  # (B, C)
         variances = torch.lerp(self.running_var, variances, self.adapt)
         means = torch.lerp(self.running_mean, means, self.adapt)
         slopes = self.weight * (variances + self.eps).rsqrt()
         shifts = self.bias - means * slopes
-        slopes, shifts = (vectors[:, :, None, None].to(x.dtype) for vectors in (slopes, shifts))
-        return torch.addcmul(shifts, x, slopes)
+        y = torch.addcmul(shifts[:, :, None, None], wide, slopes[:, :, None, None])
+        return y.to(x.dtype)
 
 
 class _SharedNorm(torch.autograd.Function):

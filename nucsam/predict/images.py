@@ -204,7 +204,7 @@ def _record(
 ) -> None:
     """Write `settings` as predict.json. If the old ones differ, `force` removes their results."""
     if record.is_file():
-        before = read_json(record.read_bytes(), str(record))
+        before = {"adapt": 0.0} | read_json(record.read_bytes(), str(record))
         changed = changes(before | {name: settings[name] for name in UNRECORDED}, settings)
         if changed and not force:
             found = f"the results beside it have other settings: {'; '.join(changed)}"

@@ -89,7 +89,7 @@ def open_graph(path: Path, device: str, per_device: int = 1, adapt: float | None
     config = check_metadata(path, metadata)
     if adapt not in (None, config.model.adapt):
         found = f"found {adapt:g}, but {path} has {config.model.adapt:g} in its graph"
-        raise UserError(f"adapt: {found}; export it with that share")
+        raise UserError(f"adapt: {found}; model.adapt of the run's config.toml sets it")
     fields = {"multiple": int(multiple), "split": SPLITS[maps], "sha256": file_checksum(path)}
     make = partial(OnnxPredictor, session, **fields)
     return make, config, metadata, session.get_providers()[0] == "CPUExecutionProvider"

@@ -124,6 +124,8 @@ def grid_chart(runs: Sequence[RunRecord]) -> Chart | None:
     scored = [run for run in runs if run.scores]
     flats = [run.config.flat() for run in scored]
     free = (*MAY_CHANGE, "data.fold", "train.seed")
+    if any(flat["train.presentations"] for flat in flats):
+        free += ("train.epochs",)  # which follow from them
     settings = [key for key in SETTINGS if key not in free]
     varied = [key for key in settings if len({flat[key] for flat in flats}) > 1]
     axis = next((key for key in varied if type(SETTINGS[key].default) in (int, float)), None)

@@ -62,7 +62,11 @@ def write_report(
     words = [Path(word) for run in runs for word in run.environment.get("command", [])]
     commands = filter(Path.is_absolute, words)
     text = _render(
-        [folder, *map(Path, filter(None, (runs[0].config.data.root, root))), *commands],
+        [
+            folder,
+            *map(Path, filter(None, (runs[0].config.data.root, runs[0].config.data.test, root))),
+            *commands,
+        ],
         **_contents(folder, runs, all_runs, pictures),
         summaries=[facts.summary(folds) for folds in variants],
         no_pictures=no_pictures,

@@ -91,7 +91,8 @@ class RunDirectory:
         """
         if resume and self.exists():
             before = load_config(self.config_file)
-            more = ["train.epochs"] if config.train.epochs > before.train.epochs else []
+            longer = config.train.epochs > before.train.epochs
+            more = ["train.epochs", "train.presentations"] if longer else []
             if changed := conflicts(before, config, *more):
                 found = f"another configuration: {'; '.join(changed)} (found -> wanted)"
                 advice = "Give the run's own settings, or another out for a new run"

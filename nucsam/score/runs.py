@@ -147,6 +147,7 @@ def _open_samples(run: RunDirectory, config: Config, root: str) -> tuple[Samples
         records, split = find_split(config.data, root)
     except UserError as error:
         hint = "" if root else "; if the images have moved, name their folder"
+        hint += f"; {run.config_file} names that of the test images" if config.data.test else ""
         raise UserError(f"{error}{hint}") from None
     samples = Samples(records, memory_gib=config.data.memory)
     run.check_images(inventory(records, split, samples.digests), root or config.data.root)
