@@ -31,7 +31,7 @@ from nucsam.predict.onnx import resized
 from nucsam.predict.pytorch import open_model
 from nucsam.run.checkpoint import read_tensors, save_adapter, write_tensors
 
-MODEL = Model(width=32, weights="none", rank=2, alpha=6.0)
+MODEL = Model(width=32, weights="none", rank=2, alpha=6.0, adapt=0.25)
 IMAGES = 255 * torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(2))
 PIXELS = 255 * torch.rand(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(3))
 SCORES = {"dice": 0.5, "aji": 0.25, "pq": 0.125}
@@ -325,23 +325,14 @@ def test_onnx_gives_the_same_tiles_and_nuclei(run, onnx, options):
     assert (again != label).mean() < 1e-3
 
 
-def test_onnx_has_the_share_that_it_was_exported_with(run, tmp_path):
-    text = run.joinpath("config.toml").read_text()
-    other = tmp_path / "run"
-    shutil.copytree(run, other)
-    assert text.count("adapt = 0.0") == 1
-    other.joinpath("config.toml").write_text(text.replace("adapt = 0.0", "adapt = 0.5"))
-    file = tmp_path / "adapts.onnx"
-    export_run(other, file)
-    (maps, _), (same, _) = (label_maps(path) for path in (other, file))
-    np.testing.assert_allclose(same, maps, atol=1e-5)
-    asked, _ = label_maps(run, adapt=0.5)
-    np.testing.assert_array_equal(asked, maps)
-    plain, _ = label_maps(run)
+def test_onnx_has_the_share_that_it_was_exported_with(run, onnx):
+    """The run's norms adapt to each image, unless they are told not to. The graph's always do."""
+    (maps, _), (plain, _) = label_maps(run, adapt=MODEL.adapt), label_maps(run, adapt=0.0)
     assert np.abs(plain - maps).mean() > 1e-3
-    assert label_maps(file, adapt=0.5)
-    with pytest.raises(UserError, match=r"^adapt: found 0, but .*adapts\.onnx has 0\.5"):
-        nucsam.load(file, adapt=0.0)
+    np.testing.assert_array_equal(label_maps(run)[0], maps)
+    assert nucsam.load(onnx[0], adapt=MODEL.adapt).adapt == MODEL.adapt
+    with pytest.raises(UserError, match=r"^adapt: found 0, but .*nuclei\.onnx has 0\.25"):
+        nucsam.load(onnx[0], adapt=0.0)
 
 
 def test_onnx_at_another_magnification_is_near(run, onnx):
