@@ -116,8 +116,9 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
     sizes = np.array([images[group] for group in groups])
     kind = np.full(len(groups), TRAIN)
     number = data.fold
+    names = sorted(set(organs))
     if data.split == "leave-one-out":
-        _check_left_out(records, sorted(set(organs)), data.folds)
+        _check_left_out(records, names, data.folds)
     if data.fold == "all":
         number = data.folds
     elif data.folds > len(groups):
@@ -127,7 +128,7 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
         shuffled = np.random.RandomState(data.seed).permutation(len(groups))
         kind[np.array_split(shuffled, data.folds)[data.fold]] = TEST
     elif data.split == "leave-one-out":
-        kind[organs == sorted(set(organs))[data.fold]] = TEST
+        kind[organs == names[data.fold]] = TEST
     else:
         kind[_stratified(organs, sizes, data.folds, data.seed) == data.fold] = TEST
     kind_of = dict(zip(groups, kind))
