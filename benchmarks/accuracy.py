@@ -41,8 +41,9 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -259,13 +260,18 @@ class Plan:
         random = self.common.model.weights == "none"
         return bool(self.pretrain) and bool(model.net or model.pretrains or random)
 
+    @cached_property
+    def epochs(self) -> int:
+        """Of the common fold. Kept, for `train.presentations` asks the folder of images."""
+        return splits.with_epochs(self.common).train.epochs
+
     def settings(self, name: str) -> Config:
         """A model's configuration, with the common fold and seed."""
         model = MODELS[MODELS[name].again or name]
         tables = self.common.to_dict()
         if model.file:
             recipe = config.load_config(CONFIGS / model.file).to_dict()
-            longer = splits.with_epochs(self.common).train.epochs / recipe["train"]["epochs"]
+            longer = self.epochs / recipe["train"]["epochs"]
             steps = recipe["train"]["step_epochs"] * longer  # the rate keeps its shape
             recipe["train"]["step_epochs"] = max(1, round(steps))
             for table, keys in SHARED.items():
@@ -363,11 +369,10 @@ class Plan:
         )
 
     def _alike(self, a: str, b: str) -> bool:
-        same_net = all(
-            getattr(MODELS[a], name) == getattr(MODELS[b], name) for name in ("net", "again", "tta")
-        )
+        kind = attrgetter("net", "again", "tta")
+        same_kind = kind(MODELS[a]) == kind(MODELS[b])
         same_start = self.pretrains(a) == self.pretrains(b)
-        return same_net and same_start and self.settings(a) == self.settings(b)
+        return same_kind and same_start and self.settings(a) == self.settings(b)
 
 
 def _organs(root: Path) -> set[Path]:
