@@ -80,7 +80,7 @@ from nucsam.data.folders import find_records
 from nucsam.data.samples import Crops, EpochBatches, Samples
 from nucsam.data.synthetic import write_dataset
 from nucsam.model import losses, network, targets
-from nucsam.model.heads import NUCLEUS_WEIGHT, TVERSKY, SamHead
+from nucsam.model.heads import NUCLEUS_WEIGHT, SamHead
 from nucsam.model.lora import LoRALinear
 from nucsam.model.pixels import Features
 from nucsam.model.weights import Base, load_base
@@ -182,7 +182,7 @@ def plain(
         pixel_weights = counted * torch.where(nucleus, NUCLEUS_WEIGHT, 1.0)
         probability = 1 - logits.softmax(1)[:, targets.BACKGROUND]
         cross_entropy = losses.cross_entropy(logits, classes, counted * class_weights)
-        tversky = losses.focal_tversky(probability, nucleus, counted, **TVERSKY)
+        tversky = losses.focal_tversky(probability, nucleus, counted, alpha=0.5, beta=0.5)
         distance = losses.absolute(maps[:, 3].sigmoid(), depth, pixel_weights)
         return {
             "cross_entropy": w.cross_entropy * cross_entropy,

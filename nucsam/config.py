@@ -202,9 +202,18 @@ class Loss:
 
     cross_entropy: float = setting(1.0, "weight; classes inside, boundary, background", at_least(0))
     boundary: float = setting(2.0, "weight of a boundary pixel; others weigh 1", at_least(0))
+    focal: float = setting(0.0, "focal power of the cross entropy; 0 = none", at_least(0))
     tversky: float = setting(1.0, "weight; focal Tversky, foreground (instance head)", at_least(0))
+    tversky_misses: float = setting(0.5, "share of missed pixels in it; false ones: the rest", INSIDE)
+    tversky_power: float = setting(0.75, "focal power; 1, with half the misses, is Dice", POSITIVE)
+    lovasz: float = setting(0.0, "weight; Lovász-softmax, foreground (instance head)", at_least(0))
     distance: float = setting(4.0, "weight; depth's absolute error (instance head)", at_least(0))
     dice: float = setting(1.0, "weight; soft Dice, foreground (sam head)", at_least(0))
+    unlabelled: float = setting(
+        1.0,
+        "weight of pixels where a nucleus is sure and no label is near; annotators miss nuclei",
+        between(0, 1),
+    )
 
 
 @dataclass(frozen=True)

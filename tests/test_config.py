@@ -268,12 +268,13 @@ REFUSED = {
     "data.mpp data.memory augment.stain_scale augment.stain_bias augment.stain_mix "
     "augment.blur_sigma "
     "augment.noise_sigma loss.cross_entropy loss.boundary loss.tversky loss.distance loss.dice "
+    "loss.focal loss.lovasz "
     "train.weight_decay train.save_minutes": [-0.1, math.inf],
     "data.scale augment.scale_min augment.scale_max model.alpha train.lr_adapter train.lr_head "
-    "train.clip train.gamma": [0.0, -1.0, math.nan, 10**400],
+    "train.clip train.gamma loss.tversky_power": [0.0, -1.0, math.nan, 10**400],
     "data.inner": [0.0, 0.51, -0.1, math.nan],
-    "augment.stain augment.blur augment.noise model.adapt": [-0.1, 1.1, math.nan],
-    "instances.foreground instances.seed_rise": [0.0, 1.0],
+    "augment.stain augment.blur augment.noise model.adapt loss.unlabelled": [-0.1, 1.1, math.nan],
+    "instances.foreground instances.seed_rise loss.tversky_misses": [0.0, 1.0],
     "instances.confidence train.warmup train.ema": [1.0, -0.1],
     "data.group model.pattern": ["(", "a{99999999999}"],
 }

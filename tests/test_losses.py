@@ -38,6 +38,15 @@ def test_cross_entropy():
     close(losses.cross_entropy(logits, classes, HALF * weights), (log(4) + 2 * log(2)) / 3)
 
 
+def test_focal_cross_entropy():
+    # softmax of (0, 0, log 2) is (1/4, 1/4, 1/2)
+    logits = torch.zeros(1, 3, 2, 2)
+    logits[:, 2] = log(2)
+    classes = torch.tensor([[[0, 1], [2, 2]]])
+    expected = (2 * log(4) * (3 / 4) ** 2 + 2 * log(2) * (1 / 2) ** 2) / 4
+    close(losses.cross_entropy(logits, classes, ALL, focal=2.0), expected)
+
+
 def test_binary_cross_entropy():
     # sigmoid(log 3) = 3/4, sigmoid(0) = 1/2
     logits = torch.tensor([[[log(3), log(3)], [0.0, 0.0]]])
@@ -70,6 +79,17 @@ def test_focal_tversky():
     close(dice, 1 - (2 * 0.75 + 2) / (1.75 + 2 + 2))
 
 
+def test_lovasz():
+    # Errors of all pixels: 1 (false), 0.75 and 0.5 (missed), 0. The Jaccard losses where the
+    # first, two, three are wrong: 1 - 2/3, 1 - 1/3, 1. Of the counted half: 1 and 0.5.
+    close(losses.lovasz(PROBABILITY, FOREGROUND, ALL), 1 / 3 * 1 + 1 / 3 * 0.75 + 1 / 3 * 0.5)
+    close(losses.lovasz(PROBABILITY, FOREGROUND, HALF), 1 / 2 * 1 + 1 / 2 * 0.5)
+    close(losses.lovasz(FOREGROUND.float(), FOREGROUND, ALL), 0.0)
+    # Of maps in 0/1 it is the Jaccard loss: one hit, one missed, one false.
+    sure = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    close(losses.lovasz(sure, FOREGROUND, ALL), 1 - 1 / 3)
+
+
 def test_absolute_is_a_mean_by_weight():
     maps = torch.tensor([[[0.5, 4.0], [0.0, -3.0]]])
     targets, weights = torch.zeros(1, 2, 2), torch.tensor([[[3.0, 1.0], [0.0, 2.0]]])
@@ -90,6 +110,12 @@ LOSSES = {
     "dice": lambda maps, truth, counted: losses.dice(maps[:, 0].sigmoid(), truth > 0, counted),
     "focal_tversky": lambda maps, truth, counted: losses.focal_tversky(
         maps[:, 0].sigmoid(), truth > 0, counted, alpha=0.7, beta=0.3
+    ),
+    "focal_cross_entropy": lambda maps, truth, counted: losses.cross_entropy(
+        maps[:, :3], truth, counted.float(), focal=2.0
+    ),
+    "lovasz": lambda maps, truth, counted: losses.lovasz(
+        maps[:, 0].sigmoid(), truth > 0, counted
     ),
     "absolute": lambda maps, truth, counted: losses.absolute(
         maps[:, 3].sigmoid(), truth / 2, counted * torch.where(truth > 0, 3.0, 1.0)
@@ -121,7 +147,11 @@ def test_only_counted_pixels_have_influence(loss, seed):
     values.sum().backward()
     same.sum().backward()
     assert torch.equal(maps.grad, changed.grad)
-    assert torch.equal(maps.grad.ne(0).any(1), counted)
+    influential = maps.grad.ne(0).any(1)
+    if loss is LOSSES["lovasz"]:  # pixels of less error than all missed ones have none
+        assert influential.any() and not influential[~counted].any()
+    else:
+        assert torch.equal(influential, counted)
     everywhere = torch.ones_like(counted)  # negative control
     assert (loss(maps, truth, everywhere) != loss(changed, changed_truth, everywhere)).any()
 
@@ -139,6 +169,11 @@ def test_an_image_without_counted_pixels_is_zero(loss):
     assert maps.grad[0].ne(0).any()
 
 
+def _focal(probability: Tensor) -> float:
+    """Mean focal loss of power 2 of pixels whose true class has these probabilities."""
+    return (-((1 - probability) ** 2) * probability.log()).mean().item()
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_image_without_nuclei(name):
     maps, truth, counted = batch(2)
@@ -151,6 +186,8 @@ def test_an_image_without_nuclei(name):
         "cross_entropy": -maps[1, :3].log_softmax(0)[0].mean().item(),
         "binary_cross_entropy": F.softplus(maps[1, 0]).mean().item(),
         "dice": p / (p + 1),
+        "focal_cross_entropy": _focal(maps[1, :3].detach().softmax(0)[0]),
+        "lovasz": maps[1, 0].sigmoid().max().item(),
         "focal_tversky": (0.3 * p / (0.3 * p + 1)) ** 0.75,
         "absolute": maps[1, 3].sigmoid().mean().item(),
     }

@@ -203,6 +203,34 @@ def test_a_boundary_pixel_weighs_more_in_the_cross_entropy():
     assert terms["cross_entropy"].item() == pytest.approx(99 * (5 * 12 + 48) / (5 * 12 + 48 + 4))
 
 
+def test_a_sure_nucleus_far_from_labels_may_weigh_less():
+    """A labelled nucleus, and one that the annotators missed 12 px from it."""
+    labels = torch.zeros(1, 8, 32, dtype=torch.int64)
+    labels[0, 2:6, 2:6] = 1
+    maps = torch.zeros(1, 4, 8, 32)
+    maps[:, BACKGROUND] = 9.0
+    maps[:, BACKGROUND, 2:6, 2:6] = -9.0
+    one, counted = maps.clone(), labels >= 0
+    maps[:, BACKGROUND, 2:6, 18:22] = -9.0
+    ignored = counted.clone()
+    ignored[:, 2:6, 18:22] = False
+    head = InstanceHead(32)
+    terms = head.loss(maps, labels, counted, 1, Loss(unlabelled=0.0))
+    torch.testing.assert_close(terms, head.loss(maps, labels, ignored, 1, Loss()))
+    # Beside a label a sure nucleus counts: the one of `one` lies against labels 8 px to its right.
+    beside = labels.roll(8, dims=2)
+    near = head.loss(one, beside, counted, 1, Loss(unlabelled=0.0))
+    torch.testing.assert_close(near, head.loss(one, beside, counted, 1, Loss()))
+
+
+def test_lovasz_is_a_term_where_it_has_a_weight():
+    labels, counted = square()
+    maps = torch.zeros(1, 4, 8, 8)
+    maps[:, BACKGROUND] = 99.0
+    terms = InstanceHead(32).loss(maps, labels, counted, 1, Loss(lovasz=2.0))
+    assert terms["lovasz"].item() == pytest.approx(2 * 1.0)  # all 16 pixels are missed
+
+
 @pytest.mark.parametrize("classes", [[INSIDE], [BOUNDARY], [INSIDE, BOUNDARY]])
 def test_the_foreground_is_the_inside_and_the_boundary(classes):
     """In the loss and in the instances: wherever the background is unlikely is nucleus."""

@@ -23,9 +23,8 @@ from nucsam.model.pixels import Features
 NUCLEUS_WEIGHT = 3.0  # of a nucleus pixel in the distance loss; a background pixel has 1
 
 STRIDES = (16, 8, 4, 2)  # of the levels of the instance head
-
-# A missed pixel costs as much as a false one: with CellViT's 0.7 and 0.3 crowded nuclei swell.
-TVERSKY = {"alpha": 0.5, "beta": 0.5}
+SURE = 0.9  # probability from which `loss.unlabelled` takes a pixel for a nucleus
+NEAR = 8  # px; an outline that is drawn this much too tight is no nucleus that was missed
 
 
 class Norm(nn.BatchNorm2d):
@@ -201,7 +200,7 @@ class InstanceHead(nn.Module):
             weights: of the terms, and of the boundary class.
 
         Returns:
-            (B,) for each of cross_entropy, tversky and distance.
+            (B,) for each of cross_entropy, tversky and distance, and for lovasz if it has a weight.
         """
         logits = maps[:, :3]
         classes = targets.classes(labels)
@@ -210,15 +209,27 @@ class InstanceHead(nn.Module):
         # The boundary is nucleus too.
         probability = 1 - logits.softmax(1)[:, targets.BACKGROUND]
         class_weights = torch.where(classes == targets.BOUNDARY, weights.boundary, 1.0)
-        pixel_weights = counted * torch.where(nucleus, NUCLEUS_WEIGHT, 1.0)
-        cross_entropy = losses.cross_entropy(logits, classes, counted * class_weights)
-        tversky = losses.focal_tversky(probability, nucleus, counted, **TVERSKY)
-        distance = losses.absolute(maps[:, 3].sigmoid(), depth, pixel_weights)
-        return {
+        pixel_weights = torch.where(nucleus, NUCLEUS_WEIGHT, 1.0)
+        share = counted
+        if weights.unlabelled < 1:
+            unlabelled = (probability.detach() > SURE) & ~_near(nucleus, NEAR)
+            share = counted * torch.where(unlabelled, weights.unlabelled, 1.0)
+        cross_entropy = losses.cross_entropy(
+            logits, classes, share * class_weights, focal=weights.focal
+        )
+        misses, power = weights.tversky_misses, weights.tversky_power
+        tversky = losses.focal_tversky(
+            probability, nucleus, share, alpha=misses, beta=1 - misses, gamma=power
+        )
+        distance = losses.absolute(maps[:, 3].sigmoid(), depth, share * pixel_weights)
+        terms = {
             "cross_entropy": weights.cross_entropy * cross_entropy,
             "tversky": weights.tversky * tversky,
             "distance": weights.distance * distance,
         }
+        if weights.lovasz:
+            terms["lovasz"] = weights.lovasz * losses.lovasz(probability, nucleus, counted)
+        return terms
 
     def probabilities(self, maps: Tensor) -> Tensor:
         """Maps (B, 4, H, W) of `forward` -> foreground and depth (B, 2, H, W), 0..1."""
@@ -228,6 +239,11 @@ class InstanceHead(nn.Module):
     def instances(self, maps: np.ndarray, config: Instances) -> np.ndarray:
         """Probabilities (2, H, W) of one image -> label map int32 (H, W), 0 = background."""
         return instances.from_depth(*maps, config)
+
+
+def _near(nucleus: Tensor, reach: int) -> Tensor:
+    """Where a nucleus (B, H, W) is at most `reach` rows and columns away, bool (B, H, W)."""
+    return F.max_pool2d(nucleus.float(), 2 * reach + 1, stride=1, padding=reach) > 0
 
 
 class SamHead:
