@@ -504,7 +504,7 @@ images in 12 groups; about ... min, with ... s a step; ... GiB of memory; nothin
 data.inner: only 3 image(s) choose the epoch, partly by chance
 data.folds: only 4 image(s) are scored; nucsam folds scores every image once
 instances.area: 100% of the nuclei are under 2000 px and will be dropped
-train.epochs: 500 epochs make the usual 1,500 steps
+train.epochs: 500 makes the usual 1,500 steps
 $ evaluate run --untrained  # before the first step, and after the last
 image mean, % (nuinsseg) ... before training ... after, epoch ...
 $ evaluate --truth plain/labels --pred binary/labels --workers 1  # masks for label maps

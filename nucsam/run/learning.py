@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nucsam.config import Config
+from nucsam.config import Config, Train
 
 # benchmarks/accuracy.md: on 32 images, 1,536 steps scored 1 to 3 AJI more than 384
 USUAL_STEPS = 1500
@@ -17,6 +17,13 @@ def steps_sentence(images: int, epochs: int, steps: int) -> str:
     return f"{images} images x {epochs} epochs = {steps:,} optimizer steps; {USUAL}"
 
 
+def of_length(train: Train, epochs: int) -> tuple[str, int]:
+    """The setting, and its value, that makes a training this many epochs long."""
+    if not train.presentations:
+        return "train.epochs", epochs
+    return "train.presentations", math.ceil(train.presentations * epochs / train.epochs)
+
+
 def advice(config: Config, epoch: int, step: int) -> str:
     """Why a model may have learnt nothing after `step` optimizer steps, in `epoch` epochs."""
     t = config.train
@@ -24,8 +31,8 @@ def advice(config: Config, epoch: int, step: int) -> str:
     taken = f"It has taken {step:,} optimizer steps in {epoch} epochs, with peak rates {rates}"
     if not 0 < epoch <= step or step >= USUAL_STEPS:
         return f"{taken}: other rates may help, if the labels belong to the images"
-    epochs = math.ceil(USUAL_STEPS * epoch / step)
-    longer = f"train.epochs = {epochs} would take for this number of images"
+    setting, value = of_length(t, math.ceil(USUAL_STEPS * epoch / step))
+    longer = f"{setting} = {value} would take for this number of images"
     return f"{taken}. That is few: {USUAL}, which {longer}"
 
 

@@ -15,7 +15,7 @@ from nucsam.config import Config
 from nucsam.errors import UserError
 from nucsam.model.network import build_model
 from nucsam.processes import exit_on_sigterm, process_count
-from nucsam.run.learning import USUAL_STEPS
+from nucsam.run.learning import USUAL_STEPS, of_length
 from nucsam.score.metrics import PROTOCOLS
 from nucsam.score.tables import FEWEST
 from nucsam.train.loop import memory_advice, step
@@ -82,7 +82,8 @@ def _measure(training: Training) -> dict[str, float]:
 
 def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
     """Sentences on what may go wrong in a training that has been set up and measured."""
-    d, least = training.config.data, training.config.instances.area
+    d, t = training.config.data, training.config.train
+    least = training.config.instances.area
     labels = [training.samples[i].label for i in training.train]
     areas = np.concatenate([np.bincount(label.ravel())[1:] for label in labels])
     areas = areas[areas > 0]
@@ -99,12 +100,12 @@ def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
     if tiny > TINY:
         yield f"instances.area: {tiny:.0%} of the nuclei are under {least} px and will be dropped"
     if training.steps < USUAL_STEPS:
-        epochs = math.ceil(USUAL_STEPS / training.batches.steps)
-        yield f"train.epochs: {epochs} epochs make the usual {USUAL_STEPS:,} steps"
+        setting, value = of_length(t, math.ceil(USUAL_STEPS / training.batches.steps))
+        yield f"{setting}: {value} makes the usual {USUAL_STEPS:,} steps"
     if facts["minutes"] > LONG and training.accelerator.device.type == "cpu":
         if d.crop * d.scale > 256:
             share = (256 / (d.crop * d.scale)) ** 2
             smaller = f"data.crop=256 data.scale=1 takes about {share:.2g} times as long"
             yield f"data.crop: on a CPU, {smaller}, for scores a few points lower"
-        epochs = int(60 * training.config.train.epochs / facts["minutes"])
-        yield f"train.epochs: an hour of this device is about {epochs} epochs as they are set"
+        setting, value = of_length(t, int(60 * t.epochs / facts["minutes"]))
+        yield f"{setting}: {value} takes about an hour on this device"
