@@ -204,7 +204,9 @@ class Loss:
     boundary: float = setting(2.0, "weight of a boundary pixel; others weigh 1", at_least(0))
     focal: float = setting(0.0, "focal power of the cross entropy; 0 = none", at_least(0))
     tversky: float = setting(1.0, "weight; focal Tversky, foreground (instance head)", at_least(0))
-    tversky_misses: float = setting(0.5, "share of missed pixels in it; false ones: the rest", INSIDE)
+    tversky_misses: float = setting(
+        0.5, "share of missed pixels in it; false ones: the rest", INSIDE
+    )
     tversky_power: float = setting(0.75, "focal power; 1, with half the misses, is Dice", POSITIVE)
     lovasz: float = setting(0.0, "weight; Lovász-softmax, foreground (instance head)", at_least(0))
     distance: float = setting(4.0, "weight; depth's absolute error (instance head)", at_least(0))
@@ -221,7 +223,9 @@ class Instances:
     """[instances]: how dense maps become nuclei."""
 
     foreground: float = setting(0.5, "probability from which a pixel is nucleus", INSIDE)
-    smoothing: float = setting(1.5, "sigma of the depth's Gaussian, image px; 0 = none", at_least(0))
+    smoothing: float = setting(
+        1.5, "sigma of the depth's Gaussian, image px; 0 = none", at_least(0)
+    )
     seed_rise: float = setting(0.15, "h of the h-maxima: a seed's height above its saddle", INSIDE)
     confidence: float = setting(0.7, "least mean foreground probability of a nucleus", BELOW_ONE)
     area: int = setting(30, "least area of a nucleus, image px", at_least(0))

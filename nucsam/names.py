@@ -88,7 +88,6 @@ def push_model(name: str, model: Path, card: str) -> str:
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    name = name.removeprefix(PREFIX)
     hub = HfApi()
     files = {FILE: model, CARD: card.encode()}
     with _hub_errors(f"{PREFIX}{name}", "a repository of yours; `hf auth login` keeps your token"):

@@ -114,9 +114,7 @@ LOSSES = {
     "focal_cross_entropy": lambda maps, truth, counted: losses.cross_entropy(
         maps[:, :3], truth, counted.float(), focal=2.0
     ),
-    "lovasz": lambda maps, truth, counted: losses.lovasz(
-        maps[:, 0].sigmoid(), truth > 0, counted
-    ),
+    "lovasz": lambda maps, truth, counted: losses.lovasz(maps[:, 0].sigmoid(), truth > 0, counted),
     "absolute": lambda maps, truth, counted: losses.absolute(
         maps[:, 3].sigmoid(), truth / 2, counted * torch.where(truth > 0, 3.0, 1.0)
     ),

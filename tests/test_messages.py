@@ -359,7 +359,7 @@ $ predict run flat --out p --formats tissue  # a mask alone
 $ predict run flat --out p --per-device 0  # no process a GPU
 ...per_device: found 0, expected at least 1
 $ predict run flat --out p --adapt 6  # a percentage for a share
-adapt: found 6, expected a share from 0 to 1
+model.adapt: found 6.0, expected a probability from 0 to 1
 $ predict run flat --out p --scale 2 --mpp 0.5  # two magnifications
 ...scale, ...mpp: found both, expected one
 $ predict run flat --out p --mpp 0  # no magnification

@@ -11,7 +11,6 @@ from conftest import same_tensors
 from torch import nn
 
 from nucsam.config import Instances, Loss, Model, load_config
-from nucsam.errors import UserError
 from nucsam.model.heads import Block, InstanceHead, Norm
 from nucsam.model.lora import LoRALinear
 from nucsam.model.network import Nucsam, build_model
@@ -327,8 +326,6 @@ def test_a_model_that_adapts_does_so_when_folded(base):
         )  # no image sees another
         net.adapt(0.0)
         assert not torch.allclose(net(x, (96, 64)), expected, atol=1e-2)
-    with pytest.raises(UserError, match=r"^adapt: found 0\.5 and a sam head"):
-        build_model(Model(adapt=0.5, head="sam"), base, seed=0)
 
 
 # Weights

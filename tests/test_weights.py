@@ -154,11 +154,11 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 def test_auto_downloads_once_and_then_needs_no_address(published, tmp_path, base, monkeypatch):
     cache = tmp_path / "cache"
-    downloaded = load_base("auto", cache=cache)
+    monkeypatch.setenv("NUCSAM_CACHE", str(cache))
+    downloaded = load_base("auto")
     assert downloaded.sha256 == base.sha256
     assert downloaded.source == str(cache / "mobile_sam.pt")
     monkeypatch.setitem(BASES, "mobile_sam", replace(BASES["mobile_sam"], urls=()))
-    monkeypatch.setenv("NUCSAM_CACHE", str(cache))
     assert load_base("auto").sha256 == base.sha256
 
 

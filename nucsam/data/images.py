@@ -279,7 +279,7 @@ def read_metadata(path: Path) -> tuple[float | None, list[str]]:
     suffix = path.suffix.lower()
     orientation, sizes = 1, []
     if suffix in SCANNERS:
-        sizes = [slides.slide_mpp(path)]
+        sizes = [float(slides.open_slide(path).properties.get("openslide.mpp-x", 0))]
     elif suffix in TIFF:
         tiff, series = slides.open_tiff(path)
         with tiff:

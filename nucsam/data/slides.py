@@ -464,11 +464,6 @@ def open_slide(path: Path):
         return openslide.OpenSlide(path)
 
 
-def slide_mpp(path: Path) -> float | None:
-    """Microns per px that the scanner has noted; None where it has not."""
-    return float(open_slide(path).properties.get("openslide.mpp-x", 0)) or None
-
-
 def one_file_each(paths: Sequence[Path]) -> list[Path]:
     """Files without the other levels of a DICOM slide, which lie beside its first file."""
     first: dict[object, Path] = {}

@@ -277,10 +277,7 @@ class SamHead:
         nucleus = labels > 0
         cross_entropy = losses.binary_cross_entropy(logits, nucleus, counted)
         dice = losses.dice(logits.sigmoid(), nucleus, counted)
-        return {
-            "cross_entropy": weights.cross_entropy * cross_entropy,
-            "dice": weights.dice * dice,
-        }
+        return {"cross_entropy": weights.cross_entropy * cross_entropy, "dice": weights.dice * dice}
 
     def probabilities(self, maps: Tensor) -> Tensor:
         """Maps (B, 1, H, W) -> foreground (B, 1, H, W), 0..1."""

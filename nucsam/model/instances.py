@@ -1,8 +1,8 @@
 """Dense maps -> label map, without a loop over pixels or nuclei and without torch.
 
-`from_depth` smooths the depth map and floods it from its h-maxima (Soille 2003, Morphological Image Analysis, 6.3
-and 9.2). An h-maximum is a maximum that rises at least h above its saddle, the lowest pixel on the
-highest path to a higher maximum. Here h is `instances.seed_rise`.
+`from_depth` smooths the depth map and floods it from its h-maxima (Soille 2003, Morphological Image
+Analysis, 6.3 and 9.2). An h-maximum is a maximum that rises at least h above its saddle, the lowest
+pixel on the highest path to a higher maximum. Here h is `instances.seed_rise`.
 
 1. `_basins`: from every pixel the steepest ascent leads to a maximum. The pixels that reach one
    maximum are its basin.
@@ -127,8 +127,7 @@ def _saddles(
         pixels = pixels_P[touch]
         height = np.minimum(height_N[pixels], height_N[pixels + step])
         places += [(basin, neighbour, height), (neighbour, basin, height)]
-    basin_S, neighbour_S, height_S = (np.concatenate(values) for values in zip(*places))
-    return basin_S, neighbour_S, height_S
+    return tuple(np.concatenate(values) for values in zip(*places))
 
 
 def _seeds(

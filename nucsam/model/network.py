@@ -92,16 +92,10 @@ class Nucsam(nn.Module):
         return self.head.instances(maps, config)
 
     def adapt(self, share: float) -> None:
-        """Set the share, 0..1, of an image's own statistics in the head's norms.
-
-        Raises:
-            UserError: the head has no such norms.
-        """
-        norms = [module for module in self.modules() if isinstance(module, Norm)]
-        if share and not norms:
-            raise UserError(f"adapt: found {share:g} and a sam head, which has no such norms")
-        for norm in norms:
-            norm.adapt = share
+        """Set the share, 0..1, of an image's own statistics in the norms of the instance head."""
+        for module in self.modules():
+            if isinstance(module, Norm):
+                module.adapt = share
 
     def fold(self) -> "Nucsam":
         """Make the model fast, for prediction only: merge LoRA, fold the head's norms, freeze.

@@ -40,20 +40,13 @@ class Base:
     encoder: str = "mobile_sam"  # a name in `BASES`
 
 
-def load_base(
-    spec: str | Path,
-    encoder: str = "mobile_sam",
-    *,
-    cache: str | Path | None = None,
-    seed: int = 0,
-) -> Base:
+def load_base(spec: str | Path, encoder: str = "mobile_sam", *, seed: int = 0) -> Base:
     """The base that `model.weights` names.
 
     Args:
         spec: "auto" for the published file of the encoder, which is downloaded once; "none" for
             random weights; or the path of a `.safetensors` or torch file.
         encoder: a name in `BASES`.
-        cache: folder of the published file; None takes `default_cache()`.
         seed: random weights are drawn from it.
 
     Raises:
@@ -62,7 +55,7 @@ def load_base(
     if spec == "none":
         return random_base(seed, encoder)
     base = BASES[encoder]
-    path = _published(Path(cache or default_cache()), base) if spec == "auto" else expanded(spec)
+    path = _published(base) if spec == "auto" else expanded(spec)
     if not path.is_file():
         expected = "a path, 'auto', 'none', 'starter' or hf:USER/NAME"
         raise UserError(f"model.weights: no such file: {path}; expected {expected}")
@@ -165,9 +158,9 @@ def _form(tensor: Tensor | None) -> str:
     return f"{kind} {tuple(tensor.shape)}"
 
 
-def _published(cache: Path, base: Published) -> Path:
-    """The published file of a base in `cache`, downloaded if it is not there."""
-    path = cache / base.file
+def _published(base: Published) -> Path:
+    """The published file of a base in `default_cache()`, downloaded if it is not there."""
+    path = default_cache() / base.file
     if not base.sha256:
         raise UserError(
             f"model.weights: found 'auto', but no address serves {base.name}'s {base.file}, "

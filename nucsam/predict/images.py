@@ -10,10 +10,9 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from itertools import groupby, repeat, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from nucsam.names import find_model
 from nucsam.predict import writers
 from nucsam.predict.models import load
 from nucsam.predict.predictor import Predictor
+from nucsam.predict.threads import in_threads
 from nucsam.predict.tiles import Tiles, Window
 from nucsam.predict.tissue import Tissue, find_tissue
 from nucsam.processes import exit_on_sigterm, is_first, launch_time, process_count
@@ -364,7 +364,9 @@ class Batch:
                 opened[tiles] = path
                 yield tiles
 
-        results = _ahead(self.predictor.extract(images()))
+        # A thread takes the next windows of the model while this one writes.
+        following = in_threads(next, repeat((self.predictor.extract(images()), None)), 1)
+        results = takewhile(lambda result: result is not None, following)
         for tiles, labels in groupby(results, key=lambda result: result[0]):
             self._write(opened.pop(tiles), tiles, ((window, label) for _, window, label in labels))
         for tiles, path in opened.items():  # not one of its windows could be read
@@ -433,12 +435,3 @@ class Batch:
                 claim.release()
         with suppress(OSError):  # not empty: another launch works in the same folder
             self.claims.rmdir()
-
-
-def _ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items; a thread makes the next one meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, items, None)
-        while (item := following.result()) is not None:
-            following = pool.submit(next, items, None)
-            yield item

@@ -70,8 +70,6 @@ def load(
         raise UserError(f"{path}: needs PyTorch, found none; {expected}")
     else:
         from nucsam.predict.pytorch import open_weights as open_file
-    if adapt is not None and not 0 <= adapt <= 1:
-        raise UserError(f"adapt: found {adapt:g}, expected a share from 0 to 1")
     if per_device < 1:
         raise UserError(f"per_device: found {per_device}, expected at least 1")
     make, config, metadata, on_cpu = open_file(path, device, per_device, adapt)
@@ -86,7 +84,7 @@ def load(
         instances=config.instances,
         mpp=metadata.get("mpp"),
         tta=tta,
-        adapt=config.model.adapt if adapt is None else adapt,
+        adapt=config.model.adapt,
         trained=_training(config, metadata),
         ratio=config.data.scale / scale if scale else None,
         **sizes,

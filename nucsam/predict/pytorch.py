@@ -86,6 +86,7 @@ def open_weights(
     where = find_device(device, per_device)
     model, config, metadata = open_model(path)
     if adapt is not None:
+        config = replace(config, model=replace(config.model, adapt=adapt))  # which checks it
         model.adapt(adapt)
     cast = autocast_dtype(metadata.get("precision"), where)
     sha256 = state_sha256(model.state_dict())

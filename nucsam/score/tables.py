@@ -96,20 +96,15 @@ def over_folds(fold_means: Sequence[Mapping[str, float | None]]) -> dict[str, di
     return {"mean": mean, "std": std}
 
 
-def pooled(rows: Iterable[dict], protocol: Protocol) -> dict[str, float]:
-    """Each metric from the summed counts of all images (CoNIC's mPQ+, Kirillov's PQ)."""
-    total = pool([row["counts"] for row in rows], protocol)
-    return {metric: getattr(total, metric) for metric in METRICS}
-
-
 def _group(rows: Sequence[dict], protocol: Protocol) -> dict[str, Any]:
+    total = pool([row["counts"] for row in rows], protocol)
     return {
         "images": len(rows),
         "nuclei": sum(row["n_truth"] for row in rows),
         "predicted": sum(row["n_pred"] for row in rows),
         "both_empty": sum(row["both_empty"] for row in rows),
         "mean": means(rows),
-        "pooled": pooled(rows, protocol),
+        "pooled": {metric: getattr(total, metric) for metric in METRICS},
     }
 
 

@@ -200,8 +200,7 @@ class Training:
             with suppress(UserError):  # of a damaged file; that of the start names the settings
                 facts["command"] = self.run.read_environment().get("command", facts["command"])
             self.run.write_environment(facts)
-            data = f"{self.config.data.root}: {taken(self.samples.records)}"
-            console.say(data)
+            console.say(f"{self.config.data.root}: {taken(self.samples.records)}")
             print_start(facts, accelerator.device, self.config.train.precision)
 
     def _environment(self) -> dict[str, Any]:
