@@ -128,9 +128,9 @@ def test_killed_in_the_middle_of_writes(whole, tmp_path):
     assert_equal(run, whole[1])
 
 
-def test_killed_twenty_times_at_random_points(whole, tmp_path):
+def test_killed_ten_times_at_random_points(whole, tmp_path):
     config, run, rng = whole[0], tmp_path / "run", random.Random(0)
-    for kills in range(20):
+    for kills in range(10):
         process = start(dying_after(rng.randint(1, 100_000)), config, run)  # 70,000 are a step
         process.join()
         assert process.exitcode == -signal.SIGKILL, f"the run ended after {kills} kills"
