@@ -223,9 +223,6 @@ class Instances:
     """[instances]: how dense maps become nuclei."""
 
     foreground: float = setting(0.5, "probability from which a pixel is nucleus", INSIDE)
-    smoothing: float = setting(
-        1.5, "sigma of the depth's Gaussian, image px; 0 = none", at_least(0)
-    )
     seed_rise: float = setting(0.15, "h of the h-maxima: a seed's height above its saddle", INSIDE)
     confidence: float = setting(0.7, "least mean foreground probability of a nucleus", BELOW_ONE)
     area: int = setting(30, "least area of a nucleus, image px", at_least(0))

@@ -268,7 +268,7 @@ REFUSED = {
     "data.mpp data.memory augment.stain_scale augment.stain_bias augment.stain_mix "
     "augment.blur_sigma "
     "augment.noise_sigma loss.cross_entropy loss.boundary loss.tversky loss.distance loss.dice "
-    "loss.focal loss.lovasz instances.smoothing "
+    "loss.focal loss.lovasz "
     "train.weight_decay train.save_minutes": [-0.1, math.inf],
     "data.scale augment.scale_min augment.scale_max model.alpha train.lr_adapter train.lr_head "
     "train.clip train.gamma loss.tversky_power": [0.0, -1.0, math.nan, 10**400],

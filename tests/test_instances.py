@@ -16,7 +16,7 @@ from nucsam.model.targets import classes, depth
 
 
 def limits(**values: float) -> Instances:
-    return Instances(**{"confidence": 0.0, "smoothing": 0.0} | values)
+    return Instances(**{"confidence": 0.0} | values)
 
 
 def discs(*places: tuple[float, float, float], side: int = 64) -> np.ndarray:
@@ -61,22 +61,6 @@ def test_a_flat_depth_splits_nothing():
         assert np.array_equal(
             from_depth(foreground, flat, limits()), (touching > 0).astype(np.int32)
         )
-
-
-def test_smoothing_removes_a_seed_of_one_pixel():
-    """A ridge of 2 px beside one of 21: 0.5 high, it rises 0.4 above its saddle, smoothed 0.07."""
-    depths = np.full((40, 60), 0.1)
-    depths[:, 10:31], depths[:, 45:47] = 0.6, 0.5
-    label = from_depth(np.ones_like(depths), depths, limits(seed_rise=0.2))
-    assert label.max() == 2
-    smoothed = from_depth(np.ones_like(depths), depths, limits(seed_rise=0.2, smoothing=3.0))
-    assert smoothed.max() == 1 and (smoothed > 0).all()
-    same = from_depth(
-        np.ones_like(depths), ndimage.gaussian_filter(depths, 1.0), limits(seed_rise=0.2)
-    )
-    np.testing.assert_array_equal(
-        from_depth(np.ones_like(depths), depths, limits(seed_rise=0.2, smoothing=1.0)), same
-    )
 
 
 @pytest.mark.parametrize(("rise", "nuclei"), [(0.249, 2), (0.25, 2), (0.251, 1)])

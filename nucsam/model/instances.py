@@ -1,8 +1,8 @@
 """Dense maps -> label map, without a loop over pixels or nuclei and without torch.
 
-`from_depth` smooths the depth map and floods it from its h-maxima (Soille 2003, Morphological Image
-Analysis, 6.3 and 9.2). An h-maximum is a maximum that rises at least h above its saddle, the lowest
-pixel on the highest path to a higher maximum. Here h is `instances.seed_rise`.
+`from_depth` floods the depth map from its h-maxima (Soille 2003, Morphological Image Analysis, 6.3
+and 9.2). An h-maximum is a maximum that rises at least h above its saddle, the lowest pixel on the
+highest path to a higher maximum. Here h is `instances.seed_rise`.
 
 1. `_basins`: from every pixel the steepest ascent leads to a maximum. The pixels that reach one
    maximum are its basin.
@@ -57,7 +57,6 @@ def from_depth(foreground_HW: np.ndarray, depth_HW: np.ndarray, config: Instance
     row = W + 1
     pixels_P = places_P + places_P // W + row  # the same pixels of the flat image
     height_N = np.full((H + 2) * row, -np.inf, np.float32)
-    depth_HW = scipy.ndimage.gaussian_filter(depth_HW, config.smoothing, output=np.float32)
     height_N[pixels_P] = depth_HW.ravel()[places_P]
     basin_P, peak_K = _basins(height_N, pixels_P, row)
     saddles = _saddles(basin_P, height_N, pixels_P, row)

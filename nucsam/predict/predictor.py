@@ -211,12 +211,9 @@ class Predictor:
         if not parts:  # glass
             shape = [place.stop - place.start for place in window.outer]
             return tiles, window, Nuclei(np.zeros(shape, np.int32), np.zeros(0))
-        finer, limits = self.scale / tiles.scale, self.instances
-        limits = replace(
-            limits, area=round(limits.area * finer**2), smoothing=limits.smoothing * finer
-        )
+        area = round(self.instances.area * (self.scale / tiles.scale) ** 2)
         maps = tiles.stitch(k, parts)
-        label = self.nuclei(maps, limits)
+        label = self.nuclei(maps, replace(self.instances, area=area))
         return tiles, window, with_confidence(own_nuclei(label, window, tiles.area), maps[0])
 
     def _stream(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, int, Parts]]:
