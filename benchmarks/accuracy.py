@@ -166,10 +166,6 @@ MODELS = {
     "stain-double": Model({"augment.stain_scale": 0.6, "augment.stain_bias": 0.2}),
     "stain-mix": Model({"augment.stain_mix": 0.1}),
     "stain-mix-more": Model({"augment.stain_mix": 0.2}),
-    "blur-noise": Model({"augment.blur": 0.5, "augment.blur_sigma": 2.0, "augment.noise": 0.5}),
-    "batch-8": Model({"train.batch": 8}),
-    "boundary-4": Model({"loss.boundary": 4.0}),
-    "distance-8": Model({"loss.distance": 8.0}),
 }
 UNETS = tuple(name for name, model in MODELS.items() if model.net)
 MUSTS = (*UNETS, "report", "sam", "lora", "head", "full")
