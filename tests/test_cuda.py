@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import cuda_audit
 
+from nucsam.config import Loss
 from nucsam.data.augment import augment, window
 from nucsam.data.samples import DRAWS
 from nucsam.model.network import build_model
@@ -50,6 +52,18 @@ def test_a_step_fits_on_a_gpu_and_never_waits_for_it(case):
     counts = audit_step(*case)
     print(f"{counts.launches} launches, {counts.bytes / 2**20:.0f} MiB")
     assert counts.launches > 300
+    assert not counts.syncs
+
+
+def test_no_loss_waits_for_a_gpu():
+    """With every term and weight that is off by default."""
+
+    def change(training):
+        weights = Loss(focal=2.0, lovasz=1.0, unlabelled=0.5)
+        training.config = replace(training.config, loss=weights)
+
+    plain, counts = audit_step(*STEPS[0]), audit_step(*STEPS[0], change=change)
+    assert counts.launches > plain.launches + 10
     assert not counts.syncs
 
 
