@@ -113,6 +113,7 @@ POSITIVE = number("a positive number", lambda value: value > 0)
 PROBABILITY = number("a probability from 0 to 1", lambda value: 0 <= value <= 1)
 INSIDE = number("a number between 0 and 1", lambda value: 0 < value < 1)
 BELOW_ONE = number("0 up to but not 1", lambda value: 0 <= value < 1)
+UP_TO_ONE = number("a number over 0, at most 1", lambda value: 0 < value <= 1)
 UP_TO_HALF = number("a fraction over 0, at most 0.5", lambda value: 0 < value <= 0.5)
 WIDTH = number("a positive multiple of 32, at most 4096", lambda v: v in range(32, 4097, 32))
 
@@ -192,29 +193,36 @@ class Model:
     pattern: str = setting("", "layers that get LoRA; empty: the encoder's own", regular_expression)
     width: int = setting(128, "channels of the instance head at stride 16", WIDTH)
     adapt: float = setting(
-        0.0, "share of an image's own statistics in the head's norms, when predicting", PROBABILITY
+        0.0,
+        "share of an image's own statistics in the head's norms, when predicting",
+        between(0, 1),
     )
 
 
 @dataclass(frozen=True)
 class Loss:
-    """[loss]: the weights of its terms."""
+    """[loss]: the weights of its terms, their powers, and the weights of kinds of pixels."""
 
     cross_entropy: float = setting(1.0, "weight; classes inside, boundary, background", at_least(0))
     boundary: float = setting(2.0, "weight of a boundary pixel; others weigh 1", at_least(0))
-    focal: float = setting(0.0, "focal power of the cross entropy; 0 = none", at_least(0))
-    tversky: float = setting(1.0, "weight; focal Tversky, foreground (instance head)", at_least(0))
-    tversky_misses: float = setting(
-        0.5, "share of missed pixels in it; false ones: the rest", INSIDE
+    focal: float = setting(
+        0.0, "focal power of the cross entropy (instance head); 0 = none", at_least(0)
     )
-    tversky_power: float = setting(0.75, "focal power; 1, with half the misses, is Dice", POSITIVE)
+    tversky: float = setting(1.0, "weight; focal Tversky, foreground (instance head)", at_least(0))
+    # A missed pixel costs as much as a false one: with CellViT's 0.7 crowded nuclei swell.
+    tversky_misses: float = setting(
+        0.5, "weight of missed pixels in the Tversky index; false ones have the rest", INSIDE
+    )
+    tversky_power: float = setting(
+        0.75, "focal power of the Tversky loss; 1 = none, with misses of 0.5 soft Dice", POSITIVE
+    )
     lovasz: float = setting(0.0, "weight; Lovász-softmax, foreground (instance head)", at_least(0))
     distance: float = setting(4.0, "weight; depth's absolute error (instance head)", at_least(0))
     dice: float = setting(1.0, "weight; soft Dice, foreground (sam head)", at_least(0))
     unlabelled: float = setting(
         1.0,
-        "weight of pixels where a nucleus is sure and no label is near; annotators miss nuclei",
-        between(0, 1),
+        "weight of pixels of probability over 0.9, over 8 px from any label (instance head)",
+        UP_TO_ONE,
     )
 
 

@@ -76,7 +76,7 @@ def push_model(name: str, model: Path, card: str) -> str:
     """Upload a model file and its card in one commit, to a repository that is made if need be.
 
     Args:
-        name: USER/NAME, or hf:USER/NAME.
+        name: USER/NAME.
         model: file of nucsam export.
         card: text of the repository's README.md.
 

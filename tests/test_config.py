@@ -267,13 +267,13 @@ REFUSED = {
     "model.width": [0, 100, -32],
     "data.mpp data.memory augment.stain_scale augment.stain_bias augment.stain_mix "
     "augment.blur_sigma "
-    "augment.noise_sigma loss.cross_entropy loss.boundary loss.tversky loss.distance loss.dice "
-    "loss.focal loss.lovasz "
-    "train.weight_decay train.save_minutes": [-0.1, math.inf],
+    "augment.noise_sigma loss.cross_entropy loss.boundary loss.focal loss.tversky loss.lovasz "
+    "loss.distance loss.dice train.weight_decay train.save_minutes": [-0.1, math.inf],
     "data.scale augment.scale_min augment.scale_max model.alpha train.lr_adapter train.lr_head "
     "train.clip train.gamma loss.tversky_power": [0.0, -1.0, math.nan, 10**400],
     "data.inner": [0.0, 0.51, -0.1, math.nan],
-    "augment.stain augment.blur augment.noise model.adapt loss.unlabelled": [-0.1, 1.1, math.nan],
+    "augment.stain augment.blur augment.noise model.adapt": [-0.1, 1.1, math.nan],
+    "loss.unlabelled": [0.0, 1.1, math.nan],
     "instances.foreground instances.seed_rise loss.tversky_misses": [0.0, 1.0],
     "instances.confidence train.warmup train.ema": [1.0, -0.1],
     "data.group model.pattern": ["(", "a{99999999999}"],
@@ -304,6 +304,7 @@ def test_every_number_has_a_rule_and_a_case():
         ({"data": {"crop": 33, "scale": 1.5}}, "data.crop * data.scale"),
         ({"augment": {"scale_min": 2.0}}, "augment.scale_max"),
         ({"model": {"train": "lora", "norms": "moving"}}, "model.norms"),
+        ({"model": {"head": "sam", "adapt": 0.1}}, "model.adapt"),
         ({"model": {"train": "full", "norms": "moving"}, "train": {"checkpoint": True}}, "model"),
     ],
 )

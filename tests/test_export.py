@@ -333,6 +333,8 @@ def test_onnx_has_the_share_that_it_was_exported_with(run, onnx):
     assert nucsam.load(onnx[0], adapt=MODEL.adapt).adapt == MODEL.adapt
     with pytest.raises(UserError, match=r"^adapt: found 0, but .*nuclei\.onnx has 0\.25"):
         nucsam.load(onnx[0], adapt=0.0)
+    with pytest.raises(UserError, match=r"^model\.adapt: found 6.0, expected a number"):
+        nucsam.load(onnx[0], adapt=6.0)
 
 
 def test_onnx_at_another_magnification_is_near(run, onnx):

@@ -23,8 +23,8 @@ def test_nothing_is_learnt(nuclei, predicted, dice, says):
 def test_steps_and_what_may_help():
     text = "10 images x 100 epochs = 300 optimizer steps; 1,500 or more are usual"
     assert steps_sentence(10, 100, 300) == text
-    assert "train.epochs = 500 would" in advice(Config(), 100, 300)
-    counted = Config(train=Train(epochs=200, presentations=2000))
-    assert "train.presentations = 5000 would" in advice(counted, 100, 300)
+    assert "train.epochs=500 would" in advice(Config(), 100, 300)
+    counted = Config(train=Train(epochs=200, presentations=2400))
+    assert "which train.presentations=0 train.epochs=500 would" in advice(counted, 100, 300)
     assert "train.lr_head = 0.001: other rates" in advice(Config(), 100, 11300)
     assert "other rates" in advice(Config(), 0, 0)

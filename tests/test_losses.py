@@ -85,6 +85,9 @@ def test_lovasz():
     close(losses.lovasz(PROBABILITY, FOREGROUND, ALL), 1 / 3 * 1 + 1 / 3 * 0.75 + 1 / 3 * 0.5)
     close(losses.lovasz(PROBABILITY, FOREGROUND, HALF), 1 / 2 * 1 + 1 / 2 * 0.5)
     close(losses.lovasz(FOREGROUND.float(), FOREGROUND, ALL), 0.0)
+    weights = torch.tensor([[[1.0, 1.0], [0.5, 1.0]]])  # errors 0.75, 0.5 and 0.5 of a false one
+    expected = 1 / 2 * 0.75 + 1 / 2 * 0.5
+    close(losses.lovasz(PROBABILITY, FOREGROUND, weights), expected)
     # Of maps in 0/1 it is the Jaccard loss: one hit, one missed, one false.
     sure = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
     close(losses.lovasz(sure, FOREGROUND, ALL), 1 - 1 / 3)

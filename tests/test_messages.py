@@ -359,7 +359,7 @@ $ predict run flat --out p --formats tissue  # a mask alone
 $ predict run flat --out p --per-device 0  # no process a GPU
 ...per_device: found 0, expected at least 1
 $ predict run flat --out p --adapt 6  # a percentage for a share
-model.adapt: found 6.0, expected a probability from 0 to 1
+model.adapt: found 6.0, expected a number from 0 to 1
 $ predict run flat --out p --scale 2 --mpp 0.5  # two magnifications
 ...scale, ...mpp: found both, expected one
 $ predict run flat --out p --mpp 0  # no magnification
@@ -504,7 +504,7 @@ images in 12 groups; about ... min, with ... s a step; ... GiB of memory; nothin
 data.inner: only 3 image(s) choose the epoch, partly by chance
 data.folds: only 4 image(s) are scored; nucsam folds scores every image once
 instances.area: 100% of the nuclei are under 2000 px and will be dropped
-train.epochs: 500 makes the usual 1,500 steps
+train.epochs=500 makes the usual 1,500 steps
 $ evaluate run --untrained  # before the first step, and after the last
 image mean, % (nuinsseg) ... before training ... after, epoch ...
 $ evaluate --truth plain/labels --pred binary/labels --workers 1  # masks for label maps

@@ -1,5 +1,6 @@
 """The whole model: what trains, what reaches it, what its weights are called, and its heads."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from conftest import same_tensors
 from torch import nn
 
 from nucsam.config import Instances, Loss, Model, load_config
+from nucsam.model import losses, targets
 from nucsam.model.heads import Block, InstanceHead, Norm
 from nucsam.model.lora import LoRALinear
 from nucsam.model.network import Nucsam, build_model
@@ -214,12 +216,34 @@ def test_a_sure_nucleus_far_from_labels_may_weigh_less():
     ignored = counted.clone()
     ignored[:, 2:6, 18:22] = False
     head = InstanceHead(32)
-    terms = head.loss(maps, labels, counted, 1, Loss(unlabelled=0.0))
-    torch.testing.assert_close(terms, head.loss(maps, labels, ignored, 1, Loss()))
-    # Beside a label a sure nucleus counts: the one of `one` lies against labels 8 px to its right.
-    beside = labels.roll(8, dims=2)
-    near = head.loss(one, beside, counted, 1, Loss(unlabelled=0.0))
-    torch.testing.assert_close(near, head.loss(one, beside, counted, 1, Loss()))
+    terms = head.loss(maps, labels, counted, 1, Loss(lovasz=1.0, unlabelled=1e-9))
+    torch.testing.assert_close(terms, head.loss(maps, labels, ignored, 1, Loss(lovasz=1.0)))
+    # The nucleus of `one` counts where labels are at most 8 px to its right, and not beyond.
+    for shift, same in ((8, True), (9, False)):
+        right = labels.roll(shift, dims=2)
+        less = head.loss(one, right, counted, 1, Loss(unlabelled=1e-9))["cross_entropy"]
+        full = head.loss(one, right, counted, 1, Loss())["cross_entropy"]
+        assert torch.equal(less, full) == same
+
+
+def test_the_losses_get_their_powers_shares_and_weights():
+    """Against the losses called directly; 0.95 is surer than 0.9, 0.85 is not."""
+    labels = torch.zeros(1, 8, 40, dtype=torch.int64)
+    labels[0, 2:6, 2:6] = 1
+    maps = torch.zeros(1, 4, 8, 40)
+    for columns, p in ((slice(20, 24), 0.95), (slice(30, 34), 0.85)):
+        maps[:, BACKGROUND, 2:6, columns] = math.log(2 * (1 - p) / p)
+    counted = labels >= 0
+    share = counted.float()
+    share[:, 2:6, 20:24] = 0.5
+    weights = Loss(boundary=1.0, focal=2.0, tversky_misses=0.7, tversky_power=1.0, unlabelled=0.5)
+    terms = InstanceHead(32).loss(maps, labels, counted, 1, weights)
+    probability = 1 - maps[:, :3].softmax(1)[:, BACKGROUND]
+    focal = losses.cross_entropy(maps[:, :3], targets.classes(labels), share, focal=2.0)
+    options = {"alpha": 0.7, "beta": 0.3, "gamma": 1.0}
+    tversky = losses.focal_tversky(probability, labels > 0, share, **options)
+    torch.testing.assert_close(terms["cross_entropy"], focal)
+    torch.testing.assert_close(terms["tversky"], tversky)
 
 
 def test_lovasz_is_a_term_where_it_has_a_weight():

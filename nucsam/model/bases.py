@@ -28,11 +28,11 @@ class Published:
     stock: Callable[[], Any]  # an `nn.Module` with the tensors of the file, drawn at random
     family: str  # of `network.FAMILIES`: what runs the stock `image_encoder`
     file: str
+    licence: str
     size: int = 0  # bytes
     sha256: str = ""  # "" = no address is known to serve the file: it must be given as a path
     urls: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)  # of the family
-    licence: str = "Apache-2.0"
     part: str = ""  # entry of the file that holds the tensors; "" = the file holds nothing else
 
     @property
@@ -88,6 +88,7 @@ BASES = {  # `model.encoder` -> what it is
         stock=partial(_sam, "vit_t"),
         family="tiny_vit",
         file="mobile_sam.pt",
+        licence="Apache-2.0",
         size=40_728_226,
         sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
         urls=(
@@ -100,6 +101,7 @@ BASES = {  # `model.encoder` -> what it is
         stock=partial(_sam, "vit_t"),
         family="tiny_vit",
         file="tinysam.pth",
+        licence="Apache-2.0",
         sha256="4b8edcf93af46e2a658ae455574de62873778a5cc3fd8e8adf094dcdfa957cf2",
         urls=(
             f"{_GITHUB}/xinghaochen/TinySAM/releases/download/1.0/tinysam.pth",
@@ -112,6 +114,7 @@ BASES = {  # `model.encoder` -> what it is
         family="tiny_vit",
         options={"quarter": True},
         file="lite_medsam.pth",
+        licence="Apache-2.0",
         size=39_370_479,
         sha256="79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
         urls=(f"{_HUB}/GleghornLab/medsam-vit-b/resolve/main/lite_medsam.pth",),
@@ -121,6 +124,7 @@ BASES = {  # `model.encoder` -> what it is
         stock=partial(_sam, "vit_b"),
         family="vit",
         file="sam_vit_b_01ec64.pth",
+        licence="Apache-2.0",
         size=375_042_383,
         sha256="ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
         urls=("https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth",),
@@ -130,6 +134,7 @@ BASES = {  # `model.encoder` -> what it is
         stock=partial(_efficient_sam, 192),
         family="vit",
         file="efficient_sam_vitt.pt",
+        licence="Apache-2.0",
         size=40_982_470,
         sha256="dff858b19600a46461cbb7de98f796b23a7a888d9f5e34c0b033f7d6eb9e4e6a",
         urls=(
@@ -143,6 +148,7 @@ BASES = {  # `model.encoder` -> what it is
         stock=partial(_efficient_sam, 384),
         family="vit",
         file="efficient_sam_vits.pt",
+        licence="Apache-2.0",
         part="model",
     ),
 }

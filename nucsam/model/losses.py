@@ -3,8 +3,8 @@
 The training loss is the mean over images, so N processes equal one process with the N-fold batch.
 An image without counted pixels has loss 0.
 
-Shape suffixes: B images, C classes, H W rows and columns. Probabilities are 0..1; foreground and
-counted maps are bool.
+Shape suffixes: B images, C classes, H W rows and columns, N pixels of an image in some order.
+Probabilities are 0..1; foreground and counted maps are bool, unless it says otherwise.
 """
 
 import torch
@@ -75,16 +75,17 @@ def focal_tversky(
 def lovasz(probability_BHW: Tensor, foreground_BHW: Tensor, counted_BHW: Tensor) -> Tensor:
     """Lovász-softmax of the foreground (Berman et al., 2018): a surrogate of 1 - Jaccard index.
 
-    Of an image without nuclei it is the largest probability.
+    Of an image without nuclei it is the largest probability. `counted_BHW` is bool, or a weight of
+    each pixel's error, 0..1; pixels of weight 0 do not count.
     """
     error_BN = ((foreground_BHW.float() - probability_BHW).abs() * counted_BHW).flatten(1)
     error_BN, order_BN = error_BN.sort(dim=1, descending=True)
-    true_BN = (foreground_BHW & counted_BHW).flatten(1).gather(1, order_BN)
+    true_BN = (foreground_BHW & (counted_BHW > 0)).flatten(1).gather(1, order_BN)
     # Jaccard loss where the pixels of the n largest errors are wrong and all others right.
     missed_BN = true_BN.cumsum(1)
     false_BN = (~true_BN).cumsum(1)
     true_B1 = missed_BN[:, -1:]
-    jaccard_BN = 1 - (true_B1 - missed_BN) / (true_B1 + false_BN).clamp(min=1)
+    jaccard_BN = 1 - (true_B1 - missed_BN) / (true_B1 + false_BN)
     return _sum(error_BN * jaccard_BN.diff(dim=1, prepend=jaccard_BN.new_zeros(len(true_B1), 1)))
 
 

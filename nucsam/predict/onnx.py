@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,8 @@ def open_graph(path: Path, device: str, per_device: int = 1, adapt: float | None
         raise UserError(f"{path}: found another graph, expected one of nucsam export")
     metadata = read_json(entries["nucsam"], f"{path}: `nucsam` metadata")
     config = check_metadata(path, metadata)
+    if adapt is not None:
+        replace(config, model=replace(config.model, adapt=adapt))  # which checks it
     if adapt not in (None, config.model.adapt):
         found = f"found {adapt:g}, but {path} has {config.model.adapt:g} in its graph"
         raise UserError(f"adapt: {found}; model.adapt of the run's config.toml sets it")

@@ -14,13 +14,18 @@ def in_threads(
 ) -> Iterator[Any]:
     """The result of the call with each job's arguments, in order.
 
-    Up to `threads` calls run while the next job is made; memory is that of a few jobs.
+    Up to `threads` calls run while the next job is made; memory is that of a few jobs. Where the
+    consumer stops early, calls that have not begun are dropped.
     """
+    running: deque[Future] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        running: deque[Future] = deque()
-        for job in jobs:
-            running.append(pool.submit(call, *job))
-            while len(running) > threads + 1 or (running and running[0].done()):
+        try:
+            for job in jobs:
+                running.append(pool.submit(call, *job))
+                while len(running) > threads + 1 or (running and running[0].done()):
+                    yield running.popleft().result()
+            while running:
                 yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()

@@ -17,11 +17,9 @@ def steps_sentence(images: int, epochs: int, steps: int) -> str:
     return f"{images} images x {epochs} epochs = {steps:,} optimizer steps; {USUAL}"
 
 
-def of_length(train: Train, epochs: int) -> tuple[str, int]:
-    """The setting, and its value, that makes a training this many epochs long."""
-    if not train.presentations:
-        return "train.epochs", epochs
-    return "train.presentations", math.ceil(train.presentations * epochs / train.epochs)
+def of_length(train: Train, epochs: int) -> str:
+    """The overrides that make a training this many epochs long."""
+    return "train.presentations=0 " * bool(train.presentations) + f"train.epochs={epochs}"
 
 
 def advice(config: Config, epoch: int, step: int) -> str:
@@ -31,8 +29,8 @@ def advice(config: Config, epoch: int, step: int) -> str:
     taken = f"It has taken {step:,} optimizer steps in {epoch} epochs, with peak rates {rates}"
     if not 0 < epoch <= step or step >= USUAL_STEPS:
         return f"{taken}: other rates may help, if the labels belong to the images"
-    setting, value = of_length(t, math.ceil(USUAL_STEPS * epoch / step))
-    longer = f"{setting} = {value} would take for this number of images"
+    overrides = of_length(t, math.ceil(USUAL_STEPS * epoch / step))
+    longer = f"{overrides} would take for this number of images"
     return f"{taken}. That is few: {USUAL}, which {longer}"
 
 

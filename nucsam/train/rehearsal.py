@@ -100,12 +100,15 @@ def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
     if tiny > TINY:
         yield f"instances.area: {tiny:.0%} of the nuclei are under {least} px and will be dropped"
     if training.steps < USUAL_STEPS:
-        setting, value = of_length(t, math.ceil(USUAL_STEPS / training.batches.steps))
-        yield f"{setting}: {value} makes the usual {USUAL_STEPS:,} steps"
+        overrides = of_length(t, math.ceil(USUAL_STEPS / training.batches.steps))
+        yield f"{overrides} makes the usual {USUAL_STEPS:,} steps"
     if facts["minutes"] > LONG and training.accelerator.device.type == "cpu":
         if d.crop * d.scale > 256:
             share = (256 / (d.crop * d.scale)) ** 2
             smaller = f"data.crop=256 data.scale=1 takes about {share:.2g} times as long"
             yield f"data.crop: on a CPU, {smaller}, for scores a few points lower"
-        setting, value = of_length(t, int(60 * t.epochs / facts["minutes"]))
-        yield f"{setting}: {value} takes about an hour on this device"
+        epochs = int(60 * t.epochs / facts["minutes"])
+        if epochs:
+            yield f"{of_length(t, epochs)} takes about an hour on this device"
+        else:
+            yield "train.epochs: one epoch takes over an hour on this device"
