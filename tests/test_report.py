@@ -336,7 +336,7 @@ def test_a_model_that_learnt_nothing_is_said_to(one, no_charts):
     assert (
         "learnt nothing: it predicts no nucleus in the 4 test images. It has taken 20 opt" in text
     )
-    assert "train.epochs = 300 would take" in text
+    assert "train.epochs=300 would take" in text
 
 
 # ---- findings ----
