@@ -182,7 +182,10 @@ def plain(
         pixel_weights = counted * torch.where(nucleus, NUCLEUS_WEIGHT, 1.0)
         probability = 1 - logits.softmax(1)[:, targets.BACKGROUND]
         cross_entropy = losses.cross_entropy(logits, classes, counted * class_weights)
-        tversky = losses.focal_tversky(probability, nucleus, counted, alpha=0.5, beta=0.5)
+        misses, power = w.tversky_misses, w.tversky_power
+        tversky = losses.focal_tversky(
+            probability, nucleus, counted, alpha=misses, beta=1 - misses, gamma=power
+        )
         distance = losses.absolute(maps[:, 3].sigmoid(), depth, pixel_weights)
         return {
             "cross_entropy": w.cross_entropy * cross_entropy,

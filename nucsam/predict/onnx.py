@@ -87,9 +87,7 @@ def open_graph(path: Path, device: str, per_device: int = 1, adapt: float | None
         raise UserError(f"{path}: found another graph, expected one of nucsam export")
     metadata = read_json(entries["nucsam"], f"{path}: `nucsam` metadata")
     config = check_metadata(path, metadata)
-    if adapt is not None:
-        replace(config, model=replace(config.model, adapt=adapt))  # which checks it
-    if adapt not in (None, config.model.adapt):
+    if adapt is not None and config != replace(config, model=replace(config.model, adapt=adapt)):
         found = f"found {adapt:g}, but {path} has {config.model.adapt:g} in its graph"
         raise UserError(f"adapt: {found}; model.adapt of the run's config.toml sets it")
     fields = {"multiple": int(multiple), "split": SPLITS[maps], "sha256": file_checksum(path)}

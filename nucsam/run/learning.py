@@ -19,7 +19,8 @@ def steps_sentence(images: int, epochs: int, steps: int) -> str:
 
 def of_length(train: Train, epochs: int) -> str:
     """The overrides that make a training this many epochs long."""
-    return "train.presentations=0 " * bool(train.presentations) + f"train.epochs={epochs}"
+    setting = f"train.epochs={epochs}"
+    return f"train.presentations=0 {setting}" if train.presentations else setting
 
 
 def advice(config: Config, epoch: int, step: int) -> str:
