@@ -1,4 +1,4 @@
-"""What a launcher (`accelerate launch`, `torchrun`, SLURM) says of this process, and signals.
+"""A process: what its launcher (`accelerate launch`, SLURM) says, its signals, cores and memory.
 
 Windows has no SIGTERM that a process could handle. Its Ctrl-Break takes that place.
 """
@@ -126,3 +126,15 @@ def idle_cores() -> int:
     busy = cores * psutil.cpu_percent(0.5) / 100
     idle = min(allowed_cores(), round(cores - busy))
     return max(1, idle // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, for the tensors of its next step.
+
+    By itself glibc, the C library of most Linux systems, gives large blocks back. The system then
+    has to find and to clear their pages anew in each step.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "mallopt"):
+        library.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks

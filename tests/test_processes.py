@@ -1,5 +1,7 @@
-"""How many cores there are for this process."""
+"""The cores and the memory of this process."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -50,3 +52,39 @@ def machine(monkeypatch, tmp_path):
 )
 def test_idle_cores(machine, facts, cores):
     assert machine(**facts) == cores
+
+
+FAULTS = """
+import ctypes, resource
+from nucsam.processes import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    ctypes.memset(block := libc.malloc(2**26), 1, 2**26)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+ctypes.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+first = faults(), faults()
+keep_freed_memory()
+print(*first, faults(), faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux")
+def test_freed_memory_is_not_asked_for_again():
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, again, _, kept = map(int, done.stdout.split())
+    assert kept < again / 10
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(processes.ctypes, "CDLL", lambda _: object())
+    processes.keep_freed_memory()
+    monkeypatch.setattr(processes.sys, "platform", "darwin")
+    monkeypatch.delattr(processes.ctypes, "CDLL")
+    processes.keep_freed_memory()

@@ -33,7 +33,7 @@ from nucsam.model.network import calibrated
 from nucsam.model.weights import Base, load_base
 from nucsam.predict.devices import PRECISIONS, half_type, make_accelerator, uses_gpu
 from nucsam.predict.predictor import RATIO
-from nucsam.processes import check_joined, idle_cores
+from nucsam.processes import check_joined, idle_cores, keep_freed_memory
 from nucsam.run import checkpoint
 from nucsam.run.checkpoint import Progress
 from nucsam.run.directory import RunDirectory
@@ -74,6 +74,8 @@ class Training:
         # A thread waits for all others at each step: two on one busy core take longer than one.
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(self.cores)
+        if not uses_gpu():
+            keep_freed_memory()
         self.accelerator = _accelerator(config, self.run)
         self.run.check(config, resume=resume)
         self._load_images(resume)
