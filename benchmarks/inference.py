@@ -10,8 +10,8 @@
   image in the same dtype.
 
 Files go through the steps of `nucsam predict`: reading, tiles of up to `--image-size` model px
-(image-size / scale image px, of which neighbours share one 32nd), the encoder with LoRA merged,
-the head, stitching, nuclei, and writing a label TIFF. Loading the model does not count.
+(image-size / scale image px, of which neighbours share a 16th), the encoder with LoRA merged, the
+head, stitching, nuclei, and writing a label TIFF. Loading the model does not count.
 
 With random weights the maps would hold no nuclei. So each image is a picture of maps: its channels
 are foreground and, twice, depth of synthetic nuclei with noise. The network computes what it

@@ -51,7 +51,7 @@ def test_an_export_predicts_as_its_run(trained):
     assert np.abs(maps - same).max() < 1e-5 * max(1.0, np.abs(maps).max())
     moved, config = checkpoint.open_run(trained[0])[:2]
     for p in (run, exported):
-        assert (p.scale, p.instances, p.tile, p.overlap) == (1.0, config.instances, 256, 8)
+        assert (p.scale, p.instances, p.tile, p.overlap) == (1.0, config.instances, 256, 16)
         assert p.batch == 1 and not p.model.training and p.autocast is None
     with torch.no_grad():
         for parameter in moved.trainable().values():

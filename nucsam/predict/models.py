@@ -12,7 +12,7 @@ from nucsam.predict.onnx import open_graph
 from nucsam.predict.predictor import Predictor
 from nucsam.run.learning import advice
 
-SHARE = 32  # neighbours share one 32nd of a tile's side, if nothing else is asked for
+SHARE = 16  # neighbours share a 16th of a tile, if nothing else is asked for
 
 
 def load(
@@ -52,7 +52,7 @@ def load(
         per_device: launched processes that share a GPU.
         scale: model px per image px of any image; None = as trained, by microns per px.
         tile: longest side of a tile, px; None = a training crop.
-        overlap: what neighbouring tiles share, px; None = one 32nd of a tile.
+        overlap: what neighbouring tiles share, px; None = a 16th of a tile.
         batch: tiles at a time; None = as trained on a GPU, 1 on a CPU.
         tta: average the maps over the eight flips and quarter turns.
         adapt: share, 0 to 1, of a tile's own statistics in the head's norms: for images of another
