@@ -131,8 +131,8 @@ def idle_cores() -> int:
 def keep_freed_memory() -> None:
     """Let this process keep the memory that it frees, for the tensors of its next step.
 
-    By itself glibc, the C library of most Linux systems, gives large blocks back. The system then
-    has to find and to clear their pages anew in each step.
+    By default glibc, the C library of most Linux systems, gives large blocks back, and the system
+    clears their pages again at each step.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "mallopt"):
