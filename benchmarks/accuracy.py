@@ -166,6 +166,8 @@ MODELS = {
     "stain-double": Model({"augment.stain_scale": 0.6, "augment.stain_bias": 0.2}),
     "stain-mix": Model({"augment.stain_mix": 0.1}),
     "stain-mix-more": Model({"augment.stain_mix": 0.2}),
+    "one-size": Model({"data.nucleus_area": 430.0}),
+    "one-size-once": Model({"data.nucleus_area": 0.0}, again="one-size"),
 }
 UNETS = tuple(name for name, model in MODELS.items() if model.net)
 MUSTS = (*UNETS, "report", "sam", "lora", "head", "full")

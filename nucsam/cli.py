@@ -286,6 +286,10 @@ def predict_command(
     adapt: Annotated[
         float | None, Option(help="0 to 1: adapt to other stains, such as 0.06; default: as set.")
     ] = None,
+    auto_scale: Annotated[
+        bool | None,
+        Option(help="Predict twice, the second time at the magnification trained on."),
+    ] = None,
     roi: Annotated[Path | None, Option(help="GeoJSON, or a folder of STEM.geojson.")] = None,
     tissue: Annotated[
         bool, Option("--tissue-mask/--no-tissue-mask", help="Skip tiles that show glass alone.")
@@ -299,6 +303,9 @@ def predict_command(
     tissue (STEM.tissue.geojson), the mask of what is not glass.
     The tables give sizes in px and with mpp in µm, colours as 0..255, haematoxylin and eosin as
     optical density, and confidence, the mean foreground probability, 0..1.
+
+    With --auto-scale, the nuclei of a first look at an image, up to 4 windows of 1,024 px, say how
+    much it is magnified. It is on for models trained with data.nucleus_area.
 
     With --roi, only nuclei inside the regions of a file are predicted, such as QuPath exports.
 
@@ -320,6 +327,7 @@ def predict_command(
         per_device=per_device,
         tta=tta,
         adapt=adapt,
+        auto_scale=auto_scale,
         force=force,
         roi=roi,
         tissue=tissue,

@@ -150,6 +150,9 @@ class Data:
     crop: int = setting(512, "side of a training crop, image px", between(1, 2**15))
     scale: float = setting(2.0, "model px per image px", between(1 / 64, 64))
     mpp: float = setting(0.0, "microns per px to resample images to; 0: their median", at_least(0))
+    nucleus_area: float = setting(
+        0.0, "median nucleus area, px, to resample each image to; 0: keep its own", at_least(0)
+    )
     workers: int = setting(2, "most loader processes for a GPU; a CPU has none", at_least(0))
     memory: float = setting(16.0, "GiB of decoded images kept in memory", at_least(0))
 
@@ -341,6 +344,9 @@ def _check_pairs(config: Config) -> None:
     if data.test and data.fold != "all":
         found = f"found {data.test!r} with data.fold = {data.fold}"
         raise UserError(f"data.test: {found}, expected data.fold = 'all'")
+    if data.nucleus_area and data.mpp:
+        found = f"found {data.nucleus_area:g} with data.mpp = {data.mpp:g}"
+        raise UserError(f"data.nucleus_area: {found}; both set the magnification, expected one")
     if data.fold == "all" and data.select == "test":
         raise UserError("data.select: found 'test' with data.fold = 'all', expected 'inner'")
     side = data.crop * data.scale

@@ -265,10 +265,10 @@ REFUSED = {
     "data.seed": [-1, 2**32],
     "train.seed": [-1, 2**64],
     "model.width": [0, 100, -32],
-    "data.mpp data.memory augment.stain_scale augment.stain_bias augment.stain_mix "
-    "augment.blur_sigma "
-    "augment.noise_sigma loss.cross_entropy loss.boundary loss.focal loss.tversky loss.lovasz "
-    "loss.distance loss.dice train.weight_decay train.save_minutes": [-0.1, math.inf],
+    "data.mpp data.nucleus_area data.memory augment.stain_scale augment.stain_bias "
+    "augment.stain_mix augment.blur_sigma augment.noise_sigma loss.cross_entropy loss.boundary "
+    "loss.focal loss.tversky loss.lovasz loss.distance loss.dice train.weight_decay "
+    "train.save_minutes": [-0.1, math.inf],
     "data.scale augment.scale_min augment.scale_max model.alpha train.lr_adapter train.lr_head "
     "train.clip train.gamma loss.tversky_power": [0.0, -1.0, math.nan, 10**400],
     "data.inner": [0.0, 0.51, -0.1, math.nan],
@@ -300,6 +300,7 @@ def test_every_number_has_a_rule_and_a_case():
         ({"data": {"fold": -1}}, "data.fold"),
         ({"data": {"fold": 2, "folds": 2}}, "data.fold"),
         ({"data": {"fold": "all", "select": "test"}}, "data.select"),
+        ({"data": {"mpp": 0.25, "nucleus_area": 430.0}}, "data.nucleus_area"),
         ({"data": {"crop": 100, "scale": 1.0}}, "data.crop * data.scale"),
         ({"data": {"crop": 33, "scale": 1.5}}, "data.crop * data.scale"),
         ({"augment": {"scale_min": 2.0}}, "augment.scale_max"),

@@ -22,6 +22,7 @@ from nucsam.data.samples import Crops, EpochBatches, Samples, read_sample
 from nucsam.data.splits import find_split, inventory, split_records, with_epochs
 from nucsam.data.summary import inspect_folder, summary_table
 from nucsam.errors import UserError
+from nucsam.train.training import run_ratios
 
 H, W = 70, 90
 
@@ -706,13 +707,32 @@ def test_a_crop_of_another_magnification_is_resampled(tmp_path):
         tifffile.imwrite(tmp_path / "labels" / f"{name}.tif", squares)
     samples = Samples(find_records(tmp_path))
     assert samples.mpps == pytest.approx([0.25, 0.51, 0.5])
-    fine, near, same = (Crops(samples, window=64, seed=1, mpp=0.5)[0, k] for k in range(3))
+    ratios = run_ratios(Data(), samples, 0.5)
+    fine, near, same = (Crops(samples, window=64, seed=1, ratios=ratios)[0, k] for k in range(3))
     assert len(np.unique(fine["label"])) == 64 and fine["label"].shape == (64, 64)
     assert np.array_equal(fine["label"], squares[::2, ::2])  # squares of 16 px become 8 px
     assert np.array_equal(fine["image"][0, 4::8, 4::8], 3 * np.arange(1, 65).reshape(8, 8))
     assert len(np.unique(near["label"])) <= 25 and len(np.unique(same["label"])) <= 25
     whole = Crops(samples, window=128, seed=1)[0, 0]  # microns of the run not known
     assert np.array_equal(whole["label"], squares)
+
+
+def test_a_crop_is_resampled_to_the_nucleus_area_of_the_run(tmp_path):
+    squares = np.kron(np.arange(1, 65, dtype=np.uint8).reshape(8, 8), np.ones((16, 16), np.uint8))
+    squares[(squares == 1) | (squares == 3)] = 2  # a larger nucleus leaves the median at 256 px
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for name, label in (("nuclei", squares), ("none", 0 * squares)):
+        put(tmp_path / "images" / f"{name}.png", np.zeros((128, 128, 3), np.uint8))
+        put(tmp_path / "labels" / f"{name}.png", label)
+    samples = Samples(find_records(tmp_path))
+    assert samples.areas == [0, 256]  # in the order of names: none, nuclei
+    ratios = run_ratios(Data(nucleus_area=64.0), samples, None)
+    assert ratios == [1, 2]
+    crop = Crops(samples, window=64, seed=1, ratios=ratios)[0, 1]
+    assert np.array_equal(crop["label"], samples[1].label[::2, ::2])
+    with pytest.raises(UserError, match=r"nuclei\.png: found nuclei 16 times as long as data\.nuc"):
+        run_ratios(Data(nucleus_area=1.0), samples, None)
 
 
 def test_an_image_is_known_by_its_pixels_and_ids_not_by_its_files(tmp_path):

@@ -362,6 +362,8 @@ $ predict run flat --out p --adapt 6  # a percentage for a share
 model.adapt: found 6.0, expected a number from 0 to 1
 $ predict run flat --out p --scale 2 --mpp 0.5  # two magnifications
 ...scale, ...mpp: found both, expected one
+$ predict run flat --out p --scale 2 --auto-scale  # a magnification, and another by itself
+...scale, ...auto...scale: found both, expected one
 $ predict run flat --out p --mpp 0  # no magnification
 ...mpp: found 0, expected a positive number
 $ predict run flat --out p --tile 3  # a tile too small

@@ -439,6 +439,37 @@ def test_a_ratio_goes_before_microns_per_px():
     assert (tiles.scale, tiles.sides) == (1.0, (256, 256))
 
 
+@pytest.mark.parametrize(
+    "wanted, found", [(1.0, 1.0), (0.6, 0.6), (1.6, 1.6), (0.2, 0.5), (9.0, 2.0)]
+)
+def test_the_nuclei_of_a_first_look_set_the_scale(wanted, found):
+    """An image `wanted` times as large as those trained on, as far as its first look can tell."""
+    image = discs(400)[0]
+    median = np.median(np.bincount(predictor(Colour()).predict(image).ravel())[1:])
+    p = predictor(Colour(), nucleus_area=median / wanted**2)
+    assert p.grid(image).scale == pytest.approx(1 / found, rel=1e-6)
+    known = replace(p, mpp=0.25).grid(image, mpp=0.2)  # looked at in 1.25 times the size
+    assert 1 / known.scale == pytest.approx(np.clip(wanted, 0.625, 2.5), rel=0.1)
+    few = image.copy()
+    few[84:] = few[:, 84:] = (0, 255, 0)  # nine nuclei are left
+    assert p.grid(few).scale == 1
+
+
+def test_a_first_look_at_a_large_image_takes_few_windows():
+    looks = []
+
+    class Looks(TorchPredictor):
+        def extract(self, images):
+            return super().extract(looks.append(len(tiles.windows)) or tiles for tiles in images)
+
+    options = {"scale": 1.0, "instances": Instances(), "core": 100, "margin": 20}
+    p = Looks(Colour(), nucleus_area=200.0, **options)
+    tiles = p.grid(discs(500)[0])  # as small as the core, and as many windows as for its ratio
+    assert looks == [4] and len(tiles.windows) > 4
+    p.predict(discs(90)[0])
+    assert looks == [4, 1, 1]  # the look, then the prediction
+
+
 @pytest.mark.parametrize("ratio, legal", [(8, True), (0.125, True), (8.1, False), (0.12, False)])
 def test_magnifications_far_from_the_training_are_refused(ratio, legal):
     p = predictor(mpp=ratio)

@@ -19,6 +19,8 @@ import nucsam
 from nucsam.cli import run_command
 from nucsam.data import images
 from nucsam.data.images import read_image, read_label
+from nucsam.data.samples import Samples
+from nucsam.data.splits import find_split
 from nucsam.errors import UserError
 from nucsam.export.merged import export_run
 from nucsam.predict import images as predict_images
@@ -91,6 +93,34 @@ def test_arguments_at_their_limits_and_beyond(trained):
         nucsam.load(trained[0], device="cpu", adapt=1.1)
     model = nucsam.load(trained[0], device="cpu", tile=64, overlap=32, batch=1, scale=0.5)
     assert (model.tile, model.overlap, model.batch, model.ratio) == (64, 32, 1, 2.0)
+
+
+@one_head
+def test_the_nucleus_area_is_that_of_the_training(trained, tiny, tmp_path):
+    run = trained[0]
+    areas = [s.areas[0] for s in map(Samples, zip(trained_on(run)))]
+    options = {"device": "cpu", "auto_scale": True}
+    assert nucsam.load(run, **options).nucleus_area == np.median(areas)
+    assert nucsam.load(run, device="cpu").nucleus_area == 0
+    with pytest.raises(UserError, match=r"^scale, auto_scale: found both"):
+        nucsam.load(run, scale=2.0, **options)
+    older = tmp_path / "old.safetensors"
+    tensors, metadata = checkpoint.read_tensors(trained[1], "merged")
+    del metadata["nucleus_area"]
+    checkpoint.write_tensors(older, tensors, metadata)
+    with pytest.raises(UserError, match=r"^auto_scale: .*old\.safetensors does not say how large"):
+        nucsam.load(older, **options)
+    fit(tiny("train.epochs=1", "data.nucleus_area=300"), tmp_path / "run")
+    assert checkpoint.open_run(tmp_path / "run")[3]["nucleus_area"] == 300
+    assert nucsam.load(tmp_path / "run", device="cpu").nucleus_area == 300
+    assert nucsam.load(tmp_path / "run", device="cpu", auto_scale=False).nucleus_area == 0
+    assert nucsam.load(tmp_path / "run", device="cpu", scale=2.0).nucleus_area == 0
+
+
+def trained_on(run):
+    """The records of the images that a run was trained on."""
+    records, split = find_split(checkpoint.open_run(run)[1].data)
+    return [records[i] for i in split.train]
 
 
 # ---- files ----

@@ -278,7 +278,14 @@ def _planes(sample: Sample) -> Planes:
 def _read_whole(record: Record) -> tuple:
     """Everything that `Samples` keeps of a record, so that its threads do all the work."""
     sample = read_instances(record)
-    return _planes(sample), sample.partial, digest(sample), *read_metadata(record.image)
+    area = median_area(sample.label)
+    return _planes(sample), sample.partial, digest(sample), area, *read_metadata(record.image)
+
+
+def median_area(label: np.ndarray) -> float:
+    """Median area of the nuclei of a label map, px; 0 where it has none."""
+    areas = np.bincount(label.ravel())[1:]
+    return float(np.median(areas[areas > 0])) if areas.any() else 0.0
 
 
 class Samples:
@@ -286,7 +293,8 @@ class Samples:
 
     Every image is read once to check it. Forked loader workers share what is kept; spawned ones
     copy it. Where it would exceed the limit, `kept` is False and each access reads the files again.
-    `digests` are those of `digest`, `mpps` the microns per px of the image files; None = not known.
+    `digests` are those of `digest`, `areas` those of `median_area`, and `mpps` the microns per px
+    of the image files; None = not known.
 
     Args:
         records: the images.
@@ -301,6 +309,7 @@ class Samples:
         self.sizes = []  # (H, W) of each image
         self.partial = []  # of each sample
         self.digests: list[str] = []
+        self.areas: list[float] = []
         self.mpps: list[float | None] = []
         self.kept = True
         self._planes: list[Planes] = []
@@ -311,10 +320,11 @@ class Samples:
             if isinstance(result, UserError):
                 problems.append(str(result))
                 continue
-            planes, partial, sha256, mpp, texts = result
+            planes, partial, sha256, area, mpp, texts = result
             self.sizes.append(planes[1].shape)
             self.partial.append(partial)
             self.digests.append(sha256)
+            self.areas.append(area)
             self.mpps.append(mpp)
             remarks.append((record.image, texts))
             self.kept_bytes += sum(plane.nbytes for plane in planes if plane is not None)
@@ -350,14 +360,14 @@ class Crops:
     A key (epoch, index) fixes everything random, so that batch size, loader workers and processes
     change nothing. A place that is vague all over is drawn again, up to TRIES times. An image
     smaller than the window lies somewhere in the crop, reflected around its edges. Where the
-    microns per px of an image differ from `mpp` by over 5 %, its crop is resampled to `mpp`, as
-    prediction does.
+    magnification of an image differs from that of the run by over 5 %, its crop is resampled to
+    that of the run, as prediction does.
 
     Args:
         samples: the images.
         window: side S of a crop, px of the run.
         seed: of the place of a crop and of its draws.
-        mpp: microns per px of the run; None = not known.
+        ratios: px of each image per px of the run; None = 1 of all.
 
     Returns:
         An item is a dict of tensors: image uint8 (3, S, S); label int32 (S, S) with the ids of
@@ -365,18 +375,19 @@ class Crops:
         (DRAWS,), uniform in [0, 1); index int64 (), into the samples.
     """
 
-    def __init__(self, samples: Samples, *, window: int, seed: int, mpp: float | None = None):
-        self.samples, self.window, self.seed, self.mpp = samples, window, seed, mpp
+    def __init__(
+        self, samples: Samples, *, window: int, seed: int, ratios: Sequence[float] | None = None
+    ):
+        self.samples, self.window, self.seed = samples, window, seed
+        self.ratios = [1.0] * len(samples) if ratios is None else ratios
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def _side(self, index: int) -> int:
         """Side of a crop in px of its image."""
-        mpp = self.samples.mpps[index]
-        if not mpp or not self.mpp or abs(math.log(self.mpp / mpp)) < SAME_SCALE:
-            return self.window
-        return round(self.window * self.mpp / mpp)
+        ratio = self.ratios[index]
+        return self.window if abs(math.log(ratio)) < SAME_SCALE else round(self.window * ratio)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         import torch

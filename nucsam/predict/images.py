@@ -191,6 +191,7 @@ def _settings(model: str, predictor: Predictor, mpp: float | None) -> dict[str, 
         "scale": predictor.scale / (predictor.ratio or 1.0),
         "mpp_trained": predictor.mpp,
         "mpp": mpp,
+        "nucleus_area": predictor.nucleus_area,
         "tile": predictor.tile,
         "overlap": predictor.overlap,
         "tta": predictor.tta,
@@ -204,7 +205,7 @@ def _record(
 ) -> None:
     """Write `settings` as predict.json. If the old ones differ, `force` removes their results."""
     if record.is_file():
-        before = {"adapt": 0.0} | read_json(record.read_bytes(), str(record))
+        before = {"adapt": 0.0, "nucleus_area": 0.0} | read_json(record.read_bytes(), str(record))
         changed = changes(before | {name: settings[name] for name in UNRECORDED}, settings)
         if changed and not force:
             found = f"the results beside it have other settings: {'; '.join(changed)}"
@@ -387,7 +388,8 @@ class Batch:
         mpp, remarks = read_metadata(path)
         mpp = self.mpp or mpp
         trained = self.predictor.mpp
-        lacking = (mpp is None) != (trained is None) and self.predictor.ratio is None
+        told = self.predictor.ratio or self.predictor.nucleus_area
+        lacking = (mpp is None) != (trained is None) and not told
         if lacking and not self.warned:
             who = f"{path} has no" if mpp is None else "the model was trained without"
             why = "".join(f" ({remark})" for remark in remarks)

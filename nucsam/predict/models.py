@@ -26,6 +26,7 @@ def load(
     batch: int | None = None,
     tta: bool = False,
     adapt: float | None = None,
+    auto_scale: bool | None = None,
 ) -> Predictor:
     """Load a model.
 
@@ -58,6 +59,8 @@ def load(
         adapt: share, 0 to 1, of a tile's own statistics in the head's norms: for images of another
             laboratory, whose stain differs. None = `model.adapt` of its configuration. An ONNX file
             has the share with which it was exported.
+        auto_scale: predict an image twice, the second time at the magnification that gives its
+            nuclei the median area of those trained on; None = as trained (`data.nucleus_area`).
 
     Raises:
         UserError: a file is missing or damaged, an argument out of range, or no such device.
@@ -79,10 +82,13 @@ def load(
         batch = 1 if on_cpu else config.train.batch
     sizes = {"tile": tile, "overlap": overlap, "batch": batch}
     _check_numbers(scale, **sizes)
+    if auto_scale is None:
+        auto_scale = config.data.nucleus_area > 0 and scale is None
     return make(
         scale=config.data.scale,
         instances=config.instances,
         mpp=metadata.get("mpp"),
+        nucleus_area=_nucleus_area(path, config, metadata, scale) if auto_scale else 0.0,
         tta=tta,
         adapt=config.model.adapt,
         trained=_training(config, metadata),
@@ -100,6 +106,19 @@ def _check_numbers(scale: float | None, tile: int, overlap: int, batch: int) -> 
     ):
         if not valid:
             raise UserError(f"{name}: found {value:g}, expected {expected}")
+
+
+def _nucleus_area(
+    path: Path, config: Config, metadata: dict[str, Any], scale: float | None
+) -> float:
+    """Median area of the nuclei that a model was trained on, px."""
+    if scale:
+        raise UserError("scale, auto_scale: found both, expected one")
+    area = config.data.nucleus_area or metadata.get("nucleus_area")
+    if not area:
+        found = f"{path} does not say how large the nuclei were that it was trained on"
+        raise UserError(f"auto_scale: {found}; expected a model trained by this version or later")
+    return area
 
 
 def _training(config: Config, metadata: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 Loads no torch. What runs a model on a batch of tiles is in `pytorch.py` and `onnx.py`.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
@@ -32,6 +33,9 @@ CORE = 1024  # px: longest side of a window's core
 MARGIN = 128  # px: farthest that a nucleus reaches from its centroid
 READERS = 2  # threads that read tiles
 RATIO = 8.0  # most that an image's magnification may differ from that of the training
+LOOKS = 4  # windows of a first look at an image, which says how large its nuclei are
+FEWEST = 10  # nuclei of a first look that say it
+ZOOM = 2.0  # most by which it changes the magnification
 
 
 @dataclass(eq=False)
@@ -42,12 +46,14 @@ class Predictor:
         label = model.predict(image)  # uint8 (H, W, 3) -> int32 (H, W), 0 = background
 
     Several threads may use one predictor. Lengths are px of the images trained on. For an image of
-    another magnification they follow its microns per px.
+    another magnification they follow its microns per px, or the size of its nuclei.
 
     Args:
         scale: model px per image px, as in training.
         instances: thresholds of the extraction of nuclei.
         mpp: microns per px of the images trained on; None = not known.
+        nucleus_area: median area of the nuclei trained on, px. An image is predicted twice, the
+            second time at the magnification at which its nuclei have that area; 0 = once.
         tile: longest side of a tile, px; a smaller image is one tile.
         overlap: what neighbouring tiles share, px.
         batch: tiles of one size that go through the model together.
@@ -64,6 +70,7 @@ class Predictor:
     scale: float
     instances: Instances
     mpp: float | None = None
+    nucleus_area: float = 0.0
     tile: int = 512
     overlap: int = 16
     batch: int = 4
@@ -184,6 +191,19 @@ class Predictor:
         if not 1 / RATIO <= ratio <= RATIO:
             found = f"found {ratio:g} times the magnification trained on"
             raise UserError(f"mpp, scale: {found}, expected {1 / RATIO:g} to {RATIO:g} times")
+        if self.nucleus_area:
+            ratio = self._by_nuclei(self._grid(image, ratio, area, tissue, most=LOOKS), ratio)
+        return self._grid(image, ratio, area, tissue)
+
+    def _grid(
+        self,
+        image: Any,
+        ratio: float,
+        area: Area | None,
+        tissue: Tissue | None,
+        most: int | None = None,
+    ) -> Tiles:
+        """`grid` of an image of `ratio` px per px trained on, with at most `most` windows."""
         tile, overlap, core, margin = (
             max(1, round(px * ratio)) if px else 0
             for px in (self.tile, self.overlap, self.core, self.margin)
@@ -193,7 +213,26 @@ class Predictor:
             places = windows_in(places, area, margin)
         if tissue is not None:
             places = [window for window in places if tissue.meets(window.core)] or places[:1]
+        if most and places:
+            places = places[:: math.ceil(len(places) / most)]
         return Tiles(image, self.scale / ratio, tile, overlap, places, tissue, area)
+
+    def _by_nuclei(self, tiles: Tiles, ratio: float) -> float:
+        """The ratio at which the nuclei of an image have `nucleus_area`.
+
+        Args:
+            tiles: some windows of the image at `ratio`.
+            ratio: px of the image per px of those trained on, as far as is known.
+
+        Returns:
+            At most `ZOOM` times more or less than `ratio`; that itself where few nuclei are found.
+        """
+        areas = [np.bincount(found.label.ravel())[1:] for *_, found in self.extract([tiles])]
+        areas = np.concatenate([np.zeros(0), *areas])
+        if len(areas) < FEWEST:
+            return ratio
+        own = math.sqrt(np.median(areas) / self.nucleus_area)
+        return min(max(own, ratio / ZOOM), ratio * ZOOM)
 
     def extract(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, Window, Nuclei]]:
         """The nuclei of each window of images, in order.

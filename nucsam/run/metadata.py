@@ -7,6 +7,7 @@ from nucsam.config import Config
 from nucsam.files import COUNT, FLAG, NUMBER, SHARE, TEXT, Leaf, check_form
 
 MPP = Leaf("microns per px over 0, or null", lambda v: v is None or (NUMBER.holds(v) and v > 0))
+AREA = Leaf("px over 0", lambda v: NUMBER.holds(v) and v > 0)
 PRECISION = Leaf("a precision", lambda value: value in ("no", "fp16", "bf16", "fp8"))
 
 # The form of what the table, the report and the export read in a run's documents
@@ -46,7 +47,8 @@ def check_metadata(path: Path, metadata: dict[str, Any]) -> Config:
     """
     source = f"{path}: metadata"
     check_form(metadata, {"base": {"sha256": TEXT, "source": TEXT}, "config": dict}, source)
-    for name, form in (("mpp", MPP), ("precision", PRECISION), ("selected", EPOCH)):
+    forms = {"mpp": MPP, "nucleus_area": AREA, "precision": PRECISION, "selected": EPOCH}
+    for name, form in forms.items():
         if name in metadata:
             check_form(metadata[name], form, f"{source}: {name}")
     return Config.from_dict(metadata["config"], f"{path}: configuration")

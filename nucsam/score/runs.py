@@ -215,6 +215,7 @@ def scoring_predictor(
         scale=config.data.scale,
         instances=config.instances,
         mpp=mpp,
+        nucleus_area=config.data.nucleus_area,
         tile=max(SMALLEST_TILE, config.data.crop),
         batch=config.train.batch,
         tta=tta,

@@ -111,6 +111,7 @@ class Training:
             self.run.check_images(self.images, d.root)
         self._check_test_images(split.test)
         self.mpp = run_mpp(d, self.samples.mpps)
+        self.ratios = run_ratios(d, self.samples, self.mpp)
         if not any(self.samples[i].label.any() for i in self.train):
             found = f"found no nucleus in the {len(self.train)} images of {d.root} to train on"
             expected = "expected label maps with an id per nucleus"
@@ -119,6 +120,11 @@ class Training:
         if self.accelerator.is_main_process and d.crop > side:
             found = f"found {d.crop} px, but no image with a shorter side over {side} px"
             print_warning(f"data.crop: {found}; a smaller crop is faster")
+
+    def _nucleus_area(self) -> float:
+        """The median over the images trained on of their `median_area`, px of the run."""
+        areas = [self.samples.areas[i] / self.ratios[i] ** 2 for i in self.train]
+        return statistics.median(area for area in areas if area)
 
     def _check_test_images(self, test: Sequence[int]) -> None:
         """Refuse a folder of test images that holds an image to train on.
@@ -143,7 +149,7 @@ class Training:
         side = window(d.crop, self.config.augment)
         # On a CPU a loader process would take a core from the training.
         self.workers = min(d.workers, max(1, self.cores - 1)) if uses_gpu() else 0
-        crops = Crops(self.samples, window=side, seed=t.seed, mpp=self.mpp)
+        crops = Crops(self.samples, window=side, seed=t.seed, ratios=self.ratios)
         self.batches = EpochBatches(
             self.train,
             batch=t.batch,
@@ -345,6 +351,7 @@ class Training:
             "base": {"sha256": self.base.sha256, "source": self.base.source},
             "epoch": best["epoch"],
             **self.facts,
+            "nucleus_area": self._nucleus_area(),
             "selected": {"by": self.config.train.best, "on": self.config.data.select, **best},
         }
         checkpoint.save_adapter(self.run.adapter_file, self.average or self.weights, metadata)
@@ -408,7 +415,7 @@ def _load_base(
 def run_mpp(d: Data, mpps: Sequence[float | None]) -> float | None:
     """Microns per px of a run: `data.mpp`, or the median of its images; None where none says it.
 
-    Warns where images differ from it.
+    None also with `data.nucleus_area`, which sets the magnification. Warns where images differ.
 
     Args:
         d: the section `data` of the configuration.
@@ -418,7 +425,7 @@ def run_mpp(d: Data, mpps: Sequence[float | None]) -> float | None:
         UserError: an image differs by more than the predictor takes.
     """
     known = [mpp for mpp in mpps if mpp]
-    if not known:
+    if not known or d.nucleus_area:
         return d.mpp or None
     mpp = d.mpp or statistics.median(known)
     least, most = min(known), max(known)
@@ -429,6 +436,27 @@ def run_mpp(d: Data, mpps: Sequence[float | None]) -> float | None:
         use = f"training, scoring and prediction resample them to {mpp:g} (data.mpp)"
         warnings.warn(f"{spread}; {use}", stacklevel=2)
     return mpp
+
+
+def run_ratios(d: Data, samples: Samples, mpp: float | None) -> list[float]:
+    """Px of each image per px of the run, by `data.nucleus_area` or else by microns per px.
+
+    Args:
+        d: the section `data` of the configuration.
+        samples: the images.
+        mpp: microns per px of the run; None = not known.
+
+    Raises:
+        UserError: the nuclei of an image are larger or smaller than the predictor takes.
+    """
+    if not d.nucleus_area:
+        return [mpp / own if own and mpp else 1.0 for own in samples.mpps]
+    ratios = [math.sqrt(area / d.nucleus_area) if area else 1.0 for area in samples.areas]
+    for record, ratio in zip(samples.records, ratios):
+        if not 1 / RATIO <= ratio <= RATIO:
+            found = f"found nuclei {ratio:.3g} times as long as data.nucleus_area asks for"
+            raise UserError(f"{record.label}: {found}, expected {1 / RATIO:g} to {RATIO:g} times")
+    return ratios
 
 
 def make_optimizer(weights: dict[str, Tensor], t: Train) -> torch.optim.Optimizer:
