@@ -372,8 +372,8 @@ class Audit:
         """What the prediction of a batch of tiles asks of the GPU."""
         d = self.config.data
         side = round(d.crop * d.scale)
-        options = {"scale": d.scale, "instances": self.config.instances}
-        model = TorchPredictor(self.gpu.moved(self._build().eval().fold()), **options)
+        options = {"scale": d.scale, "instances": self.config.instances, "tile": d.crop}
+        model = TorchPredictor(self.gpu.moved(self._build().eval().fold()), overlap=0, **options)
         pixels = torch.zeros(self.config.train.batch, d.crop, d.crop, 3, dtype=torch.uint8).numpy()
         self.gpu.counts = Counts()
         maps = model.maps(pixels, (side, side), (d.crop, d.crop))

@@ -70,10 +70,9 @@ from nucsam.model import network
 from nucsam.model.weights import Base
 from nucsam.predict import images as predict_images
 from nucsam.predict import writers
-from nucsam.predict.models import SHARE
 from nucsam.predict.predictor import Predictor
 from nucsam.predict.pytorch import TorchPredictor
-from nucsam.predict.tiles import grid
+from nucsam.predict.tiles import grid, usual_tiles
 
 SIDE, PERIOD = 512, 1024  # px of an image, and of the picture that a larger one repeats
 FITS = 224  # px; windows of 7 and 14 at strides 8 and 16 divide any multiple of it
@@ -200,13 +199,14 @@ class Rivals:
         self.net = net.to(self.machine.device)
         self.net.register_forward_hook(shown)
         self.net.register_forward_pre_hook(self._count)
-        self.tile = round(args.image_size / args.scale)
+        self.crop = round(args.image_size / args.scale)
+        self.tile, self.overlap = usual_tiles(self.crop)
         self.predictor = TorchPredictor(
             self.net,
             scale=args.scale,
             instances=config.instances,
             tile=self.tile,
-            overlap=self.tile // SHARE,
+            overlap=self.overlap,
             batch=args.batch,
             autocast=None if args.dtype == "fp32" else self.machine.dtype,
         )
@@ -266,7 +266,7 @@ class Rivals:
         sam = stock_sam(self.base, self.args.image_size).to(self.machine.device)
         pixels = tiles[:, 0].numel()
         with torch.no_grad(), self.machine.cast():
-            net = bench.flops(partial(self.net, tiles, (self.tile, self.tile)))
+            net = bench.flops(partial(self.net, tiles, (self.crop, self.crop)))
             return net / pixels, bench.flops(partial(embed, sam, tiles)) / pixels
 
 
@@ -276,7 +276,7 @@ def measure(
     """{"stock SIDE", "tiled", "images": numbers}."""
     rivals = Rivals(machine, args, folder)
     files = rivals.files
-    image_side = grid(SIDE, rivals.tile, rivals.tile // SHARE, args.scale)[2]
+    image_side = grid(SIDE, rivals.tile, rivals.overlap, args.scale)[2]
     sides = {args.image_size, args.image_size // FITS * FITS or args.image_size, image_side}
     bare = {f"stock {side}": rivals.stock(f"stock {side}", side) for side in sorted(sides)}
     for turn in bare.values():

@@ -278,8 +278,10 @@ def predict_command(
     formats: Annotated[str, Option(help="Comma-separated.")] = "labels,geojson,overlay",
     scale: Annotated[float | None, Option(help="Model px per image px; default: by mpp.")] = None,
     mpp: Annotated[float | None, Option(help="Microns per image px; default: the file's.")] = None,
-    tile: Annotated[int | None, Option(help="Side in px as trained; default: a crop.")] = None,
-    overlap: Annotated[int | None, Option(help="Px that tiles share; default: tile / 16.")] = None,
+    tile: Annotated[
+        int | None, Option(help="Side in px as trained; default: about a crop.")
+    ] = None,
+    overlap: Annotated[int | None, Option(help="Px that tiles share; default: crop / 16.")] = None,
     batch: Annotated[int | None, Option(help="Tiles at a time; GPU default: as trained.")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     tta: Annotated[bool, Option("--tta", help="Average 8 flips and turns: 8 times slower")] = False,

@@ -69,7 +69,7 @@ class Blur(Fake):
 
 
 def predictor(model: nn.Module | None = None, scale: float = 1.0, **arguments) -> Predictor:
-    arguments = {"scale": scale, "instances": Instances(), "overlap": 24} | arguments
+    arguments = {"scale": scale, "instances": Instances(), "tile": 512, "overlap": 24} | arguments
     return TorchPredictor(model or Fake(), **arguments)
 
 
@@ -462,8 +462,8 @@ def test_a_first_look_at_a_large_image_takes_few_windows():
         def extract(self, images):
             return super().extract(looks.append(len(tiles.windows)) or tiles for tiles in images)
 
-    options = {"scale": 1.0, "instances": Instances(), "core": 100, "margin": 20}
-    p = Looks(Colour(), nucleus_area=200.0, **options)
+    options = {"scale": 1.0, "instances": Instances(), "tile": 512, "overlap": 24}
+    p = Looks(Colour(), nucleus_area=200.0, core=100, margin=20, **options)
     tiles = p.grid(discs(500)[0])  # as small as the core, and as many windows as for its ratio
     assert looks == [4] and len(tiles.windows) > 4
     p.predict(discs(90)[0])

@@ -25,6 +25,7 @@ from nucsam.errors import UserError
 from nucsam.export.merged import export_run
 from nucsam.predict import images as predict_images
 from nucsam.run import checkpoint
+from nucsam.score.runs import open_predictor
 from nucsam.train.loop import fit
 
 # ---- models ----
@@ -53,7 +54,7 @@ def test_an_export_predicts_as_its_run(trained):
     assert np.abs(maps - same).max() < 1e-5 * max(1.0, np.abs(maps).max())
     moved, config = checkpoint.open_run(trained[0])[:2]
     for p in (run, exported):
-        assert (p.scale, p.instances, p.tile, p.overlap) == (1.0, config.instances, 256, 16)
+        assert (p.scale, p.instances, p.tile, p.overlap) == (1.0, config.instances, 272, 16)
         assert p.batch == 1 and not p.model.training and p.autocast is None
     with torch.no_grad():
         for parameter in moved.trainable().values():
@@ -85,7 +86,7 @@ def test_a_loaded_model_predicts(trained):
 
 @one_head
 def test_arguments_at_their_limits_and_beyond(trained):
-    beyond = [("device", "cpu:1"), ("tile", 63), ("overlap", 129), ("overlap", -1)]
+    beyond = [("device", "cpu:1"), ("tile", 63), ("overlap", 257), ("overlap", -1)]
     for name, value in [*beyond, ("batch", 0), ("scale", -1.0), ("scale", 0.0)]:
         with pytest.raises(UserError, match=f"^{name}: found"):
             nucsam.load(trained[0], **{"device": "cpu", name: value})
@@ -121,6 +122,17 @@ def trained_on(run):
     """The records of the images that a run was trained on."""
     records, split = find_split(checkpoint.open_run(run)[1].data)
     return [records[i] for i in split.train]
+
+
+def test_a_run_is_scored_as_it_predicts(tiny, tmp_path):
+    """In the same tiles, too: their size changes what a model finds."""
+    fit(tiny("train.epochs=1", "data.nucleus_area=300", "model.adapt=0.5"), tmp_path / "run")
+    scores, predicts = open_predictor(tmp_path / "run"), nucsam.load(tmp_path / "run", device="cpu")
+    for name in ("scale", "instances", "mpp", "nucleus_area", "tile", "overlap", "core", "margin"):
+        assert getattr(scores, name) == getattr(predicts, name)
+    assert scores.ratio is predicts.ratio is None and scores.autocast is predicts.autocast
+    image = np.kron(some_image(20, 30), np.ones((16, 16, 1), np.uint8))  # several tiles
+    assert np.array_equal(scores.predict(image), predicts.predict(image))
 
 
 # ---- files ----

@@ -10,9 +10,8 @@ from nucsam.model.bases import BASES
 from nucsam.names import STARTER, STARTER_FILE, default_cache, find_model, hub_models
 from nucsam.predict.onnx import open_graph
 from nucsam.predict.predictor import Predictor
+from nucsam.predict.tiles import usual_tiles
 from nucsam.run.learning import advice
-
-SHARE = 16  # neighbours share a 16th of a tile, if nothing else is asked for
 
 
 def load(
@@ -52,8 +51,8 @@ def load(
         device: auto, cpu, cuda, cuda:N or mps.
         per_device: launched processes that share a GPU.
         scale: model px per image px of any image; None = as trained, by microns per px.
-        tile: longest side of a tile, px; None = a training crop.
-        overlap: what neighbouring tiles share, px; None = a 16th of a tile.
+        tile: longest side of a tile, px; None = a training crop, at least 256, and the overlap.
+        overlap: what neighbouring tiles share, px; None = a 16th of that crop or of `tile`.
         batch: tiles at a time; None = as trained on a GPU, 1 on a CPU.
         tta: average the maps over the eight flips and quarter turns.
         adapt: share, 0 to 1, of a tile's own statistics in the head's norms: for images of another
@@ -76,8 +75,7 @@ def load(
     if per_device < 1:
         raise UserError(f"per_device: found {per_device}, expected at least 1")
     make, config, metadata, on_cpu = open_file(path, device, per_device, adapt)
-    tile = max(config.data.crop, 256) if tile is None else tile
-    overlap = tile // SHARE if overlap is None else overlap
+    tile, overlap = usual_tiles(config.data.crop, tile, overlap)
     if batch is None:
         batch = 1 if on_cpu else config.train.batch
     sizes = {"tile": tile, "overlap": overlap, "batch": batch}

@@ -51,11 +51,11 @@ class Predictor:
     Args:
         scale: model px per image px, as in training.
         instances: thresholds of the extraction of nuclei.
+        tile: longest side of a tile, px; a smaller image is one tile.
+        overlap: what neighbouring tiles share, px.
         mpp: microns per px of the images trained on; None = not known.
         nucleus_area: median area of the nuclei trained on, px. An image is predicted twice, the
             second time at the magnification at which its nuclei have that area; 0 = once.
-        tile: longest side of a tile, px; a smaller image is one tile.
-        overlap: what neighbouring tiles share, px.
         batch: tiles of one size that go through the model together.
         tta: average the maps over the eight flips and quarter turns.
         adapt: share of a tile's own statistics in the head's norms; the model has it.
@@ -69,10 +69,10 @@ class Predictor:
     _: KW_ONLY
     scale: float
     instances: Instances
+    tile: int
+    overlap: int
     mpp: float | None = None
     nucleus_area: float = 0.0
-    tile: int = 512
-    overlap: int = 16
     batch: int = 4
     tta: bool = False
     adapt: float = 0.0

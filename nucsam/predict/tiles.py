@@ -26,6 +26,8 @@ from nucsam.data.slides import Windows, meet
 from nucsam.errors import UserError
 from nucsam.predict.tissue import Tissue, is_glass
 
+SMALLEST = 256  # px: side of a tile without what it shares, where crops are smaller
+SHARE = 16  # neighbours share a 16th of that
 STRIP = 8  # windows abreast: in a narrow strip, few maps wait for the next row of windows
 
 Place = tuple[slice, slice]
@@ -38,6 +40,21 @@ class Window(NamedTuple):
 
     core: Place
     outer: Place
+
+
+def usual_tiles(crop: int, tile: int | None = None, overlap: int | None = None) -> tuple[int, int]:
+    """The longest side of a tile and what neighbours share, px, where the user says neither.
+
+    Scoring and prediction both take these, so that a run's scores are those of its predictions. A
+    tile is a crop and what it shares, so two tiles of crops of 256 px cover an image of 512 px.
+
+    Args:
+        crop: side of a crop in training, px.
+        tile, overlap: what the user says; None = nothing.
+    """
+    if overlap is None:
+        overlap = (max(crop, SMALLEST) if tile is None else tile) // SHARE
+    return max(crop, SMALLEST) + overlap if tile is None else tile, overlap
 
 
 def windows(size: tuple[int, int], core: int, margin: int) -> list[Window]:

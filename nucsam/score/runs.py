@@ -19,6 +19,7 @@ from nucsam.errors import UserError
 from nucsam.model.network import build_model
 from nucsam.predict.devices import PRECISIONS, autocast_dtype, find_device, make_accelerator
 from nucsam.predict.pytorch import TorchPredictor
+from nucsam.predict.tiles import usual_tiles
 from nucsam.run.checkpoint import open_run
 from nucsam.run.directory import RunDirectory
 from nucsam.score.metrics import score_maps
@@ -26,7 +27,6 @@ from nucsam.score.pairs import protocols_for
 from nucsam.score.tables import HEADLINE, image_row, scored
 
 PROTOCOL = "nuinsseg"
-SMALLEST_TILE = 1024  # px: images of the usual data sets are one tile, so that no seam is scored
 
 
 def score_images(
@@ -209,14 +209,16 @@ def scoring_accelerator(metadata: dict[str, Any]) -> Accelerator:
 def scoring_predictor(
     net: nn.Module, config: Config, *, mpp: float | None = None, tta: bool = False
 ) -> TorchPredictor:
-    """The predictor that scores a run of `mpp` microns per px."""
+    """The predictor that scores a run of `mpp` microns per px, in the tiles of `nucsam predict`."""
+    tile, overlap = usual_tiles(config.data.crop)
     return TorchPredictor(
         net,
         scale=config.data.scale,
         instances=config.instances,
         mpp=mpp,
         nucleus_area=config.data.nucleus_area,
-        tile=max(SMALLEST_TILE, config.data.crop),
+        tile=tile,
+        overlap=overlap,
         batch=config.train.batch,
         tta=tta,
     )
