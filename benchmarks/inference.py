@@ -72,7 +72,7 @@ from nucsam.predict import images as predict_images
 from nucsam.predict import writers
 from nucsam.predict.predictor import Predictor
 from nucsam.predict.pytorch import TorchPredictor
-from nucsam.predict.tiles import grid, usual_tiles
+from nucsam.predict.tiles import SHARE, grid
 
 SIDE, PERIOD = 512, 1024  # px of an image, and of the picture that a larger one repeats
 FITS = 224  # px; windows of 7 and 14 at strides 8 and 16 divide any multiple of it
@@ -200,7 +200,8 @@ class Rivals:
         self.net.register_forward_hook(shown)
         self.net.register_forward_pre_hook(self._count)
         self.crop = round(args.image_size / args.scale)
-        self.tile, self.overlap = usual_tiles(self.crop)
+        self.overlap = self.crop // SHARE
+        self.tile = self.crop + self.overlap
         self.predictor = TorchPredictor(
             self.net,
             scale=args.scale,

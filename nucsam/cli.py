@@ -278,10 +278,8 @@ def predict_command(
     formats: Annotated[str, Option(help="Comma-separated.")] = "labels,geojson,overlay",
     scale: Annotated[float | None, Option(help="Model px per image px; default: by mpp.")] = None,
     mpp: Annotated[float | None, Option(help="Microns per image px; default: the file's.")] = None,
-    tile: Annotated[
-        int | None, Option(help="Side in px as trained; default: about a crop.")
-    ] = None,
-    overlap: Annotated[int | None, Option(help="Px that tiles share; default: crop / 16.")] = None,
+    tile: Annotated[int | None, Option(help="Side in px as trained; default: by the crop.")] = None,
+    overlap: Annotated[int | None, Option(help="Px that tiles share; default: a 16th.")] = None,
     batch: Annotated[int | None, Option(help="Tiles at a time; GPU default: as trained.")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     tta: Annotated[bool, Option("--tta", help="Average 8 flips and turns: 8 times slower")] = False,
@@ -290,7 +288,7 @@ def predict_command(
     ] = None,
     auto_scale: Annotated[
         bool | None,
-        Option(help="Predict twice, the second time at the magnification trained on."),
+        Option(help="Take the magnification from the nuclei; default: as trained."),
     ] = None,
     roi: Annotated[Path | None, Option(help="GeoJSON, or a folder of STEM.geojson.")] = None,
     tissue: Annotated[
@@ -306,8 +304,9 @@ def predict_command(
     The tables give sizes in px and with mpp in µm, colours as 0..255, haematoxylin and eosin as
     optical density, and confidence, the mean foreground probability, 0..1.
 
-    With --auto-scale, the nuclei of a first look at an image, up to 4 windows of 1,024 px, say how
-    much it is magnified. It is on for models trained with data.nucleus_area.
+    With --auto-scale, each image is looked at first, in up to 4 windows of 1,024 px. If at least 10
+    nuclei are found, it is predicted at the magnification that gives them the median area of those
+    trained on, up to 3 times more or less. Models trained with data.nucleus_area do so anyway.
 
     With --roi, only nuclei inside the regions of a file are predicted, such as QuPath exports.
 

@@ -151,7 +151,9 @@ class Data:
     scale: float = setting(2.0, "model px per image px", between(1 / 64, 64))
     mpp: float = setting(0.0, "microns per px to resample images to; 0: their median", at_least(0))
     nucleus_area: float = setting(
-        0.0, "median nucleus area, px, to resample each image to; 0: keep its own", at_least(0)
+        0.0,
+        "median nucleus area, px, to resample each image to; 0: none; nucsam inspect says its own",
+        at_least(0),
     )
     workers: int = setting(2, "most loader processes for a GPU; a CPU has none", at_least(0))
     memory: float = setting(16.0, "GiB of decoded images kept in memory", at_least(0))

@@ -1,3 +1,4 @@
+import math
 import re
 import subprocess
 import sys
@@ -720,19 +721,23 @@ def test_a_crop_of_another_magnification_is_resampled(tmp_path):
 def test_a_crop_is_resampled_to_the_nucleus_area_of_the_run(tmp_path):
     squares = np.kron(np.arange(1, 65, dtype=np.uint8).reshape(8, 8), np.ones((16, 16), np.uint8))
     squares[(squares == 1) | (squares == 3)] = 2  # a larger nucleus leaves the median at 256 px
+    few = np.where(squares > 55, squares, 0)  # nine, which do not tell
     for folder in ("images", "labels"):
         (tmp_path / folder).mkdir()
-    for name, label in (("nuclei", squares), ("none", 0 * squares)):
+    for name, label in (("few", few), ("none", 0 * squares), ("nuclei", squares)):
         put(tmp_path / "images" / f"{name}.png", np.zeros((128, 128, 3), np.uint8))
         put(tmp_path / "labels" / f"{name}.png", label)
     samples = Samples(find_records(tmp_path))
-    assert samples.areas == [0, 256]  # in the order of names: none, nuclei
-    ratios = run_ratios(Data(nucleus_area=64.0), samples, None)
-    assert ratios == [1, 2]
-    crop = Crops(samples, window=64, seed=1, ratios=ratios)[0, 1]
-    assert np.array_equal(crop["label"], samples[1].label[::2, ::2])
-    with pytest.raises(UserError, match=r"nuclei\.png: found nuclei 16 times as long as data\.nuc"):
-        run_ratios(Data(nucleus_area=1.0), samples, None)
+    assert samples.areas == [0, 0, 256]  # in the order of names
+    wide = 256 / 64 * math.exp(0.04)  # the nearest step of 5 % is taken
+    ratios = run_ratios(Data(nucleus_area=256 / wide), samples, None)
+    assert ratios == pytest.approx([1, 1, 2], rel=0.03)
+    crop = Crops(samples, window=64, seed=1, ratios=[1, 1, 2.0])[0, 2]
+    assert np.array_equal(crop["label"], samples[2].label[::2, ::2])
+    assert run_ratios(Data(nucleus_area=1.0), samples, None) == [1, 1, 3]
+    assert run_ratios(Data(nucleus_area=1e9), samples, None) == [1, 1, 1 / 3]
+    near = run_ratios(Data(nucleus_area=256 * 1.04), samples, None)
+    assert near == [1, 1, 1]  # exactly
 
 
 def test_an_image_is_known_by_its_pixels_and_ids_not_by_its_files(tmp_path):

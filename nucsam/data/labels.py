@@ -1,10 +1,20 @@
 """Is this a map of instances? What a label map says of itself, and the components of a mask."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
+FEWEST = 10  # nuclei from which an image says how large its nuclei are
 CLASSES = 32  # a map of more values is no map of classes
 LARGEST = (255, 65535)  # values at which a map of 8 or 16 bits is clipped
 SAMPLE = np.s_[::8, ::8]  # pixels that show the many values of most maps of instances
+
+
+def median_area(labels: Sequence[np.ndarray]) -> float:
+    """Median area of the nuclei of some label maps (H, W), px; 0 where they are too few to tell."""
+    areas = np.concatenate([np.zeros(0), *(np.bincount(label.ravel())[1:] for label in labels)])
+    areas = areas[areas > 0]
+    return float(np.median(areas)) if len(areas) >= FEWEST else 0.0
 
 
 def not_instances(label: np.ndarray, high: int | None = None) -> str:

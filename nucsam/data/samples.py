@@ -17,7 +17,7 @@ import numpy as np
 from nucsam.data import geojson, published, rois
 from nucsam.data.folders import Record, format_size, raise_problems
 from nucsam.data.images import open_image, read_image, read_label, read_mask, read_metadata
-from nucsam.data.labels import components, not_instances
+from nucsam.data.labels import components, median_area, not_instances
 from nucsam.data.rois import Outlines, Place
 from nucsam.errors import UserError
 from nucsam.progress import with_bar
@@ -25,6 +25,7 @@ from nucsam.progress import with_bar
 MIN_SIDE = 64  # px, the least that the encoder takes
 TRIES = 16  # places of a crop until one has a pixel that counts
 SAME_SCALE = 0.05  # up to this difference of log magnification an image is not resampled
+ZOOM = 3.0  # most by which the size of its nuclei changes an image's magnification
 DRAWS = 32  # uniform numbers that a crop hands to its augmentation
 
 
@@ -278,14 +279,8 @@ def _planes(sample: Sample) -> Planes:
 def _read_whole(record: Record) -> tuple:
     """Everything that `Samples` keeps of a record, so that its threads do all the work."""
     sample = read_instances(record)
-    area = median_area(sample.label)
+    area = median_area([sample.label])
     return _planes(sample), sample.partial, digest(sample), area, *read_metadata(record.image)
-
-
-def median_area(label: np.ndarray) -> float:
-    """Median area of the nuclei of a label map, px; 0 where it has none."""
-    areas = np.bincount(label.ravel())[1:]
-    return float(np.median(areas[areas > 0])) if areas.any() else 0.0
 
 
 class Samples:
@@ -352,6 +347,22 @@ class Samples:
         image, label, vague = self.planes(index)
         image = np.ascontiguousarray(image.transpose(1, 2, 0))
         return Sample(image, label.astype(np.int32), vague, self.partial[index])
+
+
+def by_nuclei(area: float, nucleus_area: float) -> float:
+    """Px of an image per px of the run, of which the median nucleus has `nucleus_area` px.
+
+    Args:
+        area: median area of the image's nuclei, px; 0 = not known.
+        nucleus_area: what it is to be in the run, px.
+
+    Returns:
+        1 / ZOOM to ZOOM in steps of SAME_SCALE, so that images of nearly one size are alike.
+    """
+    if not area:
+        return 1.0
+    steps = round(math.log(area / nucleus_area) / 2 / SAME_SCALE)
+    return min(max(math.exp(steps * SAME_SCALE), 1 / ZOOM), ZOOM)
 
 
 class Crops:

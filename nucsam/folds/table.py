@@ -57,6 +57,7 @@ def _variant(label: str, jobs: Sequence[Job]) -> dict[str, Any]:
         "variant": label,
         "folds": len(jobs),
         "missing": [fold for fold in scores if fold not in done],
+        "tiles": sorted({document.get("tile", 0) for document in done.values()}),
         "parameters_trainable": environment.get("parameters_trainable"),
         "parameters": environment.get("parameters"),
         "images": sum(environment.get("images", {}).values()),
@@ -159,6 +160,8 @@ def _marks(row: dict[str, Any]) -> tuple[str, ...]:
         marks.append("EPOCH CHOSEN ON THE TEST IMAGES")
     if row["random_base"]:
         marks.append("RANDOM BASE WEIGHTS")
+    if len(row["tiles"]) > 1:  # 0: by a version that did not say
+        marks.append("SCORED IN DIFFERENT TILES: nucsam evaluate RUN scores a fold again")
     if row["missing"]:
         folds = ", ".join(map(str, row["missing"]))
         marks.append(f"INCOMPLETE: fold {folds} of {row['folds']} missing")

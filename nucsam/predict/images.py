@@ -388,8 +388,7 @@ class Batch:
         mpp, remarks = read_metadata(path)
         mpp = self.mpp or mpp
         trained = self.predictor.mpp
-        told = self.predictor.ratio or self.predictor.nucleus_area
-        lacking = (mpp is None) != (trained is None) and not told
+        lacking = (mpp is None) != (trained is None) and self.predictor.ratio is None
         if lacking and not self.warned:
             who = f"{path} has no" if mpp is None else "the model was trained without"
             why = "".join(f" ({remark})" for remark in remarks)

@@ -17,6 +17,8 @@ from PIL.Image import Image
 from nucsam.config import Config, Instances
 from nucsam.data import geojson
 from nucsam.data.images import read_image, read_mpp
+from nucsam.data.labels import median_area
+from nucsam.data.samples import by_nuclei
 from nucsam.errors import UserError
 from nucsam.model.instances import Nuclei, with_confidence
 from nucsam.predict.measure import measure
@@ -33,9 +35,7 @@ CORE = 1024  # px: longest side of a window's core
 MARGIN = 128  # px: farthest that a nucleus reaches from its centroid
 READERS = 2  # threads that read tiles
 RATIO = 8.0  # most that an image's magnification may differ from that of the training
-LOOKS = 4  # windows of a first look at an image, which says how large its nuclei are
-FEWEST = 10  # nuclei of a first look that say it
-ZOOM = 2.0  # most by which it changes the magnification
+LOOKS = 4  # windows of the first look at an image, which tells how large its nuclei are
 
 
 @dataclass(eq=False)
@@ -218,21 +218,20 @@ class Predictor:
         return Tiles(image, self.scale / ratio, tile, overlap, places, tissue, area)
 
     def _by_nuclei(self, tiles: Tiles, ratio: float) -> float:
-        """The ratio at which the nuclei of an image have `nucleus_area`.
+        """The ratio at which the nuclei of an image have `nucleus_area`, within `RATIO`.
 
         Args:
             tiles: some windows of the image at `ratio`.
             ratio: px of the image per px of those trained on, as far as is known.
 
-        Returns:
-            At most `ZOOM` times more or less than `ratio`; that itself where few nuclei are found.
+        Raises:
+            UserError or OSError: the image cannot be read.
         """
-        areas = [np.bincount(found.label.ravel())[1:] for *_, found in self.extract([tiles])]
-        areas = np.concatenate([np.zeros(0), *areas])
-        if len(areas) < FEWEST:
-            return ratio
-        own = math.sqrt(np.median(areas) / self.nucleus_area)
-        return min(max(own, ratio / ZOOM), ratio * ZOOM)
+        area = median_area([nuclei.label for *_, nuclei in self.extract([tiles])])
+        if tiles.failed:
+            raise tiles.failed
+        ratio *= by_nuclei(area / ratio**2, self.nucleus_area)
+        return min(max(ratio, 1 / RATIO), RATIO)
 
     def extract(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, Window, Nuclei]]:
         """The nuclei of each window of images, in order.

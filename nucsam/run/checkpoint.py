@@ -28,7 +28,7 @@ from nucsam.run.metadata import check_metadata
 # What shapes do not tell of an adapter, as `differences` writes it.
 FIXED = (
     *("model.encoder:", "model.train:", "model.rank:", "model.alpha:", "model.pattern:"),
-    *(f"data.{key}:" for key in SPLIT),
+    *(f"data.{key}:" for key in (*SPLIT, "nucleus_area")),
 )
 _START_AGAIN = "delete it to start the run again"
 

@@ -185,11 +185,11 @@ class RunDirectory:
         return scores
 
     def trained_scores(self, untrained: dict[str, Any]) -> dict[str, Any] | None:
-        """The finished run's scores by the rules of `untrained`; None where there are none."""
+        """The finished run's scores by the rules and in the tiles of `untrained`; None = none."""
         scores = self.read_scores(self.read_config())
         rules = [result["rules"] for result in untrained["scores"]]
         same = scores and rules == [result["rules"] for result in scores["scores"]]
-        return scores if same else None
+        return scores if same and scores.get("tile") == untrained["tile"] else None
 
     def epochs_done(self) -> int:
         epochs = self.read_metrics()

@@ -7,7 +7,7 @@ from nucsam.config import Config
 from nucsam.files import COUNT, FLAG, NUMBER, SHARE, TEXT, Leaf, check_form
 
 MPP = Leaf("microns per px over 0, or null", lambda v: v is None or (NUMBER.holds(v) and v > 0))
-AREA = Leaf("px over 0", lambda v: NUMBER.holds(v) and v > 0)
+AREA = Leaf("px over 0, or null", MPP.holds)
 PRECISION = Leaf("a precision", lambda value: value in ("no", "fp16", "bf16", "fp8"))
 
 # The form of what the table, the report and the export read in a run's documents

@@ -182,6 +182,7 @@ def describe_scores(
         "base": metadata["base"],
         "split": {key: config["data"][key] for key in SPLIT},
         "seed": config["train"]["seed"],
+        "tile": usual_tiles(config["data"]["crop"])[0],
         "headline": headline(results),
         "scores": results,
     }

@@ -84,10 +84,12 @@ def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
     """Sentences on what may go wrong in a training that has been set up and measured."""
     d, t = training.config.data, training.config.train
     least = training.config.instances.area
-    labels = [training.samples[i].label for i in training.train]
-    areas = np.concatenate([np.bincount(label.ravel())[1:] for label in labels])
-    areas = areas[areas > 0]
-    tiny, removed = (float(np.mean(areas < px)) for px in (least, SMALLEST))
+    areas = [np.bincount(training.samples[i].label.ravel())[1:] for i in training.train]
+    in_run = [a / training.ratios[i] ** 2 for i, a in zip(training.train, areas)]  # px of the run
+    tiny, removed = (
+        float(np.mean((part := np.concatenate(parts))[part > 0] < px))
+        for parts, px in ((in_run, least), (areas, SMALLEST))
+    )
     if len(training.select) < FEWEST:
         yield f"data.inner: only {len(training.select)} image(s) choose the epoch, partly by chance"
     if len(training.score) < FEWEST:

@@ -25,7 +25,7 @@ from nucsam import __version__
 from nucsam.config import Config, Data, Train
 from nucsam.data.augment import window
 from nucsam.data.folders import taken
-from nucsam.data.samples import SAME_SCALE, Crops, EpochBatches, Samples
+from nucsam.data.samples import SAME_SCALE, Crops, EpochBatches, Samples, by_nuclei
 from nucsam.data.splits import find_split, inventory, with_epochs
 from nucsam.errors import UserError
 from nucsam.files import check_form
@@ -112,6 +112,9 @@ class Training:
         self._check_test_images(split.test)
         self.mpp = run_mpp(d, self.samples.mpps)
         self.ratios = run_ratios(d, self.samples, self.mpp)
+        if d.nucleus_area:
+            resampled = [m * r for m, r in zip(self.samples.mpps, self.ratios) if m]
+            self.mpp = statistics.median(resampled) if resampled else None
         if not any(self.samples[i].label.any() for i in self.train):
             found = f"found no nucleus in the {len(self.train)} images of {d.root} to train on"
             expected = "expected label maps with an id per nucleus"
@@ -121,10 +124,11 @@ class Training:
             found = f"found {d.crop} px, but no image with a shorter side over {side} px"
             print_warning(f"data.crop: {found}; a smaller crop is faster")
 
-    def _nucleus_area(self) -> float:
-        """The median over the images trained on of their `median_area`, px of the run."""
+    def _nucleus_area(self) -> float | None:
+        """The median of the `median_area` of the images trained on, px of the run; None = none."""
         areas = [self.samples.areas[i] / self.ratios[i] ** 2 for i in self.train]
-        return statistics.median(area for area in areas if area)
+        known = [area for area in areas if area]
+        return statistics.median(known) if known else None
 
     def _check_test_images(self, test: Sequence[int]) -> None:
         """Refuse a folder of test images that holds an image to train on.
@@ -415,7 +419,7 @@ def _load_base(
 def run_mpp(d: Data, mpps: Sequence[float | None]) -> float | None:
     """Microns per px of a run: `data.mpp`, or the median of its images; None where none says it.
 
-    None also with `data.nucleus_area`, which sets the magnification. Warns where images differ.
+    Also None with `data.nucleus_area`, which sets the magnification. Warns where images differ.
 
     Args:
         d: the section `data` of the configuration.
@@ -425,7 +429,9 @@ def run_mpp(d: Data, mpps: Sequence[float | None]) -> float | None:
         UserError: an image differs by more than the predictor takes.
     """
     known = [mpp for mpp in mpps if mpp]
-    if not known or d.nucleus_area:
+    if d.nucleus_area:
+        return None
+    if not known:
         return d.mpp or None
     mpp = d.mpp or statistics.median(known)
     least, most = min(known), max(known)
@@ -445,18 +451,10 @@ def run_ratios(d: Data, samples: Samples, mpp: float | None) -> list[float]:
         d: the section `data` of the configuration.
         samples: the images.
         mpp: microns per px of the run; None = not known.
-
-    Raises:
-        UserError: the nuclei of an image are larger or smaller than the predictor takes.
     """
-    if not d.nucleus_area:
-        return [mpp / own if own and mpp else 1.0 for own in samples.mpps]
-    ratios = [math.sqrt(area / d.nucleus_area) if area else 1.0 for area in samples.areas]
-    for record, ratio in zip(samples.records, ratios):
-        if not 1 / RATIO <= ratio <= RATIO:
-            found = f"found nuclei {ratio:.3g} times as long as data.nucleus_area asks for"
-            raise UserError(f"{record.label}: {found}, expected {1 / RATIO:g} to {RATIO:g} times")
-    return ratios
+    if d.nucleus_area:
+        return [by_nuclei(area, d.nucleus_area) for area in samples.areas]
+    return [mpp / own if own and mpp else 1.0 for own in samples.mpps]
 
 
 def make_optimizer(weights: dict[str, Tensor], t: Train) -> torch.optim.Optimizer:
