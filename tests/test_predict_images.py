@@ -19,7 +19,10 @@ from test_writers import same_nuclei
 import nucsam
 from nucsam.cli import run_command
 from nucsam.data import images
+from nucsam.data.geojson import read_shapes
 from nucsam.data.images import read_image, read_label
+from nucsam.data.labels import median_area
+from nucsam.data.rois import Outlines
 from nucsam.data.samples import Samples
 from nucsam.data.splits import find_split
 from nucsam.errors import UserError
@@ -239,6 +242,33 @@ def test_only_regions_are_predicted(tmp_path, colour):
     assert same_nuclei(read_label(part / "a.tif"), np.where(np.isin(label, kept), label, 0))
     tiles = [p.tiles_done for p in colour]
     assert tiles == [49, 20]
+
+
+def test_a_first_look_keeps_to_the_regions(tmp_path, colour):
+    """Large nuclei outside the regions do not change the magnification."""
+    image = discs(600)[0]
+    image[:300] = np.kron(image[300:450, :300], np.ones((2, 2, 1), np.uint8))
+    Image.fromarray(image).save(tmp_path / "a.png")
+    region = drawing(polygon([(0, 300), (600, 300), (600, 600), (0, 600), (0, 300)]))
+    (tmp_path / "a.geojson").write_text(json.dumps([region]))
+    p = predictor(Colour(), tile=128, core=150, margin=40)
+    inside = Outlines(tmp_path / "a.geojson", *read_shapes(tmp_path / "a.geojson")).inside
+    lower = p.predict(image[300:])
+    p = replace(p, nucleus_area=median_area([lower]))
+    assert p.grid(image, area=inside).scale == pytest.approx(1, rel=0.06)
+    assert p.grid(image[:300]).scale == pytest.approx(0.5, rel=0.15)
+
+
+def test_auto_scale_is_said_beside_the_results(tmp_path, trained):
+    Image.fromarray(some_image()).save(tmp_path / "a.png")
+    command = ["predict", str(trained[0]), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
+    assert run_command([*command, "--auto-scale"]) == 0
+    said = json.loads((tmp_path / "out" / "predict.json").read_text())
+    assert said["nucleus_area"] == nucsam.load(trained[0], auto_scale=True).nucleus_area > 0
+    assert run_command([*command]) == 2  # other settings
+    del said["nucleus_area"]  # as versions before it wrote
+    (tmp_path / "out" / "predict.json").write_text(json.dumps(said))
+    assert run_command([*command]) == 0
 
 
 def test_regions_lie_beside_several_images(tmp_path, colour, capsys):

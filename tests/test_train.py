@@ -26,7 +26,7 @@ from nucsam.train import training as training_module
 from nucsam.train.loop import fit, rate
 from nucsam.train.progress import epoch_speed, print_start
 from nucsam.train.signals import StopSignals
-from nucsam.train.training import Training, run_mpp
+from nucsam.train.training import Training, run_mpp, run_ratios
 
 
 def history(run):
@@ -373,6 +373,15 @@ def test_other_ways_to_train(tiny, tmp_path, mode):
     names = load_file(tmp_path / "run" / "adapter.safetensors").keys()
     assert any(name.startswith("mask_decoder.") for name in names)
     assert any(name.startswith("image_encoder.") for name in names) == (mode == "full")
+
+
+def test_nuclei_of_one_size_are_trained_on(tiny, tmp_path):
+    config = tiny("data.nucleus_area=300")
+    training = Training(config, tmp_path / "run", resume=False, build=network.build_model)
+    samples, crops = training.samples, training.loader.dataset
+    assert crops.ratios == run_ratios(config.data, samples, None) and len({*crops.ratios}) > 1
+    samples.mpps = [0.25] * len(samples)  # as if their files said it
+    assert run_mpp(config.data, samples.mpps) is None  # no image is resampled by it
 
 
 def test_microns_per_px_and_the_precision_that_a_cpu_has_are_kept(tiny, tmp_path):
