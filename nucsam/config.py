@@ -151,9 +151,7 @@ class Data:
     scale: float = setting(2.0, "model px per image px", between(1 / 64, 64))
     mpp: float = setting(0.0, "microns per px to resample images to; 0: their median", at_least(0))
     nucleus_area: float = setting(
-        0.0,
-        "median nucleus area, px, to resample each image to; 0: none; nucsam inspect says its own",
-        at_least(0),
+        0.0, "median nucleus area, px, that each image is resampled to; 0: not at all", at_least(0)
     )
     workers: int = setting(2, "most loader processes for a GPU; a CPU has none", at_least(0))
     memory: float = setting(16.0, "GiB of decoded images kept in memory", at_least(0))
@@ -238,7 +236,7 @@ class Instances:
     foreground: float = setting(0.5, "probability from which a pixel is nucleus", INSIDE)
     seed_rise: float = setting(0.15, "h of the h-maxima: a seed's height above its saddle", INSIDE)
     confidence: float = setting(0.7, "least mean foreground probability of a nucleus", BELOW_ONE)
-    area: int = setting(30, "least area of a nucleus, image px", at_least(0))
+    area: int = setting(30, "least area of a nucleus, px as trained", at_least(0))
 
 
 @dataclass(frozen=True)
