@@ -199,15 +199,13 @@ class Rivals:
         self.net = net.to(self.machine.device)
         self.net.register_forward_hook(shown)
         self.net.register_forward_pre_hook(self._count)
-        self.crop = round(args.image_size / args.scale)
-        self.overlap = self.crop // SHARE
-        self.tile = self.crop + self.overlap
+        self.tile = round(args.image_size / args.scale)
         self.predictor = TorchPredictor(
             self.net,
             scale=args.scale,
             instances=config.instances,
             tile=self.tile,
-            overlap=self.overlap,
+            overlap=self.tile // SHARE,
             batch=args.batch,
             autocast=None if args.dtype == "fp32" else self.machine.dtype,
         )
@@ -267,7 +265,7 @@ class Rivals:
         sam = stock_sam(self.base, self.args.image_size).to(self.machine.device)
         pixels = tiles[:, 0].numel()
         with torch.no_grad(), self.machine.cast():
-            net = bench.flops(partial(self.net, tiles, (self.crop, self.crop)))
+            net = bench.flops(partial(self.net, tiles, (self.tile, self.tile)))
             return net / pixels, bench.flops(partial(embed, sam, tiles)) / pixels
 
 
@@ -277,7 +275,7 @@ def measure(
     """{"stock SIDE", "tiled", "images": numbers}."""
     rivals = Rivals(machine, args, folder)
     files = rivals.files
-    image_side = grid(SIDE, rivals.tile, rivals.overlap, args.scale)[2]
+    image_side = grid(SIDE, rivals.tile, rivals.tile // SHARE, args.scale)[2]
     sides = {args.image_size, args.image_size // FITS * FITS or args.image_size, image_side}
     bare = {f"stock {side}": rivals.stock(f"stock {side}", side) for side in sorted(sides)}
     for turn in bare.values():

@@ -35,7 +35,7 @@ SCRIPTS = {  # arguments; keys of the document beside the common ones
     data: "--image-size 64 --images 4 --workers 0 --ways nucsam; results met",
     metrics: "--image-size 96 --peers; results goals",
     instances: "--image-size 96 --nuclei 9; results ratios met",
-    inference: "--image-size 64 --scale 0.25 --size 400 --images 1 --sample 1; results ratios",
+    inference: "--image-size 64 --scale 0.25 --size 300 --images 1 --sample 1; results ratios",
     writing: "--before= --nuclei 9 --memory 9; results memory met",
     encoders: "--image-size 64 --encoders mobile_sam; rows",
     slide: "--side 1024 --stored --against=; mp_tissue results",
@@ -76,7 +76,7 @@ def test_the_last_line_is_a_document(script, capsys, tmp_path, monkeypatch):
     elif script is instances:
         assert all(row["aji"] > 0.8 for row in document["results"]["9"].values())
     elif script is inference:
-        assert document["results"]["tiled"]["tiles"] == 4  # of up to 384 px cover 400 px
+        assert document["results"]["tiled"]["tiles"] == 4  # of 256 px cover 300 px
 
 
 def test_nuclei_lost_with_the_glass_are_counted(folder, capsys, monkeypatch):

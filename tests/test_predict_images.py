@@ -58,7 +58,7 @@ def test_an_export_predicts_as_its_run(trained):
     assert np.abs(maps - same).max() < 1e-5 * max(1.0, np.abs(maps).max())
     moved, config = checkpoint.open_run(trained[0])[:2]
     for p in (run, exported):
-        assert (p.scale, p.instances, p.tile, p.overlap) == (1.0, config.instances, 272, 16)
+        assert (p.scale, p.instances, p.tile, p.overlap) == (1.0, config.instances, 256, 16)
         assert p.batch == 1 and not p.model.training and p.autocast is None
     with torch.no_grad():
         for parameter in moved.trainable().values():
@@ -90,7 +90,7 @@ def test_a_loaded_model_predicts(trained):
 
 @one_head
 def test_arguments_at_their_limits_and_beyond(trained):
-    beyond = [("device", "cpu:1"), ("tile", 63), ("overlap", 137), ("overlap", -300)]
+    beyond = [("device", "cpu:1"), ("tile", 63), ("overlap", 129), ("overlap", -300)]
     for name, value in [*beyond, ("batch", 0), ("scale", -1.0), ("scale", 0.0)]:
         with pytest.raises(UserError, match=f"^{name}: found"):
             nucsam.load(trained[0], **{"device": "cpu", name: value})

@@ -51,8 +51,8 @@ def load(
         device: auto, cpu, cuda, cuda:N or mps.
         per_device: launched processes that share a GPU.
         scale: model px per image px of any image; None = as trained, by microns per px.
-        tile: longest side of a tile, px; None = a training crop (256 px at least) plus the overlap.
-        overlap: what neighbouring tiles share, px; None = a 16th of that crop, or of `tile`.
+        tile: longest side of a tile, px; None = a training crop, but at least 256.
+        overlap: what neighbouring tiles share, px; None = a 16th of a tile.
         batch: tiles at a time; None = as trained on a GPU, 1 on a CPU.
         tta: average the maps over the eight flips and quarter turns.
         adapt: share, 0 to 1, of a tile's own statistics in the head's norms: for images of another
@@ -115,8 +115,8 @@ def _nucleus_area(
         raise UserError("scale, auto_scale: found both, expected one")
     area = config.data.nucleus_area or metadata.get("nucleus_area")
     if not area:
-        found = f"{path} does not say how large the nuclei it was trained on were"
-        raise UserError(f"auto_scale: {found}; expected scale, or a model trained since then")
+        found = f"{path} does not say how large the nuclei of its training were"
+        raise UserError(f"auto_scale: {found}; expected scale, or a newer model")
     return area
 
 

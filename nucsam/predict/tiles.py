@@ -26,8 +26,8 @@ from nucsam.data.slides import Windows, meet
 from nucsam.errors import UserError
 from nucsam.predict.tissue import Tissue, is_glass
 
-SMALLEST = 256  # px: least side of a tile before the overlap is added
-SHARE = 16  # the overlap is a 16th of that side
+SMALLEST = 256  # px: longest side of a tile where crops are smaller
+SHARE = 16  # neighbours share a 16th of it
 STRIP = 8  # windows abreast: in a narrow strip, few maps wait for the next row of windows
 
 Place = tuple[slice, slice]
@@ -45,19 +45,14 @@ class Window(NamedTuple):
 def usual_tiles(crop: int, tile: int | None = None, overlap: int | None = None) -> tuple[int, int]:
     """The longest side of a tile and what neighbours share, px.
 
-    Scoring and prediction both take these, so that a run's scores are those of its predictions. A
-    tile is at most about a crop and what it shares: two cover an image of 512 px at crops of 256.
+    Scoring and prediction both take these, so that a run's scores are those of its predictions.
 
     Args:
         crop: side of a crop in training, px.
         tile, overlap: what the user asks for; None = nothing.
     """
-    side = max(crop, SMALLEST)
-    if tile is None:
-        tile = side + side // SHARE
-    else:
-        side = tile
-    return tile, side // SHARE if overlap is None else overlap
+    tile = max(crop, SMALLEST) if tile is None else tile
+    return tile, tile // SHARE if overlap is None else overlap
 
 
 def windows(size: tuple[int, int], core: int, margin: int) -> list[Window]:

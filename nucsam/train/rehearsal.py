@@ -3,7 +3,7 @@
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -86,10 +86,7 @@ def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
     least = training.config.instances.area
     areas = [np.bincount(training.samples[i].label.ravel())[1:] for i in training.train]
     in_run = [a / training.ratios[i] ** 2 for i, a in zip(training.train, areas)]  # px of the run
-    tiny, removed = (
-        float(np.mean((part := np.concatenate(parts))[part > 0] < px))
-        for parts, px in ((in_run, least), (areas, SMALLEST))
-    )
+    tiny, removed = _share_under(least, in_run), _share_under(SMALLEST, areas)
     if len(training.select) < FEWEST:
         yield f"data.inner: only {len(training.select)} image(s) choose the epoch, partly by chance"
     if len(training.score) < FEWEST:
@@ -114,3 +111,9 @@ def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
             yield f"{of_length(t, epochs)} takes about an hour on this device"
         else:
             yield "train.epochs: one epoch takes over an hour on this device"
+
+
+def _share_under(px: float, areas: Sequence[np.ndarray]) -> float:
+    """The share, 0..1, of nuclei under `px`, of areas by image; 0 is no nucleus."""
+    every = np.concatenate(areas)
+    return float(np.mean(every[every > 0] < px))
