@@ -90,7 +90,13 @@ def test_a_loaded_model_predicts(trained):
 
 @one_head
 def test_arguments_at_their_limits_and_beyond(trained):
-    beyond = [("device", "cpu:1"), ("tile", 63), ("overlap", 129), ("overlap", -300)]
+    beyond = [
+        ("device", "cpu:1"),
+        ("tile", 63),
+        ("overlap", 129),
+        ("overlap", -1),
+        ("overlap", -300),
+    ]
     for name, value in [*beyond, ("batch", 0), ("scale", -1.0), ("scale", 0.0)]:
         with pytest.raises(UserError, match=f"^{name}: found"):
             nucsam.load(trained[0], **{"device": "cpu", name: value})

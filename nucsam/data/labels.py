@@ -10,11 +10,16 @@ LARGEST = (255, 65535)  # values at which a map of 8 or 16 bits is clipped
 SAMPLE = np.s_[::8, ::8]  # pixels that show the many values of most maps of instances
 
 
+def areas(label: np.ndarray) -> np.ndarray:
+    """Areas of the nuclei of a label map (H, W), px, in the order of their ids without gaps."""
+    counts = np.bincount(label.ravel())[1:]
+    return counts[counts > 0]
+
+
 def median_area(labels: Sequence[np.ndarray]) -> float:
     """Median area of the nuclei of some label maps (H, W), px; 0 where they are too few to tell."""
-    areas = np.concatenate([np.zeros(0), *(np.bincount(label.ravel())[1:] for label in labels)])
-    areas = areas[areas > 0]
-    return float(np.median(areas)) if len(areas) >= FEWEST else 0.0
+    every = np.concatenate([np.zeros(0), *map(areas, labels)])
+    return float(np.median(every)) if len(every) >= FEWEST else 0.0
 
 
 def not_instances(label: np.ndarray, high: int | None = None) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from nucsam.data import draw
 from nucsam.data.folders import Record, format_size, scan_folder, taken
 from nucsam.data.images import read_metadata
+from nucsam.data.labels import areas
 from nucsam.data.samples import by_region, read_each, read_sample, summed_remarks
 from nucsam.errors import UserError
 
@@ -31,10 +32,9 @@ class Contents(NamedTuple):
 
 def _contents(record: Record) -> Contents:
     sample = read_sample(record)
-    areas = np.bincount(sample.label.ravel())[1:]
     vague = None if sample.vague is None else 100 * sample.vague.mean()
     size = format_size(sample.label.shape)
-    return Contents(size, areas, vague, *read_metadata(record.image), sample.problem)
+    return Contents(size, areas(sample.label), vague, *read_metadata(record.image), sample.problem)
 
 
 def _row(organ: str, images: Sequence[tuple[Record, Contents]]) -> dict:

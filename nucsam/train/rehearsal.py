@@ -3,7 +3,7 @@
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nucsam.config import Config
+from nucsam.data.labels import areas
 from nucsam.errors import UserError
 from nucsam.model.network import build_model
 from nucsam.processes import exit_on_sigterm, process_count
@@ -84,9 +85,10 @@ def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
     """Sentences on what may go wrong in a training that has been set up and measured."""
     d, t = training.config.data, training.config.train
     least = training.config.instances.area
-    areas = [np.bincount(training.samples[i].label.ravel())[1:] for i in training.train]
-    in_run = [a / training.ratios[i] ** 2 for i, a in zip(training.train, areas)]  # px of the run
-    tiny, removed = _share_under(least, in_run), _share_under(SMALLEST, areas)
+    by_image = [areas(training.samples[i].label) for i in training.train]
+    removed = float(np.mean(np.concatenate(by_image) < SMALLEST))
+    px = [area / training.ratios[i] ** 2 for i, area in zip(training.train, by_image)]  # of the run
+    tiny = float(np.mean(np.concatenate(px) < least))
     if len(training.select) < FEWEST:
         yield f"data.inner: only {len(training.select)} image(s) choose the epoch, partly by chance"
     if len(training.score) < FEWEST:
@@ -111,9 +113,3 @@ def _problems(training: Training, facts: dict[str, float]) -> Iterator[str]:
             yield f"{of_length(t, epochs)} takes about an hour on this device"
         else:
             yield "train.epochs: one epoch takes over an hour on this device"
-
-
-def _share_under(px: float, areas: Sequence[np.ndarray]) -> float:
-    """The share, 0..1, of nuclei under `px`, of areas by image; 0 is no nucleus."""
-    every = np.concatenate(areas)
-    return float(np.mean(every[every > 0] < px))
