@@ -23,7 +23,7 @@ from nucsam.data.samples import Crops, EpochBatches, Samples, read_sample
 from nucsam.data.splits import find_split, inventory, split_records, with_epochs
 from nucsam.data.summary import inspect_folder, summary_table
 from nucsam.errors import UserError
-from nucsam.train.training import run_ratios
+from nucsam.train.training import magnification
 
 H, W = 70, 90
 
@@ -708,7 +708,8 @@ def test_a_crop_of_another_magnification_is_resampled(tmp_path):
         tifffile.imwrite(tmp_path / "labels" / f"{name}.tif", squares)
     samples = Samples(find_records(tmp_path))
     assert samples.mpps == pytest.approx([0.25, 0.51, 0.5])
-    ratios = run_ratios(Data(), samples, 0.5)
+    with pytest.warns(UserWarning, match="resample them to 0.5"):
+        _, ratios = magnification(Data(mpp=0.5), samples.mpps, samples.areas)
     fine, near, same = (Crops(samples, window=64, seed=1, ratios=ratios)[0, k] for k in range(3))
     assert len(np.unique(fine["label"])) == 64 and fine["label"].shape == (64, 64)
     assert np.array_equal(fine["label"], squares[::2, ::2])  # squares of 16 px become 8 px
@@ -730,14 +731,16 @@ def test_a_crop_is_resampled_to_the_nucleus_area_of_the_run(tmp_path):
     samples = Samples(find_records(tmp_path))
     assert samples.areas == [0, 0, 256]  # in the order of names
     wide = 256 / 64 * math.exp(0.04)  # the nearest step of 5 % is taken
-    ratios = run_ratios(Data(nucleus_area=256 / wide), samples, None)
-    assert ratios == pytest.approx([1, 1, 2], rel=0.03)
+
+    def ratios(area):
+        return magnification(Data(nucleus_area=area), samples.mpps, samples.areas)[1]
+
+    assert ratios(256 / wide) == pytest.approx([1, 1, 2], rel=0.03)
     crop = Crops(samples, window=64, seed=1, ratios=[1, 1, 2.0])[0, 2]
     assert np.array_equal(crop["label"], samples[2].label[::2, ::2])
-    assert run_ratios(Data(nucleus_area=1.0), samples, None) == [1, 1, 3]
-    assert run_ratios(Data(nucleus_area=1e9), samples, None) == [1, 1, 1 / 3]
-    near = run_ratios(Data(nucleus_area=256 * 1.04), samples, None)
-    assert near == [1, 1, 1]  # exactly
+    assert ratios(1.0) == [1, 1, 3]
+    assert ratios(1e9) == [1, 1, 1 / 3]
+    assert ratios(256 * 1.04) == [1, 1, 1]  # exactly
 
 
 def test_an_image_is_known_by_its_pixels_and_ids_not_by_its_files(tmp_path):

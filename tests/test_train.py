@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import statistics
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from nucsam.train import training as training_module
 from nucsam.train.loop import fit, rate
 from nucsam.train.progress import epoch_speed, print_start
 from nucsam.train.signals import StopSignals
-from nucsam.train.training import Training, run_mpp, run_ratios
+from nucsam.train.training import Training, magnification
 
 
 def history(run):
@@ -272,13 +273,17 @@ def test_a_loader_without_shared_memory_says_what_helps(tiny, tmp_path, monkeypa
 
 
 def test_the_magnification_of_a_run(recwarn):
-    assert run_mpp(Data(), [None, None]) is None
-    assert run_mpp(Data(), [0.25, None, 0.251]) == pytest.approx(0.2505)
-    assert run_mpp(Data(mpp=0.3), []) == 0.3 and not recwarn
+    def of(data, *mpps):
+        return magnification(data, mpps, [0.0] * len(mpps))
+
+    assert of(Data(), None, None) == (None, [1, 1])
+    mpp, ratios = of(Data(), 0.25, None, 0.251)
+    assert mpp == pytest.approx(0.2505) and ratios == [mpp / 0.25, 1, mpp / 0.251]
+    assert of(Data(mpp=0.3)) == (0.3, []) and not recwarn
     with pytest.warns(UserWarning, match=r"0\.25 to 0\.5 .* resample them to 0\.5"):
-        assert run_mpp(Data(mpp=0.5), [0.25, 0.5]) == 0.5
+        assert of(Data(mpp=0.5), 0.25, 0.5) == (0.5, [2, 1])
     with pytest.raises(UserError, match=r"data\.root: .*0\.001"):
-        run_mpp(Data(), [0.25, 0.25, 0.001])
+        of(Data(), 0.25, 0.25, 0.001)
 
 
 def test_out_of_memory_says_what_helps(tiny, tmp_path, monkeypatch):
@@ -379,9 +384,10 @@ def test_nuclei_of_one_size_are_trained_on(tiny, tmp_path):
     config = tiny("data.nucleus_area=300")
     training = Training(config, tmp_path / "run", resume=False, build=network.build_model)
     samples, crops = training.samples, training.loader.dataset
-    assert crops.ratios == run_ratios(config.data, samples, None) and len({*crops.ratios}) > 1
-    samples.mpps = [0.25] * len(samples)  # as if their files said it
-    assert run_mpp(config.data, samples.mpps) is None  # no image is resampled by it
+    mpps = [0.25] * len(samples)  # as if their files said it
+    mpp, ratios = magnification(config.data, mpps, samples.areas)
+    assert crops.ratios == ratios and len({*ratios}) > 1
+    assert mpp == 0.25 * statistics.median(ratios) and training.mpp is None
 
 
 def test_microns_per_px_and_the_precision_that_a_cpu_has_are_kept(tiny, tmp_path):

@@ -110,11 +110,7 @@ class Training:
         if resume and self.run.exists():
             self.run.check_images(self.images, d.root)
         self._check_test_images(split.test)
-        self.mpp = run_mpp(d, self.samples.mpps)
-        self.ratios = run_ratios(d, self.samples, self.mpp)
-        if d.nucleus_area:
-            resampled = [m * r for m, r in zip(self.samples.mpps, self.ratios) if m]
-            self.mpp = statistics.median(resampled) if resampled else None
+        self.mpp, self.ratios = magnification(d, self.samples.mpps, self.samples.areas)
         if not any(self.samples[i].label.any() for i in self.train):
             found = f"found no nucleus in the {len(self.train)} images of {d.root} to train on"
             expected = "expected label maps with an id per nucleus"
@@ -416,23 +412,31 @@ def _load_base(
     return calibrated(load_base("none", config.model.encoder, seed=config.train.seed), images)
 
 
-def run_mpp(d: Data, mpps: Sequence[float | None]) -> float | None:
-    """Microns per px of a run: `data.mpp`, or the median of its images; None where none says it.
+def magnification(
+    d: Data, mpps: Sequence[float | None], areas: Sequence[float]
+) -> tuple[float | None, list[float]]:
+    """The magnification of a run, and of its images: by `data.nucleus_area`, else by microns.
 
-    Also None with `data.nucleus_area`, which sets the magnification. Warns where images differ.
+    Warns where the microns per px of images differ.
 
     Args:
         d: the section `data` of the configuration.
-        mpps: of the images; None = not known.
+        mpps: microns per px of each image; None = not known.
+        areas: of `Samples`.
+
+    Returns:
+        Microns per px of the run, None where no image says it; px of each image per px of the run.
 
     Raises:
-        UserError: an image differs by more than the predictor takes.
+        UserError: the microns per px of an image differ by more than the predictor takes.
     """
-    known = [mpp for mpp in mpps if mpp]
     if d.nucleus_area:
-        return None
+        ratios = [by_nuclei(area, d.nucleus_area) for area in areas]
+        resampled = [mpp * ratio for mpp, ratio in zip(mpps, ratios) if mpp]
+        return statistics.median(resampled) if resampled else None, ratios
+    known = [mpp for mpp in mpps if mpp]
     if not known:
-        return d.mpp or None
+        return d.mpp or None, [1.0] * len(mpps)
     mpp = d.mpp or statistics.median(known)
     least, most = min(known), max(known)
     spread = f"data.root: found images of {least:g} to {most:g} microns per px"
@@ -441,20 +445,7 @@ def run_mpp(d: Data, mpps: Sequence[float | None]) -> float | None:
     if max(most / mpp, mpp / least) > math.exp(SAME_SCALE):
         use = f"training, scoring and prediction resample them to {mpp:g} (data.mpp)"
         warnings.warn(f"{spread}; {use}", stacklevel=2)
-    return mpp
-
-
-def run_ratios(d: Data, samples: Samples, mpp: float | None) -> list[float]:
-    """Px of each image per px of the run, by `data.nucleus_area` or else by microns per px.
-
-    Args:
-        d: the section `data` of the configuration.
-        samples: the images.
-        mpp: microns per px of the run; None = not known.
-    """
-    if d.nucleus_area:
-        return [by_nuclei(area, d.nucleus_area) for area in samples.areas]
-    return [mpp / own if own and mpp else 1.0 for own in samples.mpps]
+    return mpp, [mpp / own if own else 1.0 for own in mpps]
 
 
 def make_optimizer(weights: dict[str, Tensor], t: Train) -> torch.optim.Optimizer:
