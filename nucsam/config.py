@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -245,7 +245,7 @@ class Train:
 
     epochs: int = setting(100, "passes over the training images", at_least(1))
     presentations: int = setting(
-        0, "images that one process sees, with repeats; sets epochs; 0: epochs holds", at_least(0)
+        0, "images that a run sees, with repeats; sets epochs; 0: epochs holds", at_least(0)
     )
     batch: int = setting(4, "images per process and forward pass", at_least(1))
     # The instance head's BatchNorms see one forward pass at a time.
@@ -349,7 +349,7 @@ def _check_pairs(config: Config) -> None:
         raise UserError(f"data.nucleus_area: {found}; both set the magnification, expected one")
     if data.fold == "all" and data.select == "test":
         raise UserError("data.select: found 'test' with data.fold = 'all', expected 'inner'")
-    side = data.crop * data.scale
+    side = round(data.crop * data.scale, 6)
     if side % 32:
         raise UserError(f"data.crop * data.scale: found {side:g} px, expected a multiple of 32")
     if model.head == "sam" and model.encoder.startswith("efficient_sam"):
@@ -420,10 +420,15 @@ def override(
             parsed = parsed if isinstance(parsed, str) else value.strip()  # such as 2024-05-01
         values[name] = parsed
     config = changed(tables, values, "command line" if overrides else source)
-    if "train.epochs" in values and config.train.presentations:
+    check_effect(values, config)
+    return config
+
+
+def check_effect(names: Container[str], config: Config) -> None:
+    """Raise a UserError if one of the settings that were named has no effect in `config`."""
+    if "train.epochs" in names and config.train.presentations:
         found = f"found it beside train.presentations = {config.train.presentations}"
         raise UserError(f"train.epochs: {found}, which sets it; train.presentations=0 stops that")
-    return config
 
 
 def changed(tables: dict[str, Any], values: Mapping[str, Any], source: str) -> Config:

@@ -24,6 +24,7 @@ from nucsam.config import (
     to_toml,
 )
 from nucsam.errors import UserError
+from nucsam.folds.jobs import variants
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = {path.stem for path in CONFIGS.glob("*.toml")}
@@ -178,6 +179,13 @@ def test_epochs_are_refused_beside_presentations():
     with pytest.raises(UserError, match=r"^train\.epochs: found it beside train\.presentations"):
         override(tables, ["train.epochs=20"])
     assert override(tables, ["train.epochs=20", "train.presentations=0"]).train.epochs == 20
+    with pytest.raises(UserError, match=r"^train\.epochs: found it beside train\.presentations"):
+        variants(override(tables, []), ["train.epochs=[5, 50]"])
+
+
+def test_the_side_of_a_model_input_is_rounded_before_it_is_checked():
+    for crop, scale in ((200, 1.12), (1600, 1.1)):  # 224.00000000000003 and 1760.0000000000002
+        assert override({}, [f"data.crop={crop}", f"data.scale={scale}"]).data.crop == crop
 
 
 def test_epochs_of_the_same_presentations_are_no_conflict():

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import unicodedata
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -498,6 +499,8 @@ def test_presentations_count_what_the_last_batch_repeats(tmp_path, batch, accumu
     changed = with_epochs(config)
     assert changed.train.epochs == expected
     assert with_epochs(changed) == changed
+    one = replace(config, train=replace(config.train, batch=1, accumulate=accumulate))
+    assert with_epochs(one, processes=batch).train.epochs == expected
     assert with_epochs(Config()) == Config()
 
 
@@ -709,7 +712,7 @@ def test_a_crop_of_another_magnification_is_resampled(tmp_path):
     samples = Samples(find_records(tmp_path))
     assert samples.mpps == pytest.approx([0.25, 0.51, 0.5])
     with pytest.warns(UserWarning, match="resample them to 0.5"):
-        _, ratios = magnification(Data(mpp=0.5), samples.mpps, samples.areas)
+        _, ratios = magnification(Data(mpp=0.5), samples.mpps, samples.areas, range(3))
     fine, near, same = (Crops(samples, window=64, seed=1, ratios=ratios)[0, k] for k in range(3))
     assert len(np.unique(fine["label"])) == 64 and fine["label"].shape == (64, 64)
     assert np.array_equal(fine["label"], squares[::2, ::2])  # squares of 16 px become 8 px
@@ -733,7 +736,7 @@ def test_a_crop_is_resampled_to_the_nucleus_area_of_the_run(tmp_path):
     wide = 256 / 64 * math.exp(0.04)  # the nearest step of 5 % is taken
 
     def ratios(area):
-        return magnification(Data(nucleus_area=area), samples.mpps, samples.areas)[1]
+        return magnification(Data(nucleus_area=area), samples.mpps, samples.areas, range(3))[1]
 
     assert ratios(256 / wide) == pytest.approx([1, 1, 2], rel=0.03)
     crop = Crops(samples, window=64, seed=1, ratios=[1, 1, 2.0])[0, 2]

@@ -165,10 +165,21 @@ def test_runs_are_sorted_by_value_and_fold_and_named_by_what_differs(tmp_path):
     assert [(run.variant, run.name) for run in read_runs(tmp_path)] == [
         ("model.rank=4", "fold 0"),
         ("model.rank=4", "fold 1"),
-        ("model.rank=4", "fold all"),
         ("model.rank=16", "fold 0"),
         ("model.rank=16", "fold 1"),
-        ("model.rank=16", "fold all"),
     ]
-    (alone,) = read_runs(tmp_path / "rank4" / "fold0")
-    assert (alone.variant, alone.name) == ("", "fold 0")
+    for only in ("fold0", "foldall"):
+        (alone,) = read_runs(tmp_path / "rank4" / only)
+        assert (alone.variant, alone.name) == ("", f"fold {only.removeprefix('fold')}")
+
+
+def test_epochs_that_follow_from_presentations_make_no_variant(tmp_path):
+    for number in (1000, 2000):
+        for fold in (0, 1):  # of different numbers of images
+            epochs = f"train.epochs={number // (7 + fold)}"
+            presentations = f"train.presentations={number}"
+            tables = config(f"data.fold={fold}", epochs).to_dict()
+            tables["train"]["presentations"] = number
+            write_run(tmp_path / presentations / f"fold{fold}", Config.from_dict(tables))
+    variants = [run.variant for run in read_runs(tmp_path)]
+    assert variants == 2 * ["train.presentations=1000"] + 2 * ["train.presentations=2000"]

@@ -84,7 +84,7 @@ def test_contact_sheet(tmp_path, count, rows, columns):
 
 
 def test_a_tile_narrower_than_its_caption(tmp_path):
-    contact_sheet([("name", np.zeros((64, 3, 3), np.uint8))], tmp_path / "sheet.png")
+    contact_sheet([("na\nme", np.zeros((64, 3, 3), np.uint8))], tmp_path / "sheet.png")
     assert np.asarray(Image.open(tmp_path / "sheet.png")).shape == (64 + CAPTION, 3, 3)
 
 

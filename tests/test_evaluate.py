@@ -90,6 +90,16 @@ def test_folders_are_scored_by_stem(folders):
         assert (found.fn, found.fp) == (1, 0)  # the small one is removed
 
 
+def test_the_pictures_that_prediction_writes_are_no_label_maps(folders):
+    root, _ = folders
+    (root / "pred" / "overlays").mkdir()
+    for path in list((root / "pred").glob("*.tif")):
+        Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(
+            root / "pred" / "overlays" / f"{path.stem}.png"
+        )
+    assert score(root)["extra"] == ["other"]
+
+
 def test_several_processes_change_nothing(folders):
     assert to_json(score(folders[0], workers=2)) == to_json(score(folders[0], workers=1))
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from nucsam.cli import run_command
 from nucsam.config import override
-from nucsam.data.folders import find_records, scan_folder, taken
+from nucsam.data.folders import find_records, list_folder, scan_folder, taken
 from nucsam.data.samples import read_sample
 from nucsam.errors import UserError
 from nucsam.predict.images import find_image_files
@@ -263,3 +263,9 @@ def test_slides_of_a_folder_are_found_and_what_to_do_is_said(tmp_path):
 def test_a_layout_without_its_folders_is_named(tmp_path, layout):
     with pytest.raises(UserError, match=f"layout {layout}"):
         scan_folder(tmp_path, layout)
+
+
+def test_what_a_system_keeps_at_the_root_of_a_disk_is_hidden(tmp_path):
+    for name in ("lost+found", "$RECYCLE.BIN", ".Trash-0", "liver"):
+        (tmp_path / name).mkdir()
+    assert list_folder(tmp_path) == [tmp_path / "liver"]

@@ -236,6 +236,12 @@ def test_a_codec_that_fails_is_no_damaged_file(tmp_path, monkeypatch):
         read_image(path)
 
 
+def test_signed_bytes_are_read_as_others(tmp_path):
+    grey = np.tile(np.arange(128, dtype=np.int8), (64, 1))
+    tifffile.imwrite(tmp_path / "a.tif", grey, photometric="minisblack")
+    assert np.array_equal(read_image(tmp_path / "a.tif")[..., 0], grey)
+
+
 # ---- orientation ----
 
 # what a viewer does with each orientation, by the letters of the EXIF standard
@@ -480,3 +486,10 @@ def test_damaged_files_are_refused(tmp_path, monkeypatch):
     np.testing.assert_array_equal(opened[0:64, 0:64], picture()[:64, :64])
     with pytest.raises(UserError, match=r"a\.tif"):
         opened[0:H, 0:W]
+
+
+def test_an_orientation_that_the_standard_lacks_turns_nothing(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 99
+    Image.fromarray(picture()).save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").shape == picture().shape

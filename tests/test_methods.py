@@ -56,6 +56,14 @@ def section(tmp_path, tiny):
     return write
 
 
+@pytest.mark.parametrize("resampled", [0, 2])
+def test_images_resampled_to_their_median_are_mentioned(section, monkeypatch, resampled):
+    monkeypatch.setitem(RUN, "mpp", 0.375)
+    monkeypatch.setitem(RUN, "resampled", resampled)
+    sentence = "Images of another resolution were resampled to 0.375 µm per pixel."
+    assert (sentence in section()) == (resampled > 0)
+
+
 def test_every_number_is_of_the_runs(section):
     text = section("model.weights=auto", "model.alpha=8", "train.schedule=cosine")
     for sentence in (

@@ -271,6 +271,8 @@ def test_a_card_says_what_the_file_says(run, monkeypatch, capsys):
     assert "nucsam predict hf:ann/nuclei IMAGES" in card
     assert metadata["base"]["sha256"] in card and "`mobile_sam.pt`" in card
     assert f"AJI {100 * metadata['scores']['aji']:.1f} %" in card
+    # what a training must set to take these weights
+    assert "model.weights=hf:ann/nuclei model.width=32 data.scale=1.0  #" in card
 
 
 def test_the_caches_are_listed(published, capsys, monkeypatch):

@@ -18,6 +18,7 @@ from torch import nn
 from nucsam.config import Instances, Model
 from nucsam.errors import UserError
 from nucsam.model.heads import InstanceHead
+from nucsam.model.instances import Nuclei
 from nucsam.model.network import build_model
 from nucsam.predict.predictor import Predictor
 from nucsam.predict.pytorch import TorchPredictor
@@ -372,6 +373,11 @@ def test_an_array_a_file_and_a_pillow_image_are_predicted_alike(tmp_path):
     alpha = Image.fromarray(np.dstack([image, image[..., 0]]))
     for same in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(image), alpha):
         np.testing.assert_array_equal(predictor(Colour()).predict(same), expected)
+    converted = Image.fromarray(image).convert("YCbCr")
+    rgb = np.asarray(converted.convert("RGB"))
+    np.testing.assert_array_equal(predictor().predict(converted), predictor().predict(rgb))
+    with pytest.raises(UserError, match="image: found a Pillow image of mode LAB"):
+        predictor().predict(Image.fromarray(image, mode="LAB"))
     grey = predictor().predict(Image.fromarray(image[..., 0]))
     np.testing.assert_array_equal(grey, image[..., 0])
     with pytest.raises(UserError, match=r"b\.png"):
@@ -432,6 +438,31 @@ def test_microns_per_px_set_the_scale(mpp, scale, tile):
     assert {shape[2:] for shape in model.seen} == {(256, 256)}
     # The smallest nucleus is 30 px of the images trained on; half of 15 is rounded to 8
     assert areas == [{2.0: 30, 4.0: 8, 1.0: 120}[scale]]
+
+
+def test_windows_of_a_large_ratio_grow_by_their_margins_alone():
+    image = np.zeros((6000, 6000, 3), np.uint8)
+    sides = {}
+    for ratio in (0.5, 1, 2, 8):
+        tiles = predictor(ratio=ratio, core=1000, margin=100).grid(image)
+        sides[ratio] = max(w.outer[0].stop - w.outer[0].start for w in tiles.windows)
+    assert sides == {0.5: 600, 1: 1200, 2: 1400, 8: 3800}  # and not 2,400 and 6,000
+
+
+def test_ids_have_no_gap_where_a_nucleus_of_another_window_hides_one():
+    p = predictor(core=4, margin=4)
+    image = np.zeros((8, 4, 3), np.uint8)
+    tiles = p.grid(image)
+    first, second = tiles.windows
+    hides, hidden = np.zeros((8, 4), np.int32), np.zeros((8, 4), np.int32)
+    hides[:6], hidden[2:4], hidden[6:] = 1, 1, 2
+    parts = [
+        (first, Nuclei(hides, np.array([0.9]))),
+        (second, Nuclei(hidden, np.array([0.8, 0.7]))),
+    ]
+    p.extract = lambda _: ((tiles, *part) for part in parts)
+    (nuclei,) = p._whole([image], [None])
+    assert np.unique(nuclei.label).tolist() == [1, 2] and nuclei.confidence.tolist() == [0.9, 0.7]
 
 
 def test_a_ratio_goes_before_microns_per_px():

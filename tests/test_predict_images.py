@@ -299,7 +299,13 @@ def test_regions_lie_beside_several_images(tmp_path, colour, capsys):
     assert "b.png" in (errors := capsys.readouterr().err) and "b.geojson" in errors
     assert names(tmp_path / "out") == ["a.tif", "predict.json"]
     assert predict(tmp_path / "a.png", "--out", tmp_path / "out") == 2  # everywhere: other results
-    assert "roi" in capsys.readouterr().err
+    assert "other regions" in capsys.readouterr().err
+    moved = (tmp_path / "a.geojson").rename(tmp_path / "moved.geojson")
+    again = [tmp_path / "a.png", *paths[2:]]
+    assert predict(*again, moved) == 0 and "1 image(s) with results skip" in capsys.readouterr().err
+    moved.write_text(json.dumps([drawing(polygon(square(0, 0, 120)))]))
+    assert predict(*again, moved) == 2 and "a.tif: found results of" in capsys.readouterr().err
+    assert predict(*again, moved, "--force") == 0
 
 
 def test_results_are_skipped_or_replaced(anything, tmp_path, colour, capsys):
@@ -317,6 +323,30 @@ def test_results_are_skipped_or_replaced(anything, tmp_path, colour, capsys):
     assert names(tmp_path) == ["grey.csv", "grey.tif", "predict.json", "tiny.csv", "tiny.tif"]
     assert predict(*paths, *labels, "--force") == 0
     assert [p.tiles_done for p in colour] == [2, 1, 2, 2]
+
+
+def test_results_of_another_image_of_the_same_name_are_not_taken(tmp_path, colour, capsys):
+    for folder, side in (("fa", 200), ("fb", 210)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(some_image(side, 300)).save(tmp_path / folder / "x.png")
+    labels = ["--out", tmp_path / "out", "--formats", "overlay,labels"]
+    assert predict(tmp_path / "fa", *labels) == 0
+    assert f"{tmp_path / 'out'}: 1 image(s)" in capsys.readouterr().err.replace("\n", "")
+    (tmp_path / "fa").rename(tmp_path / "moved")
+    assert predict(tmp_path / "moved", *labels) == 0
+    assert predict(tmp_path / "fb", *labels) == 2
+    assert "found results of another image" in capsys.readouterr().err
+    assert predict(tmp_path / "fb", *labels, "--force") == 0
+    assert tifffile.imread(tmp_path / "out" / "x.tif").shape == (210, 300)
+
+
+def test_settings_without_results_hold_nobody(tmp_path, colour):
+    broken = tmp_path / "a.png"
+    broken.write_bytes(b"no image")
+    labels = ["--out", tmp_path / "out", "--formats", "labels"]
+    assert predict(broken, *labels) == 1
+    Image.fromarray(some_image()).save(broken)
+    assert predict(broken, *labels, "--tta") == 0
 
 
 def test_results_of_other_settings_are_not_mixed(anything, tmp_path, colour, capsys):
@@ -392,7 +422,7 @@ def test_microns_per_px_of_tags_or_arguments(tmp_path, colour, capsys, given, ta
 def batch(images, out, **options):
     files = {path: {"labels": out / f"{path.stem}.tif"} for path in images}
     small = predictor(Colour(), tile=128, core=150, margin=40)
-    return predict_images.Batch(small, files, claims=out / ".claims", **options)
+    return predict_images.Batch(small, files, out, claims=out / ".claims", **options)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from nucsam.data.images import open_image, read_image, read_label, read_mpp
 from nucsam.data.slides import ScannerWindows, TiffWindows, one_file_each
 from nucsam.errors import UserError
 from nucsam.predict import images as predict_images
+from nucsam.predict.images import find_image_files
 
 SIDE = 420
 IMAGE, IDS = discs(SIDE)
@@ -196,6 +197,7 @@ def test_a_dicom_slide_of_many_files_is_one_slide(dicom, svs):
     other = write_dicom(dicom.with_name("c.dcm"), SMALL, 0.5, generate_uid())
     beside = sorted(dicom.parent.iterdir())
     assert one_file_each([*beside, svs]) == [dicom, other, svs]
+    assert find_image_files(beside) == find_image_files([dicom.parent])  # named one by one
 
 
 @pytest.mark.parametrize("suffix", slides.SCANNERS)
@@ -247,3 +249,19 @@ def test_a_model_of_half_the_magnification_reads_the_smaller_level(tmp_path, mon
     from_full_resolution = model.predict(IMAGE, mpp=0.25)
     assert label.shape == (SIDE, SIDE)
     assert np.median(matches(from_full_resolution, label)) > 0.8
+
+
+def test_a_patch_and_a_coarser_level_of_a_slide_share_no_batch(tmp_path):
+    """Tiles of as many pixels, of which one covers twice the px of its image."""
+    image = discs(512)[0]
+    patch = image.reshape(256, 2, 256, 2, 3).mean((1, 3)).astype(np.uint8)
+    slide = TiffWindows(write_aperio(tmp_path / "a.svs", image, patch))
+    alone, together = (
+        list(
+            predictor(Colour(), scale=0.5, tile=512, batch=batch)._whole([patch, slide], [None] * 2)
+        )
+        for batch in (1, 2)
+    )
+    for one, two in zip(alone, together, strict=True):
+        assert one.label.max() > 5
+        np.testing.assert_array_equal(one.label, two.label)

@@ -11,7 +11,8 @@ import pytest
 import test_published
 
 from nucsam.data import sources
-from nucsam.data.folders import find_records
+from nucsam.data.folders import find_records, is_data_set
+from nucsam.data.synthetic import write_dataset
 from nucsam.errors import UserError
 
 
@@ -73,6 +74,14 @@ def test_a_set_is_downloaded_checked_and_unpacked(server, tmp_path):
     assert len(server.requests) == 3
 
 
+def test_another_set_in_the_folder_is_not_taken_for_it(server, tmp_path):
+    write_dataset(tmp_path / "NuInsSeg", images=2, size=64, seed=0)
+    assert sources.download_set("nuinsseg", tmp_path) == tmp_path / "NuInsSeg"
+    root = sources.download_set("tnbc", tmp_path)
+    assert len(find_records(root, layout="tnbc")) == 4
+    assert sources.download_set("nuinsseg", tmp_path) == tmp_path / "NuInsSeg"
+
+
 def test_a_cut_download_is_resumed(server, tmp_path, monkeypatch):
     whole = server.record["files"][0]["links"]["self"]
     server.record["files"][0]["links"]["self"] = f"{server.home}/cut"
@@ -125,6 +134,7 @@ def test_another_archive_is_refused(server, tmp_path, change):
 
 
 def test_a_file_of_unknown_size_is_checked_too(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "is_data_set", lambda folder, _: is_data_set(folder))
     checksum = f"sha256:{hashlib.sha256(server.body).hexdigest()}"
     for address, digest in (("page", "sha256:0"), ("cut", checksum)):
         archive = sources.MONUSEG._replace(urls=(f"{server.home}/{address}",), checksum=digest)

@@ -139,6 +139,28 @@ def test_csv_and_latex_hold_the_rows_of_the_table(table):
     assert lines[-2:] == [r"\bottomrule", r"\end{tabular}"] and r"\midrule" not in lines[-3]
 
 
+def test_folds_and_variants_scored_in_other_tiles_are_marked(tmp_path, tiny):
+    """A version that did not say its tile scored whole images."""
+    jobs = plan(
+        variants(tiny("data.folds=2", "model.weights=auto"), ["model.rank=[4, 8]"]), tmp_path
+    )
+
+    def marked(*tiles):
+        for job, tile in zip(jobs, tiles):
+            document = whole_scores() | ({"tile": tile} if tile else {})
+            job.run.mkdir(parents=True, exist_ok=True)
+            job.directory.write_metrics([{"epoch": job.config.train.epochs}])
+            (job.run / "scores.json").write_text(json.dumps(document))
+        rows = table_rows(cross_validation(jobs, "tiny"))
+        marks = {row.model: " ".join(row.marks) for row in rows}
+        return ["SCORED IN DIFFERENT TILES" in text for text in marks.values()]
+
+    assert marked(256, 256, 256, 256) == marked(0, 0, 0, 0) == [False, False]
+    assert marked(256, 256, 512, 512) == [False, False]  # as a grid over crops
+    assert marked(0, 256, 256, 256) == [True, False]
+    assert marked(256, 256, 0, 0) == [False, True]
+
+
 def test_a_table_without_any_fold_says_so(tmp_path, tiny):
     table = cross_validation(plan(variants(tiny(), []), tmp_path), "tiny")
     scores, how = table_sections(table)

@@ -107,7 +107,8 @@ def test_the_mask_is_a_file(tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb")
     (tmp_path / "out").mkdir()
     files = {name: tmp_path / "out" / f"a.{name}" for name in ("labels", "tissue")}
-    batch = predict_images.Batch(predictor(Colour(), tile=128), {tmp_path / "a.tif": files})
+    small = predictor(Colour(), tile=128)
+    batch = predict_images.Batch(small, {tmp_path / "a.tif": files}, tmp_path / "out")
     assert batch.run() == 0
     (feature,) = json.loads(files["tissue"].read_text())["features"]
     assert feature["properties"]["classification"] == {"name": "Tissue"}

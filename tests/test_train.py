@@ -2,18 +2,21 @@
 
 import itertools
 import json
-import statistics
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from conftest import same_tensors
 from safetensors.torch import load_file
 
 from nucsam.config import Data, Train, load_config, to_toml
+from nucsam.data.samples import by_nuclei
 from nucsam.data.splits import find_split
 from nucsam.data.synthetic import write_dataset
 from nucsam.errors import UserError
@@ -114,7 +117,7 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(once, tmp_path, monkeypatc
     run, config, _ = once
     out = tmp_path / "run"
     steps = itertools.count(1)
-    monkeypatch.setattr(StopSignals, "stop_requested", lambda *_: next(steps) == stop)
+    monkeypatch.setattr(StopSignals, "agreed", lambda *_: (next(steps) == stop, False))
     with pytest.raises(SystemExit) as exit:
         fit(config, out)
     assert exit.value.code == 143
@@ -130,7 +133,7 @@ def test_resuming_within_an_epoch_skips_every_accumulated_batch(tiny, tmp_path, 
     config = tiny("train.epochs=1", "train.batch=1", "train.accumulate=2")
     fit(config, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(StopSignals, "stop_requested", lambda *_: True)
+        patch.setattr(StopSignals, "agreed", lambda *_: (True, False))
         fit(config, tmp_path / "run")
     fit(config, tmp_path / "run", resume=True)
     states = [tmp_path / name / "state" / "last.safetensors" for name in ("whole", "run")]
@@ -202,24 +205,40 @@ def test_processes_with_gpus_ask_each_other_for_signals_only_where_they_wait(
 ):
     waits = []
     monkeypatch.setattr(loop, "CHECK_STEPS", 2)
-    monkeypatch.setattr(StopSignals, "stop_requested", lambda *args: waits.append(args[2:]))
+
+    def agreed(_self, _accelerator, _due=False, wait=True):
+        waits.append(wait)
+        return False, False
+
+    monkeypatch.setattr(StopSignals, "agreed", agreed)
     fit(tiny("train.batch=1", "train.epochs=1"), tmp_path / "run")
-    steps = [(False,), (True,), (False,), (True,), (True,)]  # of 5, the last of which ends an epoch
-    assert waits == [*steps, ()]
+    steps = [False, True, False, True, True]  # of 5, the last of which ends an epoch
+    assert waits == [*steps, True]
     monkeypatch.undo()
     requests = []
 
     def reduce(request, _):
-        requests.append(request.item())
-        return request + 1  # another process got the signal
+        requests.append(request.tolist())
+        return request + torch.tensor([1.0, 0.0])  # another process got the signal
 
     gpus = SimpleNamespace(num_processes=2, device=torch.device("cuda"), reduce=reduce)
     with StopSignals() as stop:
-        assert not stop.stop_requested(gpus, False)
+        assert stop.agreed(gpus, due=True, wait=False) == (False, False)
         assert not requests
         gpus.device = torch.device("cpu")
-        assert stop.stop_requested(gpus, False) and stop.stop_requested(gpus)
-    assert requests == [0.0, 0.0]
+        assert stop.agreed(gpus, due=True, wait=False) == (True, True)
+        assert stop.agreed(gpus) == (True, False)
+    assert requests == [[0.0, 1.0], [0.0, 0.0]]
+
+
+def test_the_losses_of_all_processes_are_saved(tiny, tmp_path, monkeypatch):
+    training = Training(tiny(), tmp_path / "run", resume=False, build=network.build_model)
+    training.add_losses({"depth": torch.tensor([1.0, 2.0])})
+    means = {"mean": lambda total: 1.5 * total}  # another process has twice the loss
+    monkeypatch.setattr(training.accelerator, "reduce", lambda total, kind: means[kind](total))
+    training.save()
+    _, metadata = checkpoint.read_tensors(training.run.state_file)
+    assert metadata["progress"]["sums"] == {"depth": 4.5}
 
 
 def test_auto_is_the_fast_precision_unless_a_launcher_or_the_run_says_another(
@@ -274,7 +293,7 @@ def test_a_loader_without_shared_memory_says_what_helps(tiny, tmp_path, monkeypa
 
 def test_the_magnification_of_a_run(recwarn):
     def of(data, *mpps):
-        return magnification(data, mpps, [0.0] * len(mpps))
+        return magnification(data, mpps, [0.0] * len(mpps), range(len(mpps)))
 
     assert of(Data(), None, None) == (None, [1, 1])
     mpp, ratios = of(Data(), 0.25, None, 0.251)
@@ -284,6 +303,23 @@ def test_the_magnification_of_a_run(recwarn):
         assert of(Data(mpp=0.5), 0.25, 0.5) == (0.5, [2, 1])
     with pytest.raises(UserError, match=r"data\.root: .*0\.001"):
         of(Data(), 0.25, 0.25, 0.001)
+
+
+def test_the_magnification_of_a_run_by_its_nuclei():
+    data = Data(nucleus_area=100)
+
+    def of(mpps, areas, train=(0, 1)):
+        return magnification(data, mpps, areas, train)
+
+    twice = by_nuclei(400, 100)
+    assert twice == pytest.approx(2, rel=0.03)
+    assert of([None, None], [400, 0]) == (None, [twice, 1])
+    # an image with too few nuclei goes by its microns per px, as in prediction
+    assert of([0.25, 0.5], [400, 0]) == (0.25 * twice, [twice, 0.25 * twice / 0.5])
+    # the labels of a test image do not count for the run
+    assert of([0.25] * 3, [400, 400, 100])[0] == of([0.25] * 3, [400, 400, 900])[0] == 0.25 * twice
+    with pytest.raises(UserError, match=r"data\.root: .*0\.001"):
+        of([0.25, 0.001], [400, 400])
 
 
 def test_out_of_memory_says_what_helps(tiny, tmp_path, monkeypatch):
@@ -365,6 +401,12 @@ def test_a_folder_of_its_own_is_tested(tiny, folder, tmp_path):
     assert score_run(tmp_path / "run")["headline"] == pytest.approx(scores["headline"])
     with pytest.raises(UserError, match=r"^data\.test: found 12 image"):
         fit(tiny("data.fold=all", f"data.test={folder}", "train.epochs=1"), tmp_path / "same")
+    copies = shutil.copytree(folder, tmp_path / "relabelled")  # by a second annotator
+    for path in copies.glob("*/label masks modify/*.tif"):
+        label = tifffile.imread(path)
+        tifffile.imwrite(path, np.where(label == label.max(), 0, label))
+    with pytest.raises(UserError, match=r"^data\.test: found \d+ image.* a copy of "):
+        fit(tiny("data.fold=all", f"data.test={copies}", "train.epochs=1"), tmp_path / "same")
     with pytest.raises(UserError, match=r"^data\.test: found .* with data\.fold = 0"):
         tiny(f"data.test={folder}")
     (tmp_path / "apart.toml").write_text(to_toml(apart))
@@ -384,10 +426,9 @@ def test_nuclei_of_one_size_are_trained_on(tiny, tmp_path):
     config = tiny("data.nucleus_area=300")
     training = Training(config, tmp_path / "run", resume=False, build=network.build_model)
     samples, crops = training.samples, training.loader.dataset
-    mpps = [0.25] * len(samples)  # as if their files said it
-    mpp, ratios = magnification(config.data, mpps, samples.areas)
-    assert crops.ratios == ratios and len({*ratios}) > 1
-    assert mpp == 0.25 * statistics.median(ratios) and training.mpp is None
+    expected = magnification(config.data, samples.mpps, samples.areas, training.train)
+    assert (training.mpp, crops.ratios) == expected
+    assert training.mpp is None and len({*crops.ratios}) > 1
 
 
 def test_microns_per_px_and_the_precision_that_a_cpu_has_are_kept(tiny, tmp_path):

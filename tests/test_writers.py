@@ -235,5 +235,5 @@ def test_large_overlays_are_shrunk(monkeypatch):
     assert pictures[0].shape == (84, 68, 3)
     edge = (pictures[0] == draw.PREDICTION).all(-1)
     assert edge.sum() == 2 * 20 + 2 * 30 - 4 and edge[10, 20] and not edge[11, 21]
-    np.testing.assert_array_equal(pictures[0][5, 7], image[15:18, 21:24].mean((0, 1)).round())
-    np.testing.assert_array_equal(pictures[0][-1, 0], image[249:, 0:3].mean((0, 1)).round())
+    for place, block in (((5, 7), image[15:18, 21:24]), ((-1, 0), image[249:, 0:3])):
+        np.testing.assert_allclose(pictures[0][place], block.mean((0, 1)), atol=1)

@@ -93,6 +93,7 @@ def _captioned(tile: np.ndarray, text: str) -> np.ndarray:
     canvas.paste(Image.fromarray(tile), (0, line))
     pen = ImageDraw.Draw(canvas)
     pen.font = ImageFont.load_default(0.75 * line)
+    text = " ".join(text.split())  # a file name may hold a line end
     while len(text) > 1 and pen.textlength(text) > width - 4:
         text = text[:-2] + "…"
     pen.text((2, 0), text, fill="black")

@@ -29,6 +29,8 @@ from nucsam.errors import UserError
 from nucsam.files import expanded
 
 KNOWN_LABELS = (*LABELS, *rois.SUFFIXES, ".mat")
+OVERLAYS = "overlays"  # folder of pictures in a folder of label maps
+HIDDEN = (".", "lost+found", "System Volume Information", "$RECYCLE.BIN")  # how names begin
 MASK_SUFFIX = re.compile(
     r"[-_ .](cp_)?(mask|label|labell?ed|seg|segmentation|instance|inst|gt|annotation)s?$", re.I
 )
@@ -55,6 +57,8 @@ class Record:
 def list_folder(folder: Path, *, folders_only: bool = False) -> list[Path]:
     """The sorted entries of a folder without hidden ones; none where there is no such folder.
 
+    What a system keeps at the root of a disk is hidden, too.
+
     Raises:
         UserError: the folder cannot be listed.
     """
@@ -66,7 +70,7 @@ def list_folder(folder: Path, *, folders_only: bool = False) -> list[Path]:
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = getattr(error, "strerror", error)
         raise UserError(f"{folder}: cannot be listed ({reason}), expected a folder") from error
-    return sorted(path for path in paths if not path.name.startswith("."))
+    return sorted(path for path in paths if not path.name.startswith(HIDDEN))
 
 
 def _leads_on(entry: os.DirEntry) -> bool:
@@ -162,9 +166,9 @@ def _find_folders(root: Path, patterns: Sequence[str]) -> dict[Place, list[Path]
     return places
 
 
-def is_data_set(root: Path) -> bool:
+def is_data_set(root: Path, layout: str = "auto") -> bool:
     """Whether a folder has images with labels, or the folders for them."""
-    return _best_scan(root, "auto", "") is not None
+    return _best_scan(root, layout, "") is not None
 
 
 def _best_scan(root: Path, layout: str, group: str) -> "Scan | None":

@@ -251,7 +251,8 @@ def _orientation(image) -> int:
     """The orientation of a Pillow image, 1 to 8."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # asking for its EXIF would decode it
-    return image.getexif().get(274, 1)
+    tag = image.getexif().get(274, 1)
+    return tag if tag in range(1, 9) else 1
 
 
 # ---- metadata ----

@@ -24,7 +24,7 @@ from nucsam.progress import with_bar
 
 MIN_SIDE = 64  # px, the least that the encoder takes
 TRIES = 16  # places of a crop until one has a pixel that counts
-SAME_SCALE = 0.05  # up to this difference of log magnification an image is not resampled
+SAME_SCALE = 0.05  # below this difference of log magnification an image is not resampled
 ZOOM = 3.0  # most by which the size of its nuclei changes an image's magnification
 DRAWS = 32  # uniform numbers that a crop hands to its augmentation
 
@@ -398,7 +398,8 @@ class Crops:
     def _side(self, index: int) -> int:
         """Side of a crop in px of its image."""
         ratio = self.ratios[index]
-        return self.window if abs(math.log(ratio)) < SAME_SCALE else round(self.window * ratio)
+        near = round(abs(math.log(ratio)), 6) < SAME_SCALE
+        return self.window if near else round(self.window * ratio)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         import torch

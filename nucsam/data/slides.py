@@ -318,7 +318,7 @@ class TiffWindows(Windows):
 
     Grey is repeated, palettes are looked up, white-is-zero is inverted, alpha is dropped, and tiles
     that the file leaves out are white. A 16-bit file is read once when opened: its values set its
-    bits.
+    bits, and tiles that it leaves out are black.
 
     Args:
         path: the TIFF file.
@@ -384,7 +384,7 @@ def to_bytes(pixels: np.ndarray, bits: int) -> np.ndarray:
         return pixels
     if bits < 8:
         return pixels.astype(np.uint8) * np.uint8(255 // (2**bits - 1))
-    return np.minimum(pixels >> (bits - 8), 255).astype(np.uint8)
+    return np.minimum(pixels.astype(np.uint16, copy=False) >> (bits - 8), 255).astype(np.uint8)
 
 
 def _colour(pixels: np.ndarray, page: tifffile.TiffPage, bits: int) -> np.ndarray:

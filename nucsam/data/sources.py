@@ -67,19 +67,20 @@ def download_set(name: str, folder: Path) -> Path:
     if name not in PAGES:
         raise UserError(f"name: found {name!r}, expected one of {', '.join(PAGES)}")
     unfinished = any(folder.glob(f".*{UNPACKING}"))
-    if not unfinished and (root := _find_set(folder)):
+    if not unfinished and (root := _find_set(folder, name)):
         return root
     advice = f", from {PAGES[name]}, and unpack it into {folder}"
     if name not in (*RECORDS, "monuseg"):
         raise UserError(f"{name}: no address serves it without a click; get it yourself{advice}")
     archives = _zenodo_archives(name, advice) if name in RECORDS else [MONUSEG]
-    for archive in archives:
-        path = folder / archive.name
+    paths = [folder / archive.name for archive in archives]
+    for archive, path in zip(archives, paths):
         if not path.is_file():
             checks = {"checksum": archive.checksum, "size": archive.size}
             download.fetch(path, archive.urls, **checks, advice=advice)
+    for path in paths:
         _unpack(path)
-    if root := _find_set(folder):
+    if root := _find_set(folder, name):
         return root
     raise UserError(f"{folder}: found no data set after unpacking {archives[0].name}")
 
@@ -126,9 +127,9 @@ def _unpack(path: Path) -> None:
     shutil.rmtree(partial)
 
 
-def _find_set(folder: Path, depth: int = DEPTH) -> Path | None:
-    """The first data set in or below a folder."""
-    if is_data_set(folder):
+def _find_set(folder: Path, name: str, depth: int = DEPTH) -> Path | None:
+    """The first folder with a set's own layout, in or below a folder."""
+    if is_data_set(folder, name):
         return folder
     below = list_folder(folder, folders_only=True) if depth else []
-    return next((root for path in below if (root := _find_set(path, depth - 1))), None)
+    return next((root for path in below if (root := _find_set(path, name, depth - 1))), None)

@@ -204,16 +204,20 @@ def find_split(data: Data, root: str = "") -> tuple[list[Record], Split]:
     return records, split
 
 
-def with_epochs(config: Config) -> Config:
+def with_epochs(config: Config, processes: int = 1) -> Config:
     """The configuration with the whole epochs, at least one, nearest to `train.presentations`.
 
     So runs on different numbers of images train equally long. 0 presentations change nothing.
+
+    Args:
+        config: of a run.
+        processes: that train it together, each with `train.batch` images at a time.
     """
     t = config.train
     if not t.presentations:
         return config
     split = find_split(config.data)[1]
     images = len(split.train) + (len(split.inner) if config.data.select == "test" else 0)
-    batch = t.batch * t.accumulate
+    batch = t.batch * t.accumulate * processes
     filled = batch * math.ceil(images / batch)  # the last batch of an epoch repeats images
     return replace(config, train=replace(t, epochs=max(1, round(t.presentations / max(1, filled)))))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nucsam import __version__
-from nucsam.config import Config
+from nucsam.config import SETTINGS, Config
 from nucsam.errors import UserError, check_packages
 from nucsam.export import graph
 from nucsam.files import atomic
@@ -44,6 +44,9 @@ SUFFIXES = {  # of a file -> formats that it may have, the first one without bei
     ".pt": ("sam",),
     ".safetensors": ("safetensors", "sam", "adapter"),
 }
+
+# What a training must set as the export's did, to take its weights at its scale.
+SHAPE = ("model.encoder", "model.head", "model.width", "data.scale")
 
 
 def export_run(
@@ -128,11 +131,14 @@ def model_card(name: str, metadata: dict[str, Any]) -> str:
     )
     environment.filters["percent"] = percent
     config = Config.from_dict(metadata["config"], "metadata")
+    values = config.flat()
+    shape = [f" {key}={values[key]}" for key in SHAPE if values[key] != SETTINGS[key].default]
     text = environment.get_template("card.md").render(
         name=name,
         m=metadata,
         c=config,
         columns=COLUMNS,
+        settings="".join(shape),
         pattern=config.model.pattern or BASES[config.model.encoder].pattern,
     )
     return text + "\n"

@@ -93,6 +93,7 @@ def variants(base: Config, grid: Sequence[str]) -> dict[str, Config]:
     by_label: dict[str, Config] = {}
     for values in itertools.product(*(values for _, values in axes)):
         variant = config.changed(base.to_dict(), dict(zip(names, values)), "grid")
+        config.check_effect(names, variant)
         checked = variant.flat()  # 8 and 8.0 are one alpha
         label = ", ".join(f"{name}={checked[name]}" for name in names)
         if label in by_label:

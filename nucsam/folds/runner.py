@@ -144,7 +144,8 @@ def cross_validate(
         UserError: before anything runs, for a wrong argument, or if `out` holds other runs.
         SystemExit: 128 + signal, after SIGTERM or SIGINT, once the child has saved.
     """
-    if any(text.partition("=")[0].strip() == "data.fold" for text in overrides):
+    named = [text.partition("=")[0].strip() for text in overrides]
+    if "data.fold" in named:
         advice = "folds trains every fold without it"
         raise UserError(f"data.fold: found it on the command line; {advice}")
     if "=" in str(out):
@@ -154,7 +155,10 @@ def cross_validate(
     if base.data.test:
         expected = "expected none; nucsam train tests them"
         raise UserError(f"data.test: found {base.data.test!r}, {expected}")
-    jobs = plan(variants(base, grid), out)
+    by_label = variants(base, grid)
+    for variant in by_label.values():
+        config.check_effect(named, variant)
+    jobs = plan(by_label, out)
     board = run_jobs(jobs, base, out)
     if not is_first():
         return 0  # the first one reports; a launcher would end the others on any other status

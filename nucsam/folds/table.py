@@ -35,6 +35,9 @@ def cross_validation(jobs: Sequence[Job], name: str) -> dict[str, Any]:
     """
     by_variant = groupby(jobs, lambda job: job.variant)
     variants = [_variant(label or name, list(folds)) for label, folds in by_variant]
+    told = any(any(variant["tiles"]) for variant in variants)
+    for variant in variants:  # 0: scored by a version that did not say
+        variant["tiles_differ"] = len(variant["tiles"]) > 1 or (told and 0 in variant["tiles"])
     protocols = [rules for variant in variants for rules in variant["protocols"]]
     organs = {organ for rules in protocols for organ in rules["organs"]}
     images = {variant["images"] for variant in variants if variant["protocols"]}
@@ -160,8 +163,9 @@ def _marks(row: dict[str, Any]) -> tuple[str, ...]:
         marks.append("EPOCH CHOSEN ON THE TEST IMAGES")
     if row["random_base"]:
         marks.append("RANDOM BASE WEIGHTS")
-    if len(row["tiles"]) > 1:  # 0: by a version that did not say
-        marks.append("SCORED IN DIFFERENT TILES: nucsam evaluate RUN scores a fold again")
+    if row["tiles_differ"]:
+        again = "nucsam evaluate RUN scores a fold again, then nucsam folds writes the table"
+        marks.append(f"SCORED IN DIFFERENT TILES: {again}")
     if row["missing"]:
         folds = ", ".join(map(str, row["missing"]))
         marks.append(f"INCOMPLETE: fold {folds} of {row['folds']} missing")

@@ -6,6 +6,7 @@ that dies, so that another one takes its images. One image stays with one proces
 on their number.
 """
 
+import hashlib
 import json
 import time
 from collections import Counter, defaultdict
@@ -28,7 +29,7 @@ from nucsam.data.images import IMAGES, open_image, read_metadata
 from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
 from nucsam.errors import UserError, check_packages
-from nucsam.files import read_json, shortened, stale_partials, write_text
+from nucsam.files import check_form, read_json, shortened, stale_partials, write_text
 from nucsam.names import find_model
 from nucsam.predict import writers
 from nucsam.predict.models import load
@@ -82,13 +83,13 @@ def predict_files(
     outlines = _read_rois(roi, files) if roi else {}
     path, name = find_model(model)
     predictor = load(path, **options)
-    settings = _settings(name, predictor, mpp) | {"roi": roi and str(roi), "tissue": tissue}
+    settings = _settings(name, predictor, mpp) | {"tissue": tissue}
     claims = out / ".claims" if process_count() > 1 else None
     (claims or out).mkdir(parents=True, exist_ok=True)
     with exit_on_sigterm():
         with Claim.take(claims / "predict.json", wait=True) if claims else nullcontext():
-            _record(out / "predict.json", settings, files, force)
-        batch = Batch(predictor, files, mpp, force, claims, outlines, tissue)
+            _record(out / "predict.json", settings, files, outlines, force)
+        batch = Batch(predictor, files, out, mpp, force, claims, outlines, tissue)
         try:
             return batch.run()
         except predictor.out_of_memory as error:
@@ -121,7 +122,7 @@ def find_image_files(paths: Sequence[Path]) -> list[Path]:
     problems = []
     for path in paths:
         suffix = path.suffix.lower()
-        inside = one_file_each(list(filter(_is_image, list_folder(path))))
+        inside = list(filter(_is_image, list_folder(path)))
         if path.is_dir() and not inside:
             problems.append(f"{path}: found no image, expected {', '.join(IMAGES)}{_inside(path)}")
         elif not path.exists():
@@ -132,7 +133,7 @@ def find_image_files(paths: Sequence[Path]) -> list[Path]:
         images |= dict.fromkeys(inside if path.is_dir() else [path])
     if problems:
         raise UserError("\n  ".join(problems))
-    return list(images)
+    return one_file_each(list(images))
 
 
 def _inside(folder: Path) -> str:
@@ -201,30 +202,71 @@ def _settings(model: str, predictor: Predictor, mpp: float | None) -> dict[str, 
 
 
 def _record(
-    record: Path, settings: dict[str, Any], files: Mapping[Path, dict[str, Path]], force: bool
+    record: Path,
+    settings: dict[str, Any],
+    files: Mapping[Path, dict[str, Path]],
+    rois: Mapping[Path, Outlines],
+    force: bool,
 ) -> None:
-    """Write `settings` as predict.json. If the old ones differ, `force` removes their results."""
+    """Write predict.json: `settings`, and what each image and its regions are.
+
+    If the old settings differ, `force` removes their results.
+    """
+    inputs = {stem_of(path): _known_by(path, rois.get(path)) for path in files}
     if record.is_file():
         before = {"adapt": 0.0, "nucleus_area": 0.0} | read_json(record.read_bytes(), str(record))
+        known = check_form(before.get("inputs", {}), {str: [str]}, str(record))
         changed = changes(before | {name: settings[name] for name in UNRECORDED}, settings)
-        if changed and not force:
+        names = writers.FILES.values()
+        results = [path for name in names for path in record.parent.glob(name.format("*"))]
+        if changed and results and not force:
             found = f"the results beside it have other settings: {'; '.join(changed)}"
             raise UserError(f"{record}: {found}; expected another out, or force")
+        if not force:
+            _check_inputs(known, inputs, files)
         # Before predict.json changes: a run that is cut off must not leave results of both settings
         if changed:
-            _remove_results(record.parent, files)
-    write_text(record, json.dumps(settings, indent=2) + "\n")
+            _remove_results(results, files)
+        inputs = ({} if changed else known) | inputs
+    write_text(record, json.dumps(settings | {"inputs": inputs}, indent=2) + "\n")
 
 
-def _remove_results(out: Path, files: Mapping[Path, dict[str, Path]]) -> None:
-    """Remove all results in `out`, if `files` replaces them all."""
-    results = [path for name in writers.FILES.values() for path in out.glob(name.format("*"))]
+def _known_by(image: Path, roi: Outlines | None) -> list[str]:
+    """Checksums of the beginning of an image file with its size, and of the file of its regions."""
+    regions = [hashlib.sha256(roi.path.read_bytes()).hexdigest()] if roi else []
+    try:
+        with image.open("rb") as file:
+            begins = file.read(2**18) + str(image.stat().st_size).encode()
+    except OSError:  # which reading it says
+        begins = b""
+    return [hashlib.sha256(begins).hexdigest(), *regions]
+
+
+def _check_inputs(
+    known: Mapping[str, list[str]],
+    inputs: Mapping[str, list[str]],
+    files: Mapping[Path, dict[str, Path]],
+) -> None:
+    """Refuse images whose results are those of another image or other regions of their name."""
+    problems = []
+    for path, results in files.items():
+        before, now = known.get(stem_of(path)), inputs[stem_of(path)]
+        there = [result for result in results.values() if result.is_file()]
+        if before and there and before != now:
+            what = "another image" if before[0] != now[0] else "other regions"
+            problems.append(f"{there[0]}: found results of {what} of this name as {path}")
+    if problems:
+        raise UserError("\n  ".join([*problems, "expected another out, or force"]))
+
+
+def _remove_results(results: Sequence[Path], files: Mapping[Path, dict[str, Path]]) -> None:
+    """Remove all results of a folder, if `files` replaces them all."""
     replaced = {file.resolve() for results in files.values() for file in results.values()}
     kept = sorted(str(path) for path in results if path.resolve() not in replaced)
     if kept:
         found = f"found {len(kept)} result(s) that force would not replace, such as {kept[0]}"
         expected = "expected their images and formats too, or another out"
-        raise UserError(f"{out}: {found}; {expected}")
+        raise UserError(f"{results[0].parent}: {found}; {expected}")
     for path in results:
         path.unlink()
 
@@ -236,6 +278,7 @@ class Batch:
     Args:
         predictor: the model and its tiles.
         files: the result files by format, of each image.
+        out: folder of the results.
         mpp: microns per px of every image; None = as its file says.
         force: predict also the images that have all their files.
         claims: folder of the claims, one file per image; None where this process is alone.
@@ -245,6 +288,7 @@ class Batch:
 
     predictor: Predictor
     files: Mapping[Path, dict[str, Path]]
+    out: Path
     mpp: float | None = None
     force: bool = False
     claims: Path | None = None
@@ -285,12 +329,15 @@ class Batch:
         outcomes = [outcome for outcome in self.outcomes.values() if "skipped" not in outcome]
         failed = sum("failed" in outcome for outcome in outcomes)
         nuclei, tiles = (sum(o.get(key, 0) for o in outcomes) for key in ("nuclei", "tiles"))
-        out = next(iter(next(iter(self.files.values())).values())).parent
-        text = f"{out}: {len(outcomes) - failed} image(s), {nuclei:,} nuclei, {tiles} tiles in "
+        text = (
+            f"{self.out}: {len(outcomes) - failed} image(s), {nuclei:,} nuclei, {tiles} tiles in "
+        )
         text += f"{self.bar.task.elapsed:.1f} s" + (f"; {failed} failed" if failed else "")
         self.console.say(text)
         if len(outcomes) > failed and "geojson" in next(iter(self.files.values())):
-            self.console.say(f"QuPath: open an image, then drag its .geojson from {out} onto it")
+            self.console.say(
+                f"QuPath: open an image, then drag its .geojson from {self.out} onto it"
+            )
         if len(outcomes) > failed and not nuclei:
             why = "the model may have learnt nothing, or the images are of another magnification"
             text = f"no nucleus in any image: {why} or stain. {self.predictor.trained}"

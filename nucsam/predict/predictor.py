@@ -166,7 +166,8 @@ class Predictor:
                 place[free] = label[free] + count
                 confidences.append(confidence)
                 count += len(confidence)
-            yield Nuclei(whole, np.concatenate(confidences))
+            nuclei = Nuclei(whole, np.concatenate(confidences))
+            yield _without_hidden(nuclei) if len(tiles.windows) > 1 else nuclei
 
     def grid(
         self,
@@ -208,6 +209,8 @@ class Predictor:
             max(1, round(px * ratio)) if px else 0
             for px in (self.tile, self.overlap, self.core, self.margin)
         )
+        # A nucleus grows with the ratio; a window that did so would take ratio² of the memory.
+        core = min(core, max(self.core, 4 * margin))
         places = windows(image.shape[:2], core, margin)
         if area is not None:
             places = windows_in(places, area, margin)
@@ -271,6 +274,8 @@ class Predictor:
     def _groups(self, tiles_read: Iterable[Read], waiting: deque) -> Iterator[tuple[Group]]:
         """Batches of tiles of one scale and size, which may be of several images.
 
+        A tile of a coarser level of a slide has other pixels for the same px of the image.
+
         A window whose tiles have all been read joins `waiting`.
         """
         group: Group = []
@@ -283,7 +288,7 @@ class Predictor:
             if pixels is None:
                 tiles.add(key, None)
                 continue
-            kind = tiles.scale, pixels.shape
+            kind = tiles.scale, tiles.sides, pixels.shape
             if group and (len(group) == self.batch or kind != kind_of_group):
                 yield (group,)
                 group = []
@@ -316,16 +321,27 @@ class Predictor:
         return total / 8
 
 
+def _without_hidden(nuclei: Nuclei) -> Nuclei:
+    """Nuclei without those of which the nuclei of another window left no pixel; ids 1, 2, ..."""
+    label, confidence = nuclei
+    seen = np.bincount(label.ravel(), minlength=len(confidence) + 1)[1:] > 0
+    if seen.all():
+        return nuclei
+    return Nuclei(np.append(0, np.cumsum(seen)).astype(np.int32)[label], confidence[seen])
+
+
 def _opened(image: Picture, mpp: float | None) -> tuple[np.ndarray, float | None]:
     """The pixels uint8 (H, W, 3) of an image, and its microns per px."""
     if isinstance(image, str | Path):
         return read_image(image), mpp or read_mpp(image)
-    if isinstance(image, Image) and image.mode in ("L", "LA", "P", "RGBA"):
+    if isinstance(image, Image) and image.mode in ("L", "LA", "P", "RGBA", "YCbCr", "HSV"):
         image = image.convert("RGB")
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         found = f"{pixels.dtype} of shape {pixels.shape}"
         raise UserError(f"image: found {found}, expected uint8 (H, W, 3)")
+    if isinstance(image, Image) and image.mode != "RGB":
+        raise UserError(f"image: found a Pillow image of mode {image.mode}, expected RGB")
     return pixels, mpp
 
 

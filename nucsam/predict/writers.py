@@ -15,10 +15,11 @@ from typing import IO, Any
 import imagecodecs
 import numpy as np
 import tifffile
-from skimage.measure import block_reduce
+from PIL import Image
 from skimage.segmentation import find_boundaries
 
 from nucsam.data import draw, geojson
+from nucsam.data.folders import OVERLAYS
 from nucsam.data.slides import segments_under
 from nucsam.files import atomic
 from nucsam.model.instances import Nuclei
@@ -32,7 +33,7 @@ FILES = {  # format -> file, by the stem of the image
     "geojson.gz": "{}.geojson.gz",
     "csv": "{}.csv",
     "parquet": "{}.parquet",
-    "overlay": "overlays/{}.png",
+    "overlay": f"{OVERLAYS}/{{}}.png",
     "tissue": "{}.tissue.geojson",
 }
 USUAL = ("labels", "geojson", "overlay")  # formats where none are named
@@ -291,7 +292,7 @@ def draw_overlay(image: Any, labels: LabelBlocks) -> np.ndarray:
     """Draw the contours of all nuclei over their image.
 
     An image over `OVERLAY` px a side is shrunk by a whole factor. A pixel is then the mean of a
-    square. At the image's end its edge repeats.
+    square, or of what of it lies in the image.
 
     Args:
         image: uint8 (H, W, 3), or what slices like it.
@@ -310,9 +311,8 @@ def draw_overlay(image: Any, labels: LabelBlocks) -> np.ndarray:
             for k, end in zip(at, size)
         )
         pixels = image[rows.start * f : rows.stop * f, columns.start * f : columns.stop * f]
-        missing = ((0, -pixels.shape[0] % f), (0, -pixels.shape[1] % f), (0, 0))
-        pixels = np.pad(pixels, missing, mode="edge")
-        picture[rows, columns] = block_reduce(pixels, (f, f, 1), np.mean).round()
+        if pixels.size:
+            picture[rows, columns] = Image.fromarray(np.ascontiguousarray(pixels)).reduce(f)
         first = rows.start * f - BLOCK * at[0], columns.start * f - BLOCK * at[1]
         ids = labels.block(at)[first[0] :: f, first[1] :: f]
         small[rows, columns] = ids[: rows.stop - rows.start, : columns.stop - columns.start]

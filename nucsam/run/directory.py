@@ -247,6 +247,8 @@ class RunRecord:
 def read_runs(folder: Path) -> list[RunRecord]:
     """The run in `folder`, or the runs of a cross-validation, sorted by variant and fold.
 
+    A run on all folds (`data.fold = "all"`) beside runs of folds is left out.
+
     Raises:
         UserError: `folder` holds no run, or a file of one is damaged.
     """
@@ -258,16 +260,19 @@ def read_runs(folder: Path) -> list[RunRecord]:
         found = f"found no {RunDirectory(folder).config_file.name} in it or in its sub-folders"
         expected = "expected a run of nucsam train or the folder of nucsam folds"
         raise UserError(f"{folder}: {found}, {expected}")
+    folds = [run for run in runs if run.config.data.fold != "all"]
+    runs = folds or runs
     first = runs[0].config
     lines = [line for run in runs for line in conflicts(first, run.config, "data.fold")]
     differing = {line.partition(":")[0] for line in lines}
+    if any(run.config.train.presentations for run in runs):
+        differing.discard("train.epochs")  # follows from them and the number of images
 
     def varied(run: RunRecord) -> dict[str, Any]:
         return {key: value for key, value in run.config.flat().items() if key in differing}
 
     def order(run: RunRecord) -> tuple:
-        fold = run.config.data.fold
-        return [*varied(run).values()], fold == "all", fold
+        return [*varied(run).values()], run.config.data.fold
 
     def variant(run: RunRecord) -> str:
         return ", ".join(f"{key}={value}" for key, value in varied(run).items())

@@ -47,12 +47,13 @@ class _File(NamedTuple):
 
 
 def _label_files(folder: Path, suffixes: Sequence[str]) -> dict[str, _File]:
-    """Name -> file, of a folder and of its sub-folders, which are organs."""
+    """Name -> file, of a folder and of its sub-folders, which are organs; `OVERLAYS` is none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: expected a folder of label maps")
     problems: list[str] = []
     files: list[_File] = []
-    for place in (folder, *folders.list_folder(folder, folders_only=True)):
+    inside = folders.list_folder(folder, folders_only=True)
+    for place in (folder, *(path for path in inside if path.name != folders.OVERLAYS)):
         by_stem = folders.files_by_stem(folders.list_folder(place), suffixes, problems)
         organ = "" if place is folder else place.name
         files += [_File(organ, stem, path) for stem, path in by_stem.items()]

@@ -82,7 +82,7 @@ def _fit(
         with bar, StopSignals() as stop, memory_advice(config):
             while progress.epochs < config.train.epochs:
                 epoch(training, bar, stop)
-            if stop.stop_requested(training.accelerator):
+            if stop.agreed(training.accelerator)[0]:
                 raise SystemExit(stop.status)
         with exit_on_sigterm():
             scores = score_best(training)
@@ -114,11 +114,12 @@ def epoch(training: Training, bar: Bar, stop: StopSignals) -> None:
         check = progress.step % CHECK_STEPS == 0 or progress.step % batches.steps == 0
         if check:
             training.check_losses()
-        if stop.stop_requested(accelerator, check):
+        due = time.monotonic() - training.saved_at > 60 * t.save_minutes
+        stopped, due = stop.agreed(accelerator, due, check)
+        if stopped or due:
             training.save()
+        if stopped:
             raise SystemExit(stop.status)
-        if time.monotonic() - training.saved_at > 60 * t.save_minutes:
-            training.save()
 
     seconds = time.monotonic() - began
     line = {"epoch": number + 1, "step": progress.step, **training.take_mean_losses()}

@@ -13,7 +13,7 @@ from nucsam.processes import handled, is_first
 
 
 class StopSignals(ExitStack):
-    """Context in which SIGTERM and Ctrl-C only ask to stop; `stop_requested` says whether they did.
+    """Context in which SIGTERM and Ctrl-C only ask to stop; `agreed` says whether they did.
 
     All processes stop after the same step, whichever of them got the signal. A second Ctrl-C stops
     at once. In another thread than the main one no signal comes.
@@ -36,19 +36,24 @@ class StopSignals(ExitStack):
         """Exit status of a process that stops; the signal may have reached another one."""
         return 128 + (self._received or signal.SIGTERM)
 
-    def stop_requested(self, accelerator: Accelerator, wait: bool = True) -> bool:
-        """Whether to stop; every process must call it, and gets the same answer.
+    def agreed(
+        self, accelerator: Accelerator, due: bool = False, wait: bool = True
+    ) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save; all processes call it, and get the same answer.
 
         Args:
             accelerator: of the training.
+            due: whether this process is to save.
             wait: whether processes may wait for their GPUs to ask each other. If not, they go on.
         """
-        if accelerator.num_processes == 1:
-            return bool(self._received)
-        if not wait and accelerator.device.type != "cpu":
-            return False
-        received = torch.tensor(float(self._received > 0), device=accelerator.device)
-        return bool(accelerator.reduce(received, "sum") > 0)
+        asked = [self._received > 0, due]
+        if accelerator.num_processes > 1:
+            if not wait and accelerator.device.type != "cpu":
+                return False, False
+            votes = torch.tensor(asked, dtype=torch.float32, device=accelerator.device)
+            asked = (accelerator.reduce(votes, "sum") > 0).tolist()
+        stop, save = asked
+        return stop, save
 
 
 def ignore_signals(_: int) -> None:

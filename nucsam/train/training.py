@@ -1,6 +1,7 @@
 """What one training holds: set up from a configuration, then logged, saved and restored."""
 
 import atexit
+import hashlib
 import math
 import os
 import platform
@@ -33,7 +34,7 @@ from nucsam.model.network import calibrated
 from nucsam.model.weights import Base, load_base
 from nucsam.predict.devices import PRECISIONS, half_type, make_accelerator, uses_gpu
 from nucsam.predict.predictor import RATIO
-from nucsam.processes import check_joined, idle_cores, keep_freed_memory
+from nucsam.processes import check_joined, idle_cores, keep_freed_memory, process_count
 from nucsam.run import checkpoint
 from nucsam.run.checkpoint import Progress
 from nucsam.run.directory import RunDirectory
@@ -68,7 +69,7 @@ class Training:
         Checks everything that a user can get wrong before it writes anything. Arguments and errors
         are those of `nucsam.train.loop.fit`.
         """
-        self.config = config = with_epochs(config)
+        self.config = config = with_epochs(config, process_count())
         self.run = RunDirectory(out)
         self.cores = idle_cores()
         # A thread waits for all others at each step: two on one busy core take longer than one.
@@ -110,7 +111,8 @@ class Training:
         if resume and self.run.exists():
             self.run.check_images(self.images, d.root)
         self._check_test_images(split.test)
-        self.mpp, self.ratios = magnification(d, self.samples.mpps, self.samples.areas)
+        mpps, areas = self.samples.mpps, self.samples.areas
+        self.mpp, self.ratios = magnification(d, mpps, areas, self.train)
         if not any(self.samples[i].label.any() for i in self.train):
             found = f"found no nucleus in the {len(self.train)} images of {d.root} to train on"
             expected = "expected label maps with an id per nucleus"
@@ -127,20 +129,28 @@ class Training:
         return statistics.median(known) if known else None
 
     def _check_test_images(self, test: Sequence[int]) -> None:
-        """Refuse a folder of test images that holds an image to train on.
+        """Refuse a folder of test images that holds an image to train on, whatever its labels.
 
-        In one folder the split decides, and copies of an image are not looked for.
+        Images without a nucleus may be there twice. In one folder the split decides, and copies of
+        an image are not looked for.
         """
         if not self.config.data.test:
             return
-        digests, records = self.samples.digests, self.samples.records
-        others = {digests[i]: records[i] for i in self.train + self.select}
-        if same := [(records[i], others[digests[i]]) for i in test if digests[i] in others]:
+        records = self.samples.records
+        others = {self._pixels(i): records[i] for i in self.train + self.select}
+        others.pop("", None)
+        same = [(records[i], others[key]) for i in test if (key := self._pixels(i)) in others]
+        if same:
             (copy, image), count = same[0], len(same)
             found = (
                 f"found {count} image(s) to train on, such as {copy.image}, a copy of {image.image}"
             )
             raise UserError(f"data.test: {found}; expected others")
+
+    def _pixels(self, index: int) -> str:
+        """SHA-256 of an image's pixels; "" of one without a nucleus."""
+        image, label, _ = self.samples.planes(index)
+        return hashlib.sha256(image).hexdigest() if label.any() else ""
 
     def _load_model(self, build: Callable[..., nn.Module]) -> None:
         """Batches, base, model and optimizer."""
@@ -237,6 +247,8 @@ class Training:
             "images": images,
             "epochs": self.config.train.epochs,
             "steps": self.steps,
+            "mpp": self.mpp,
+            "resampled": sum(ratio != 1 for ratio in self.ratios),
         }
 
     @property
@@ -281,7 +293,7 @@ class Training:
     # ---- files ----
 
     def save(self) -> None:
-        """Write the resumable state.
+        """Write the resumable state. Every process must call it at the same step.
 
         Raises:
             UserError: a loss or a weight is not finite. Nothing is written then.
@@ -291,9 +303,10 @@ class Training:
             raise self._not_finite("a weight")
         self.saved_at = time.monotonic()
         self.saved_step = self.progress.step
+        means = {name: self.accelerator.reduce(x, "mean") for name, x in self.loss_sums.items()}
         if not self.accelerator.is_main_process:
             return
-        self.progress.sums = {name: float(total) for name, total in self.loss_sums.items()}
+        self.progress.sums = {name: float(total) for name, total in means.items()}
         scaler = self.accelerator.scaler
         metadata = {
             "progress": asdict(self.progress),
@@ -413,16 +426,18 @@ def _load_base(
 
 
 def magnification(
-    d: Data, mpps: Sequence[float | None], areas: Sequence[float]
+    d: Data, mpps: Sequence[float | None], areas: Sequence[float], train: Sequence[int]
 ) -> tuple[float | None, list[float]]:
-    """The magnification of a run, and of its images: by `data.nucleus_area`, else by microns.
+    """The magnification of a run and of its images, by microns per px or `data.nucleus_area`.
 
-    Warns where the microns per px of images differ.
+    With `data.nucleus_area`, microns are used only where an image has too few nuclei. Without it,
+    warns where the microns of images differ.
 
     Args:
         d: the section `data` of the configuration.
         mpps: microns per px of each image; None = not known.
         areas: of `Samples`.
+        train: indices of the images to train on. No other image's labels count for the run.
 
     Returns:
         Microns per px of the run, None where no image says it; px of each image per px of the run.
@@ -430,22 +445,28 @@ def magnification(
     Raises:
         UserError: the microns per px of an image differ by more than the predictor takes.
     """
-    if d.nucleus_area:
-        ratios = [by_nuclei(area, d.nucleus_area) for area in areas]
-        resampled = [mpp * ratio for mpp, ratio in zip(mpps, ratios) if mpp]
-        return statistics.median(resampled) if resampled else None, ratios
+    by_size: list[float | None] = [None] * len(areas)
     known = [mpp for mpp in mpps if mpp]
-    if not known:
-        return d.mpp or None, [1.0] * len(mpps)
-    mpp = d.mpp or statistics.median(known)
-    least, most = min(known), max(known)
+    of_run = known
+    if d.nucleus_area:
+        by_size = [by_nuclei(area, d.nucleus_area) if area else None for area in areas]
+        of_run = [mpps[i] * by_size[i] for i in train if mpps[i] and by_size[i]]
+    mpp = d.mpp or (statistics.median(of_run) if of_run else None)
+    if mpp and known:
+        _check_spread(known, mpp, resampled=not d.nucleus_area)
+    by_mpp = [mpp / own if mpp and own else 1.0 for own in mpps]
+    return mpp, [size or microns for size, microns in zip(by_size, by_mpp)]
+
+
+def _check_spread(mpps: Sequence[float], mpp: float, *, resampled: bool) -> None:
+    """Check the microns per px of images beside those of their run; warn if they are resampled."""
+    least, most = min(mpps), max(mpps)
     spread = f"data.root: found images of {least:g} to {most:g} microns per px"
     if max(most / mpp, mpp / least) > RATIO:
-        raise UserError(f"{spread}, expected at most {RATIO:g} times off {mpp:g} (data.mpp)")
-    if max(most / mpp, mpp / least) > math.exp(SAME_SCALE):
+        raise UserError(f"{spread}, expected at most {RATIO:g} times off the run's {mpp:g}")
+    if resampled and max(most / mpp, mpp / least) > math.exp(SAME_SCALE):
         use = f"training, scoring and prediction resample them to {mpp:g} (data.mpp)"
-        warnings.warn(f"{spread}; {use}", stacklevel=2)
-    return mpp, [mpp / own if own else 1.0 for own in mpps]
+        warnings.warn(f"{spread}; {use}", stacklevel=3)
 
 
 def make_optimizer(weights: dict[str, Tensor], t: Train) -> torch.optim.Optimizer:
