@@ -198,7 +198,8 @@ def _refuse(options: dict[str, Any], kind: str) -> None:
         name for name, value in options.items() if value not in (None, "") and value is not False
     ]
     if given:
-        raise UserError(f"evaluate: found {', '.join(given)}, expected {kind} without (see --help)")
+        found = f"found {', '.join(given)} beside {kind}"
+        raise UserError(f"evaluate: {found}, which does not take that (see --help)")
 
 
 @app.command("evaluate")
@@ -428,12 +429,15 @@ def export_command(
     format: Annotated[str, Option(help="One of the formats above; default: by suffix.")] = "",
     base: Annotated[str, Option(help="Base of an exported adapter: a path or auto.")] = "",
     half: Annotated[bool, Option("--half", help="Half precision: half the size.")] = False,
+    adapt: Annotated[
+        float | None, Option(help="0 to 1: the file adapts to other stains; default: as the run.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Write a finished run's model as one file, or upload it with a card that describes it.
 
-    Formats: safetensors (merged LoRA and head, for nucsam), onnx, sam (the base's own tensors,
-    .pt), or adapter (LoRA and head alone).
+    Formats: safetensors (merged LoRA and head, for nucsam), onnx, which takes a minute, sam (the
+    base's own tensors, .pt), or adapter (LoRA and head alone).
     """
     from nucsam.console import PlainConsole
     from nucsam.export.merged import export_run, push_run
@@ -444,7 +448,8 @@ def export_command(
     sentences = []
     with PlainConsole(stderr=True).status(f"writing {out or push}"):
         if out:
-            sentences.append(export_run(run, out, format=format, force=force, **options))
+            written = export_run(run, out, format=format, adapt=adapt, force=force, **options)
+            sentences.append(written)
         if push:
             sentences.append(push_run(run, push, **options))
     print(printable("\n".join(sentences)))
@@ -479,6 +484,10 @@ def configuration(arguments: list[str], default: Path | None = None) -> tuple[Pa
     overrides = [
         f"data.root={text}" if text in folders else text for text in arguments if text not in files
     ]
+    for text in folders:
+        if (Path(text) / "config.toml").is_file():
+            advice = f"nucsam train --out {text} --resume continues it"
+            raise UserError(f"{text}: found a run, expected a folder of images; {advice}")
     options = [text for text in overrides if text.startswith("-")]
     for kind, names in (("configurations", files), ("folders", folders)):
         if len(names) > 1:

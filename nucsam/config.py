@@ -133,7 +133,7 @@ class Data:
     root: str = setting("data/NuInsSeg", "folder of images and label maps; ~ is the home folder")
     test: str = setting("", "folder of the test images, if they lie apart; needs fold = all")
     layout: Literal["auto", PublicSet, "plain", "flat"] = setting(
-        "auto", "how the folder is arranged; auto looks what it is"
+        "auto", "how the folder is arranged; auto detects it"
     )
     split: Literal["official", "organ", "leave-one-out"] = setting(
         "official", "NuInsSeg's KFold; by organ: stratified; leave-one-out: an organ a fold"
@@ -245,7 +245,7 @@ class Train:
 
     epochs: int = setting(100, "passes over the training images", at_least(1))
     presentations: int = setting(
-        0, "images that a run sees, with repeats; sets epochs; 0: epochs holds", at_least(0)
+        0, "images that a run sees, with repeats; overrides epochs; 0: not", at_least(0)
     )
     batch: int = setting(4, "images per process and forward pass", at_least(1))
     # The instance head's BatchNorms see one forward pass at a time.

@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend."""
+"""The one exception for what the user can mend."""
 
 import importlib.util
 from collections.abc import Iterator

@@ -45,6 +45,11 @@ def is_hub_name(text: str) -> bool:
     return text.startswith(PREFIX)
 
 
+def is_model_name(text: str) -> bool:
+    """Whether a text of `find_model` is a name and no path."""
+    return text == STARTER or is_hub_name(text)
+
+
 def is_lasting(text: str) -> bool:
     """Whether a text of `find_model` is a name, which means the same model everywhere."""
     return text == STARTER or bool(re.fullmatch(rf"{PREFIX}[^@]+@[0-9a-f]{{40}}", text))

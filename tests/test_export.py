@@ -94,6 +94,22 @@ def maps(net: Nucsam) -> torch.Tensor:
     return net.eval()(IMAGES, (64, 96))
 
 
+def test_a_file_adapts_as_the_export_was_told(run, tmp_path):
+    for name, options in (("as the run", {}), ("adapts", {"adapt": 0.06})):
+        export_run(run, tmp_path / f"{name}.safetensors", **options)
+    assert nucsam.load(tmp_path / "as the run.safetensors").adapt == MODEL.adapt == 0.25
+    adapts = nucsam.load(tmp_path / "adapts.safetensors")
+    asked = nucsam.load(tmp_path / "as the run.safetensors", adapt=0.06)
+    pixels = np.zeros((1, 64, 96, 3), np.uint8)
+    pixels[:, :, 40:] = 200
+    expected, found = (p.maps(pixels, (64, 96), (64, 96)) for p in (asked, adapts))
+    np.testing.assert_array_equal(found, expected)
+    plain = nucsam.load(tmp_path / "as the run.safetensors").maps(pixels, (64, 96), (64, 96))
+    assert adapts.adapt == 0.06 and np.abs(found - plain).max() > 1e-3
+    with pytest.raises(UserError, match=r"model\.adapt: found 2"):
+        export_run(run, tmp_path / "much.safetensors", adapt=2.0)
+
+
 def test_stock_mobile_sam_loads_the_export_and_gives_our_embedding(run, base, trained, tmp_path):
     from mobile_sam import sam_model_registry
 

@@ -45,8 +45,8 @@ WORDS = {
 # A command line, what the user did, and the message. Capital words are of WORDS and SCENES.
 COMMANDS = """
 $ train data.root=nowhere TINY  # a folder that is not there
-nowhere: found no data set (no such folder), expected ORGAN/tissue images (nuinsseg), images (plain)
-or a public set in it
+nowhere: found no data set (no such folder), expected ORGAN/tissue images (nuinsseg), images and
+labels (plain), NAME_mask.png (flat) or a public set in it
 $ train  # no data where the default looks
 data/NuInsSeg: found no data set (no such folder), ...
 $ inspect high  # a folder too high
@@ -107,7 +107,13 @@ data.root: found no nucleus in the 5 images of empty ... nucleus; nucsam inspect
 $ train data.root=few TINY data.folds=2  # too few images
 data.root: found 2 images in few, of which 1 are left to ... epoch by; expected at least one of each
 $ train PLAIN data.folds=20  # more folds than images
-folds: found 20, expected at most one per group: 12
+data.folds: found 20, expected at most one per group in ...: 12
+$ folds PLAIN data.folds=20 --out f  # more folds than images, before the first of them
+data.folds: found 20, expected at most one per group in ...: 12
+$ folds PLAIN --out plain  # runs among the images
+out: plain is the folder of the images, expected another
+$ train run --resume  # a run in place of its images
+run: found a run, expected a folder of images; nucsam train --out run --resume continues it
 $ train PLAIN data.split=leave-one-out  # one organ to leave out
 data.split: found leave-one-out of a single organ, expected several, each in a folder of its own
 $ train train.epoch=3  # a typo in a key
@@ -222,17 +228,18 @@ out of device memory with train.batch=2 crops ... train.batch=1 train.accumulate
 train.checkpoint=true; data.crop=32. (no memory)
 $ train PLAIN train.lr_head=1e30 train.ema=0 --out OUT/run  # a learning rate far too high
 the loss {...} is not finite at or before step ... Lower ... continues from the last saved state
-$ BARE export run --format onnx --out m  # the packages are not installed
+$ BARE export run --out m.onnx  # the packages are not installed
 found no onnx, onnxscript, onnxruntime: pip install 'nucsam[onnx]' installs it
 $ BARE report run  # the packages are not installed
 found no matplotlib, jinja2: pip install 'nucsam[report]' installs it
 $ predict foreign.safetensors flat --out p  # tensors of another program
 foreign.safetensors: found no `nucsam` metadata, expected a file that nucsam wrote
-$ export run/state/last.safetensors --out m  # a state for an adapter
-run/state/last.safetensors: found a file of kind 'state', expected 'adapter'
-$ export unnamed.safetensors --out m  # an adapter without a base
+$ export run/state/last.safetensors --out m.pt  # a state for an adapter
+run/state/last.safetensors: found a file of kind 'state', expected an adapter file or a run
+directory; export that run again
+$ export unnamed.safetensors --out m.pt  # an adapter without a base
 unnamed.safetensors: metadata: found no base, expected one
-$ export lora.safetensors --out m --base none  # an adapter of another base
+$ export lora.safetensors --out m.pt --base none  # an adapter of another base
 lora.safetensors: trained on the base ... (none (random, seed 0)), found the base ... (none ...)
 $ evaluate wide  # the head of another width
 wide/adapter.safetensors: weights do not fit the model: ... tensors differ; head...: found
@@ -289,9 +296,10 @@ listed/scores.json: found a list, expected a dict
 $ evaluate --pred plain/labels  # nothing to score
 evaluate: expected either RUN, or both --truth and --pred
 $ evaluate run --vague flat --connected --workers 0  # options for label maps
-evaluate: found --vague, --connected, --workers, expected RUN without (see --help)
+evaluate: found --vague, --connected, --workers beside RUN, which does not take that (see --help)
 $ evaluate SAME --untrained --data plain --overlays OUT/o  # options for a run
-evaluate: found --untrained, --data, --overlays, expected --truth and --pred without (see --help)
+evaluate: found --untrained, --data, --overlays beside --truth and --pred, which does not take that
+(see --help)
 $ evaluate --truth plain/labels --pred page.pt  # no folder of predictions
 page.pt: expected a folder of label maps
 $ evaluate --truth plain/labels --pred old  # a folder without label maps
@@ -305,8 +313,9 @@ $ evaluate --truth plain/labels --pred cut/labels --workers 1  # predictions of 
 $ evaluate --truth flat --pred flat --protocol nuinseg  # a typo in the protocol
 protocol: found 'nuinseg', expected one of nuinsseg, nuinsseg-no-vague, nuceval, plain
 $ evaluate SAME --iou 50  # a percentage for a threshold of overlap
-protocol nuinsseg (changed): match at IoU > 50, ...; expected iou from 0 to 1; min_area, zone_width
-and vague_overlap from 0
+iou: found 50, expected 0 to 1
+$ evaluate SAME --zone -1  # a ring of no width
+zone_width: found -1, expected at least 0
 $ evaluate SAME --organ (  # half a pattern of organs
 organ: found '(', expected a regular expression: missing ), ...
 $ evaluate SAME --workers -1  # fewer than no processes
@@ -314,8 +323,12 @@ workers: found -1, expected 0 or more
 $ evaluate SAME --json flat  # scores into a folder
 flat: found a folder or device, expected a file
 $ predict model flat --out p  # no such model
-model: found no such file, expected a run directory or a safetensors file of nucsam export,
+model: found no such file, expected a run directory, or a safetensors or ONNX file of nucsam export,
 'starter' or hf:USER/NAME
+$ predict flat starter --out p  # images before the model
+starter: no such file or folder; MODEL comes before PATHS
+$ predict run results --out p  # results in place of images
+results: found results of nucsam predict, expected images
 $ predict none.onnx flat --out p  # no such graph
 none.onnx: no such file, expected one of nucsam export
 $ predict page.onnx flat --out p  # a page in place of a graph
@@ -374,11 +387,11 @@ $ predict run flat --out results --formats labels  # results of other settings
 results/predict.json: ...other...: tta: True -> False; expected another ...out, or ...force
 $ predict run flat/human_bladder_1.png --out results --formats labels --force  # too few images
 results: found 1 result(s) that ...force would ..., such as results/human_bladder_2.tif; ...
-$ export run --out m --format pickle  # no such format
+$ export run --out m.pt --format pickle  # no such format
 ...format: found 'pickle', expected one of safetensors, sam, onnx, adapter
 $ export run --out m.onnx --format adapter  # the suffix of another format
 ...out: found m.onnx for the format adapter, expected .safetensors
-$ export run --out m --base auto  # a base too many
+$ export run --out m.pt --base auto  # a base too many
 ...base: ...run...names its base...expected an adapter file
 $ export run  # no file
 export: expected --out FILE, --push USER/NAME, or both
@@ -386,15 +399,19 @@ $ export run --out m.pt --half  # half precision for stock code
 ...half: found it for the format sam, expected safetensors or adapter
 $ HUBLESS export run --push ann/nuclei  # no network to push by
 hf:ann/nuclei: no route; expected a repository of yours; `hf auth login` keeps your token
+$ export run --out m.onx  # a typo in the suffix
+out: found m.onx, expected a name that ends in .onnx, .pt, .safetensors
+$ export run --out m.pt --adapt 0.06  # norms of a head that is not there
+adapt: found it for the format sam, which has no head that adapts
 $ export run --out flat  # export into a folder
-flat: found a folder or device, expected a file
+out: found flat, expected a name that ends in .onnx, .pt, .safetensors
 $ export run --out other.pt  # export over a file
 other.pt: exists; ...force replaces it
-$ export run --out page.pt/m  # export under a file
-page.pt/m: ...exists...; what was there before is unharmed
-$ export unfinished --out m  # an unfinished run
+$ export run --out page.pt/m.pt  # export under a file
+page.pt/m.pt: ...exists...; what was there before is unharmed
+$ export unfinished --out m.pt  # an unfinished run
 unfinished: found an unfinished run, 1 of 2 epochs; nucsam ... --out unfinished --resume finishes it
-$ export headless --out m  # scores of something else
+$ export headless --out m.pt  # scores of something else
 headless/scores.json: found no images_of, expected one
 $ synth plain  # synthetic images over others
 plain: found files there, expected a new or empty folder
@@ -527,7 +544,8 @@ warning: holed/annotations/x.geojson: found 1 empty geometry, not used; expected
 contact sheet: OUT/sheet.png
 $ predict run few/images --out OUT  # two images
 OUT: 2 image(s), ... nuclei, ... tiles in ... s
-QuPath: open an image, then drag its .geojson from OUT onto it
+$ predict unfinished few/images --out OUT --formats labels  # a run that trains on
+unfinished: UNFINISHED, 1 of 2 epochs; its best epoch so far predicts
 $ predict run few/images --out again --formats labels  # the same again
 2 image(s) with results skipped; ...force replaces them
 $ export run --out OUT/m.safetensors  # a model

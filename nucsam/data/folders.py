@@ -198,7 +198,8 @@ def scan_folder(root: Path, layout: str = "auto", group: str = "") -> "Scan":
     root = expanded(root)
     scan = _best_scan(root, layout, group)
     if scan is None:
-        expected = "ORGAN/tissue images (nuinsseg), images (plain) or a public set in it"
+        parts = "ORGAN/tissue images (nuinsseg), images and labels (plain), NAME_mask.png (flat)"
+        expected = f"{parts} or a public set in it"
         if layout != "auto":
             expected = f"the folders of layout {layout}"
         flat = any(_is_of_kind(path, IMAGES) for path in list_folder(root))

@@ -1,4 +1,4 @@
-"""Label maps to GeoJSON (RFC 7946), as QuPath 0.4 and later use it; and what was drawn, from it.
+"""Label maps to GeoJSON (RFC 7946), as QuPath 0.4 and later use it, and annotations from it.
 
 Coordinates are (x, y) in image px, as in QuPath: pixels have their corners at whole numbers, so the
 centre of the first one is (0.5, 0.5). Outlines run along the edges of pixels: no pixel is lost.

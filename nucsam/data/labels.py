@@ -1,4 +1,4 @@
-"""Is this a map of instances? What a label map says of itself, and the components of a mask."""
+"""Checks that a label map holds instances; areas of nuclei, and the components of a mask."""
 
 from collections.abc import Sequence
 

@@ -3,8 +3,8 @@
 Which decoder reads a file follows from its suffix alone, so pixels never depend on what else is
 installed. OpenSlide is the extra `slides`; it reads no file that tifffile reads.
 
-The 8 bits of a 16-bit image: values keep the top 8 of 8, 10, 12, 14 or 16 bits. These are the
-fewest bits that hold all but 1 in 1000 values of the image, at least as many as the file declares.
+A value of 16 bits becomes the top 8 of its 8, 10, 12, 14 or 16 used bits: the fewest that hold all
+but 1 in 1000 values of the image, and at least as many as the file declares.
 """
 
 import logging

@@ -122,8 +122,8 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
     if data.fold == "all":
         number = data.folds
     elif data.folds > len(groups):
-        expected = f"at most one per group: {len(groups)}"
-        raise UserError(f"folds: found {data.folds}, expected {expected}")
+        expected = f"at most one per group in {data.root}: {len(groups)}"
+        raise UserError(f"data.folds: found {data.folds}, expected {expected}")
     elif data.split == "official":
         shuffled = np.random.RandomState(data.seed).permutation(len(groups))
         kind[np.array_split(shuffled, data.folds)[data.fold]] = TEST

@@ -56,6 +56,7 @@ def export_run(
     format: str = "",
     base: str = "",
     half: bool = False,
+    adapt: float | None = None,
     force: bool = False,
 ) -> str:
     """Write the best weights of a finished run as one file.
@@ -63,9 +64,10 @@ def export_run(
     Args:
         source: a run directory, or a file of the format adapter, or a name of one: "starter".
         out: the file.
-        format: one of `FORMATS`; "" = the one of the suffix in `SUFFIXES`, else safetensors.
+        format: one of `FORMATS`; "" = the one of the suffix in `SUFFIXES`.
         base: base weights of an adapter file, as `open_base` takes them; "" = the file's own.
         half: keep fractions in half precision; for nucsam's own formats.
+        adapt: `model.adapt` of the file; None = that of the run.
         force: replace an existing file.
 
     Returns:
@@ -76,22 +78,27 @@ def export_run(
             or not finished, or an adapter on another base.
         RuntimeError: onnxruntime gives other maps than PyTorch.
     """
-    format = format or SUFFIXES.get(out.suffix, ("safetensors",))[0]
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"out: found {out}, expected a name that ends in {', '.join(SUFFIXES)}")
+    format = format or SUFFIXES[out.suffix][0]
     source, _ = find_model(source)
-    _check(source, out, format, base, half, force)
+    _check(source, out, format, base, half, adapt, force)
     if source.is_file():
         net, config, stock, metadata = checkpoint.open_adapter(source, base)
     else:
         net, config, stock, metadata = checkpoint.open_run(source)
         metadata |= _finished(RunDirectory(source), config)
+    if adapt is not None:
+        config = replace(config, model=replace(config.model, adapt=adapt))
+        net.adapt(adapt)
     tensors = _tensors(format, net, stock)
     if half:
         tensors = {name: _in_half(tensor) for name, tensor in tensors.items()}
     metadata = _portable(metadata, config) | {"kind": FORMATS[format]}
     remark = _write(out, format, tensors, metadata, net, config)
     values = sum(tensor.numel() for tensor in tensors.values())
-    size = out.stat().st_size / 2**20
-    return f"{out}: {len(tensors)} tensors, {values:,} values{remark}, {size:.2f} MiB"
+    content = "a graph" if format == "onnx" else f"{len(tensors)} tensors, {values:,} values"
+    return f"{out}: {content}{remark}, {out.stat().st_size / 2**20:.2f} MiB"
 
 
 def _in_half(tensor: Tensor) -> Tensor:
@@ -144,17 +151,27 @@ def model_card(name: str, metadata: dict[str, Any]) -> str:
     return text + "\n"
 
 
-def _check(source: Path, out: Path, format: str, base: str, half: bool, force: bool) -> None:
+def _check(
+    source: Path,
+    out: Path,
+    format: str,
+    base: str,
+    half: bool,
+    adapt: float | None,
+    force: bool,
+) -> None:
     """Refuse what can be refused before the model is read."""
     if format not in FORMATS:
         raise UserError(f"format: found {format!r}, expected one of {', '.join(FORMATS)}")
-    if format not in SUFFIXES.get(out.suffix, FORMATS):
+    if format not in SUFFIXES[out.suffix]:
         expected = " or ".join(suffix for suffix in SUFFIXES if format in SUFFIXES[suffix])
         raise UserError(f"out: found {out} for the format {format}, expected {expected}")
     if base and source.is_dir():
         raise UserError(f"base: {source} is a run and names its base, expected an adapter file")
     if half and format not in ("safetensors", "adapter"):
         raise UserError(f"half: found it for the format {format}, expected safetensors or adapter")
+    if adapt is not None and format == "sam":
+        raise UserError("adapt: found it for the format sam, which has no head that adapts")
     if format == "onnx":
         check_packages("onnx", "onnx", "onnxscript", "onnxruntime")
     if out.is_file() and not force:

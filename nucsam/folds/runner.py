@@ -277,6 +277,11 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
     """Make `out`, or refuse one that holds runs of another configuration; a grid may grow."""
     if RunDirectory(out).exists():
         raise UserError(f"out: {out} is one run, expected a folder for the runs of all folds")
+    if out.resolve() == Path(base.data.root).resolve():
+        raise UserError(f"out: {out} is the folder of the images, expected another")
+    # What every fold would refuse is refused here, once for each variant.
+    for job in {job.variant: job for job in jobs if job.scores() is None}.values():
+        find_split(job.config.data)
     (out / ".locks").mkdir(parents=True, exist_ok=True)
     check_images(jobs)
     with Claim.take(out / ".locks" / "folds", wait=True):

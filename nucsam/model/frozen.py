@@ -1,4 +1,4 @@
-"""What a layer computes with, derived from its weights: once a run, as long as they are frozen."""
+"""Tensors derived from frozen weights, computed once a run."""
 
 from collections.abc import Callable, Sequence
 

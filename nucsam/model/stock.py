@@ -1,6 +1,6 @@
 """The package `mobile_sam`, imported without what its models do not need.
 
-Its import takes longer than that of torch: it wants three small functions of timm, and for them
+Its import takes longer than that of torch: it needs three small functions of timm, and for them
 timm loads torchvision and each of its models.
 """
 

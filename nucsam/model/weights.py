@@ -183,6 +183,9 @@ def _published(base: Published) -> Path:
 
 
 def _read_torch(path: Path, base: Published) -> dict[str, Tensor]:
+    if path.suffix == ".onnx":
+        expected = "expected a .safetensors file of nucsam export"
+        raise UserError(f"{path}: found an ONNX graph, which cannot be trained; {expected}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # garbage makes the unpickler raise anything

@@ -1,4 +1,4 @@
-"""The device of this process, and the type of number in which a model runs on it."""
+"""The device of this process, and the precision in which a model runs on it."""
 
 import os
 import re

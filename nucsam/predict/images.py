@@ -23,14 +23,14 @@ from nucsam import __version__
 from nucsam.claims import Claim, read_note
 from nucsam.config import changes
 from nucsam.console import Bar, PlainConsole
-from nucsam.data.folders import list_folder, stem_of
+from nucsam.data.folders import is_data_set, list_folder, scan_folder, stem_of
 from nucsam.data.geojson import read_shapes, write_geojson
 from nucsam.data.images import IMAGES, open_image, read_metadata
 from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
 from nucsam.errors import UserError, check_packages
 from nucsam.files import check_form, read_json, shortened, stale_partials, write_text
-from nucsam.names import find_model
+from nucsam.names import find_model, is_model_name
 from nucsam.predict import writers
 from nucsam.predict.models import load
 from nucsam.predict.predictor import Predictor
@@ -38,8 +38,10 @@ from nucsam.predict.threads import in_threads
 from nucsam.predict.tiles import Tiles, Window
 from nucsam.predict.tissue import Tissue, find_tissue
 from nucsam.processes import exit_on_sigterm, is_first, launch_time, process_count
+from nucsam.run.directory import RunDirectory
 
 POLL = 0.5  # s between looks at the images that other processes hold
+RECORD = "predict.json"  # file of the settings in a folder of results
 UNRECORDED = ("nucsam", "model")  # entries of predict.json that may differ from run to run
 
 
@@ -83,17 +85,26 @@ def predict_files(
     outlines = _read_rois(roi, files) if roi else {}
     path, name = find_model(model)
     predictor = load(path, **options)
+    if path.is_dir() and is_first():
+        _remark_unfinished(RunDirectory(path))
     settings = _settings(name, predictor, mpp) | {"tissue": tissue}
     claims = out / ".claims" if process_count() > 1 else None
     (claims or out).mkdir(parents=True, exist_ok=True)
     with exit_on_sigterm():
-        with Claim.take(claims / "predict.json", wait=True) if claims else nullcontext():
-            _record(out / "predict.json", settings, files, outlines, force)
+        with Claim.take(claims / RECORD, wait=True) if claims else nullcontext():
+            _record(out / RECORD, settings, files, outlines, force)
         batch = Batch(predictor, files, out, mpp, force, claims, outlines, tissue)
         try:
             return batch.run()
         except predictor.out_of_memory as error:
             raise UserError(f"out of device memory: lower batch, then tile ({error})") from error
+
+
+def _remark_unfinished(run: RunDirectory) -> None:
+    config = run.read_config()
+    if not run.is_trained(config):
+        text = f"{run.path}: UNFINISHED, {run.progress(config)}; its best epoch so far predicts"
+        PlainConsole(stderr=True).say(text, style="yellow")
 
 
 def _check_options(formats: Sequence[str], scale: float | None, mpp: float | None) -> None:
@@ -123,10 +134,13 @@ def find_image_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         suffix = path.suffix.lower()
         inside = list(filter(_is_image, list_folder(path)))
-        if path.is_dir() and not inside:
+        if (path / RECORD).is_file():
+            problems.append(f"{path}: found results of nucsam predict, expected images")
+        elif path.is_dir() and not inside:
             problems.append(f"{path}: found no image, expected {', '.join(IMAGES)}{_inside(path)}")
         elif not path.exists():
-            problems.append(f"{path}: no such file or folder")
+            first = "; MODEL comes before PATHS" if is_model_name(str(path)) else ""
+            problems.append(f"{path}: no such file or folder{first}")
         elif not path.is_dir() and suffix not in IMAGES:
             expected = f"expected {', '.join(IMAGES)}; convert it to TIFF"
             problems.append(f"{path}: found {suffix or 'no'} suffix, {expected}")
@@ -138,6 +152,10 @@ def find_image_files(paths: Sequence[Path]) -> list[Path]:
 
 def _inside(folder: Path) -> str:
     """What a folder without images has instead, and what to do with it; "" for nothing."""
+    if is_data_set(folder):
+        with_images = list({record.image.parent for record in scan_folder(folder).records})
+        names = shortened(sorted(str(path.relative_to(folder)) for path in with_images))
+        return f"; its images lie in subfolders, so name these instead: {names}"
     subfolders = list_folder(folder, folders_only=True)
     with_images = [path for path in subfolders if any(map(_is_image, list_folder(path)))]
     if with_images:
@@ -334,13 +352,13 @@ class Batch:
         )
         text += f"{self.bar.task.elapsed:.1f} s" + (f"; {failed} failed" if failed else "")
         self.console.say(text)
-        if len(outcomes) > failed and "geojson" in next(iter(self.files.values())):
+        if nuclei and "geojson" in next(iter(self.files.values())):
             self.console.say(
                 f"QuPath: open an image, then drag its .geojson from {self.out} onto it"
             )
         if len(outcomes) > failed and not nuclei:
-            why = "the model may have learnt nothing, or the images are of another magnification"
-            text = f"no nucleus in any image: {why} or stain. {self.predictor.trained}"
+            why = "another magnification (try auto_scale or mpp) or another stain (try adapt)"
+            text = f"no nucleus in any image; they may have {why}. {self.predictor.trained}"
             self.console.say(text, style="yellow")
         self._remove_claims()
         return int(failed > 0)

@@ -90,7 +90,7 @@ def load(
         nucleus_area=_nucleus_area(path, config, metadata, scale) if auto_scale else 0.0,
         tta=tta,
         adapt=config.model.adapt,
-        trained=_training(config, metadata),
+        trained=_training(config, metadata) if path.is_dir() else "",
         ratio=config.data.scale / scale if scale else None,
         **sizes,
     )

@@ -108,7 +108,7 @@ def open_model(path: Path) -> tuple[Nucsam, Config, dict[str, Any]]:
         return model, config, metadata
     if not path.is_file() or path.suffix != ".safetensors":
         found = f"a {path.suffix or 'nameless'} file" if path.is_file() else "no such file"
-        expected = "a run directory or a safetensors file of nucsam export"
+        expected = "a run directory, or a safetensors or ONNX file of nucsam export"
         raise UserError(f"{path}: found {found}, expected {expected}, 'starter' or hf:USER/NAME")
     _, metadata = checkpoint.read_tensors(path, "merged", "adapter")
     if metadata["kind"] == "adapter":

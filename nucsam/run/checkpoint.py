@@ -110,7 +110,10 @@ def open_adapter(path: Path, weights: str = "") -> tuple[Nucsam, Config, Base, d
     Returns:
         As `open_run`.
     """
-    _, metadata = read_tensors(path, "adapter")
+    _, metadata = read_tensors(path)
+    if (kind := metadata.get("kind")) != "adapter":
+        expected = "expected an adapter file or a run directory; export that run again"
+        raise UserError(f"{path}: found a file of kind {kind!r}, {expected}")
     config = check_metadata(path, metadata)
     named = metadata["base"]["source"]
     if not weights and named.startswith("none"):

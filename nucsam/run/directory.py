@@ -123,7 +123,9 @@ class RunDirectory:
             UserError: the directory holds no run, or its configuration cannot be read.
         """
         if not self.exists():
-            expected = "expected a run directory of nucsam train"
+            runs = [path.name for path in self.path.glob("*/") if RunDirectory(path).exists()]
+            several = f", such as {self.path / min(runs)}" if runs else ""
+            expected = f"expected a run directory of nucsam train{several}"
             raise UserError(f"{self.path}: found no {self.config_file.name}, {expected}")
         return load_config(self.config_file)
 

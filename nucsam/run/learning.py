@@ -1,4 +1,4 @@
-"""Has a run learnt anything, and did it take enough optimizer steps to?"""
+"""Has a run learnt anything, and did it take enough optimizer steps?"""
 
 import math
 from collections.abc import Mapping

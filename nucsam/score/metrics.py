@@ -60,9 +60,11 @@ class Protocol:
     without_vague: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.iou <= 1 or min(self.min_area, self.zone_width, self.vague_overlap) < 0:
-            expected = "iou from 0 to 1; min_area, zone_width and vague_overlap from 0"
-            raise UserError(f"protocol {self.rules}; expected {expected}")
+        if not 0 <= self.iou <= 1:
+            raise UserError(f"iou: found {self.iou:g}, expected 0 to 1")
+        for name in ("min_area", "zone_width", "vague_overlap"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: found {getattr(self, name):g}, expected at least 0")
 
     @property
     def rules(self) -> str:

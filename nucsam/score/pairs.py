@@ -84,7 +84,7 @@ def _truth_files(folder: Path) -> dict[str, _File]:
     if folders.is_data_set(folder):
         records = folders.find_records(folder)
         return {r.name: _File(r.organ, r.name, r.label, r.vague) for r in records}
-    return _label_files(folder, LABELS)
+    return _label_files(folder, folders.KNOWN_LABELS)
 
 
 def find_pairs(

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C in training: they ask, and the loop stops where the run can be saved."""
+"""SIGTERM and Ctrl-C in training: the loop stops at the next step at which it can save."""
 
 import multiprocessing
 import os
