@@ -192,19 +192,26 @@ def test_thresholds_changed_in_the_run_go_with_the_export(run, tmp_path):
 
 # ---- refusals ----
 
+NAMES = {
+    "safetensors": "a.safetensors",
+    "sam": "a.pt",
+    "onnx": "a.onnx",
+    "adapter": "a.safetensors",
+}
+
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_existing_file_is_replaced_with_force_alone(run, tmp_path, format):
-    out = tmp_path / "a"
+    out = tmp_path / NAMES[format]
     out.write_bytes(b"precious")
-    with pytest.raises(UserError, match=r"a: "):
+    with pytest.raises(UserError, match=rf"{out}: "):
         export_run(run, out, format=format)
     assert out.read_bytes() == b"precious"
     if format == "onnx":  # takes half a minute
         return
     export_run(run, out, format=format, force=True)
     assert out.stat().st_size > 10**5
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
 @pytest.mark.parametrize(
@@ -225,9 +232,9 @@ def test_unfinished_and_incomplete_runs_are_refused(run, tmp_path, format, name,
     if text is not None:
         (tmp_path / "run" / name).write_text(text)
     with pytest.raises(UserError, match=found) as caught:
-        export_run(tmp_path / "run", tmp_path / "a", format=format, force=True)
+        export_run(tmp_path / "run", tmp_path / NAMES[format], format=format, force=True)
     assert str(tmp_path / "run") in str(caught.value)
-    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / NAMES[format]).exists()
 
 
 @pytest.mark.parametrize(
@@ -266,8 +273,8 @@ def test_another_base_than_the_adapters_is_refused(run, tmp_path, format):
         (tmp_path / "run", {}),
     ):
         with pytest.raises(UserError, match=r"adapter\.safetensors: "):
-            export_run(source, tmp_path / "a", format=format, **options)
-    assert not (tmp_path / "a").exists()
+            export_run(source, tmp_path / NAMES[format], format=format, **options)
+    assert not (tmp_path / NAMES[format]).exists()
 
 
 def test_an_export_that_has_lost_its_head_is_no_model(run, tmp_path):

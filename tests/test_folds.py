@@ -75,12 +75,13 @@ LAUNCHED = {  # what torchrun, accelerate and MPI tell a process
 
 
 @pytest.fixture
-def launch(tmp_path, monkeypatch):
+def launch(tmp_path, monkeypatch, folder):
     """Starts `nucsam folds` in `tmp_path` with the fake trainer, as one process of a launch."""
     monkeypatch.chdir(tmp_path)
     Path("trainer.py").write_text(TRAINER)
     Path("driver.py").write_text(DRIVER)
-    Path("five.toml").write_text("[data]\nfolds = 5\n[train]\nepochs = 2\nvalidate_every = 1\n")
+    data, train = f"root = '{folder}'\nfolds = 5", "epochs = 2\nvalidate_every = 1"
+    Path("five.toml").write_text(f"[data]\n{data}\n[train]\n{train}\n")
     clean = {name: text for name, text in os.environ.items() if not name.startswith("ACCELERATE_")}
 
     def start(*arguments, fake=(), command=(sys.executable, "driver.py"), **environment):

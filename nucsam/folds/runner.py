@@ -159,6 +159,9 @@ def cross_validate(
     for variant in by_label.values():
         config.check_effect(named, variant)
     jobs = plan(by_label, out)
+    # What every fold of a variant would refuse is refused before the first one.
+    for job in {job.variant: job for job in jobs if job.scores() is None}.values():
+        find_split(job.config.data)
     board = run_jobs(jobs, base, out)
     if not is_first():
         return 0  # the first one reports; a launcher would end the others on any other status
@@ -279,9 +282,6 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
         raise UserError(f"out: {out} is one run, expected a folder for the runs of all folds")
     if out.resolve() == Path(base.data.root).resolve():
         raise UserError(f"out: {out} is the folder of the images, expected another")
-    # What every fold would refuse is refused here, once for each variant.
-    for job in {job.variant: job for job in jobs if job.scores() is None}.values():
-        find_split(job.config.data)
     (out / ".locks").mkdir(parents=True, exist_ok=True)
     check_images(jobs)
     with Claim.take(out / ".locks" / "folds", wait=True):
