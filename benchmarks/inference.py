@@ -126,7 +126,7 @@ def predict(predictor: Predictor, files: Sequence[Path], out: Path) -> tuple[int
     """Predict all files into `out`. Returns the numbers of tiles and of nuclei."""
     before = predictor.tiles_done
     results = {path: writers.output_files(out, path.stem, ["labels"]) for path in files}
-    batch = predict_images.Batch(predictor, results, force=True)
+    batch = predict_images.Batch(predictor, results, out, force=True)
     batch.console = PlainConsole(quiet=True)
     status = batch.run()
     assert status == 0, batch.outcomes

@@ -71,7 +71,7 @@ def now():
 
     predictor = Stored(scale=1.0, tile=TILE, overlap=16, instances=Config().instances)
     files = {slide: writers.output_files(out, "a", formats)}
-    batch = images.Batch(predictor, files, 0.25, force=True)
+    batch = images.Batch(predictor, files, out, 0.25, force=True)
     batch.console = PlainConsole(quiet=True)
 
     def run():

@@ -444,12 +444,11 @@ def export_command(
 
     if not (out or push):
         raise UserError("export: expected --out FILE, --push USER/NAME, or both")
-    options = {"base": base, "half": half}
+    options = {"base": base, "half": half, "adapt": adapt}
     sentences = []
     with PlainConsole(stderr=True).status(f"writing {out or push}"):
         if out:
-            written = export_run(run, out, format=format, adapt=adapt, force=force, **options)
-            sentences.append(written)
+            sentences.append(export_run(run, out, format=format, force=force, **options))
         if push:
             sentences.append(push_run(run, push, **options))
     print(printable("\n".join(sentences)))
@@ -485,7 +484,7 @@ def configuration(arguments: list[str], default: Path | None = None) -> tuple[Pa
         f"data.root={text}" if text in folders else text for text in arguments if text not in files
     ]
     for text in folders:
-        if (Path(text) / "config.toml").is_file():
+        if all((Path(text) / name).is_file() for name in ("config.toml", "images.json")):
             advice = f"nucsam train --out {text} --resume continues it"
             raise UserError(f"{text}: found a run, expected a folder of images; {advice}")
     options = [text for text in overrides if text.startswith("-")]

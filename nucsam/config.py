@@ -245,7 +245,7 @@ class Train:
 
     epochs: int = setting(100, "passes over the training images", at_least(1))
     presentations: int = setting(
-        0, "images that a run sees, with repeats; overrides epochs; 0: not", at_least(0)
+        0, "images that a run sees, with repeats; sets epochs; 0: epochs holds", at_least(0)
     )
     batch: int = setting(4, "images per process and forward pass", at_least(1))
     # The instance head's BatchNorms see one forward pass at a time.

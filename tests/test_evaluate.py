@@ -100,6 +100,23 @@ def test_the_pictures_that_prediction_writes_are_no_label_maps(folders):
     assert score(root)["extra"] == ["other"]
 
 
+def test_outlines_alone_are_truths_beside_which_no_other_file_is_one(tmp_path):
+    truth, pred = maps(0)
+    for folder in ("outlines", "both", "pred"):
+        (tmp_path / folder).mkdir()
+    tifffile.imwrite(tmp_path / "pred" / "a.tif", pred)
+    tifffile.imwrite(tmp_path / "both" / "a.tif", truth)
+    (tmp_path / "both" / "predict.json").write_text("{}")
+    geojson.write_geojson(
+        tmp_path / "outlines" / "a.geojson", geojson.features(geojson.geometries(truth))
+    )
+    expected = score_maps(truth, pred).aji
+    for folder in ("outlines", "both"):
+        result = score_folders(tmp_path / folder, tmp_path / "pred")
+        assert result["missing"] == []
+        assert result["scores"][0]["images"][0]["aji"] == pytest.approx(expected)
+
+
 def test_several_processes_change_nothing(folders):
     assert to_json(score(folders[0], workers=2)) == to_json(score(folders[0], workers=1))
 

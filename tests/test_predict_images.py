@@ -328,7 +328,7 @@ def test_results_are_skipped_or_replaced(anything, tmp_path, colour, capsys):
 def test_results_of_another_image_of_the_same_name_are_not_taken(tmp_path, colour, capsys):
     for folder, side in (("fa", 200), ("fb", 210)):
         (tmp_path / folder).mkdir()
-        Image.fromarray(some_image(side, 300)).save(tmp_path / folder / "x.png")
+        Image.fromarray(discs(side)[0]).save(tmp_path / folder / "x.png")
     labels = ["--out", tmp_path / "out", "--formats", "overlay,labels"]
     assert predict(tmp_path / "fa", *labels) == 0
     assert f"{tmp_path / 'out'}: 1 image(s)" in capsys.readouterr().err.replace("\n", "")
@@ -336,8 +336,11 @@ def test_results_of_another_image_of_the_same_name_are_not_taken(tmp_path, colou
     assert predict(tmp_path / "moved", *labels) == 0
     assert predict(tmp_path / "fb", *labels) == 2
     assert "found results of another image" in capsys.readouterr().err
-    assert predict(tmp_path / "fb", *labels, "--force") == 0
-    assert tifffile.imread(tmp_path / "out" / "x.tif").shape == (210, 300)
+    assert predict(tmp_path / "fb", *labels[:2], "--formats", "csv") == 2  # of another format
+    assert predict(tmp_path / "fb", *labels[:2], "--formats", "geojson,labels", "--force") == 0
+    assert "QuPath: open an image" in capsys.readouterr().err
+    assert names(tmp_path / "out") == ["predict.json", "x.geojson", "x.tif"]  # no overlay of fa
+    assert tifffile.imread(tmp_path / "out" / "x.tif").shape == (210, 210)
 
 
 def test_settings_without_results_hold_nobody(tmp_path, colour):

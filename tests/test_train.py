@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,7 +17,7 @@ from conftest import same_tensors
 from safetensors.torch import load_file
 
 from nucsam.config import Data, Train, load_config, to_toml
-from nucsam.data.samples import by_nuclei
+from nucsam.data.samples import by_nuclei, is_resampled
 from nucsam.data.splits import find_split
 from nucsam.data.synthetic import write_dataset
 from nucsam.errors import UserError
@@ -303,6 +304,12 @@ def test_the_magnification_of_a_run(recwarn):
         assert of(Data(mpp=0.5), 0.25, 0.5) == (0.5, [2, 1])
     with pytest.raises(UserError, match=r"data\.root: .*0\.001"):
         of(Data(), 0.25, 0.25, 0.001)
+
+
+def test_images_of_nearly_one_resolution_do_not_count_as_resampled():
+    _, ratios = magnification(Data(mpp=0.25), [0.25, 0.251, 0.249], [0.0] * 3, range(3))
+    assert len({*ratios}) == 3 and not any(map(is_resampled, ratios))
+    assert is_resampled(2.0) and is_resampled(by_nuclei(100 * math.exp(0.1), 100))
 
 
 def test_the_magnification_of_a_run_by_its_nuclei():

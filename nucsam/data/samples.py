@@ -365,6 +365,11 @@ def by_nuclei(area: float, nucleus_area: float) -> float:
     return min(max(math.exp(steps * SAME_SCALE), 1 / ZOOM), ZOOM)
 
 
+def is_resampled(ratio: float) -> bool:
+    """Whether crops of an image with `ratio` px per px of the run are resampled."""
+    return round(abs(math.log(ratio)), 6) >= SAME_SCALE
+
+
 class Crops:
     """A map-style data set of square crops.
 
@@ -398,8 +403,7 @@ class Crops:
     def _side(self, index: int) -> int:
         """Side of a crop in px of its image."""
         ratio = self.ratios[index]
-        near = round(abs(math.log(ratio)), 6) < SAME_SCALE
-        return self.window if near else round(self.window * ratio)
+        return round(self.window * ratio) if is_resampled(ratio) else self.window
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         import torch

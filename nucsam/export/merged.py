@@ -107,11 +107,18 @@ def _in_half(tensor: Tensor) -> Tensor:
     return half if tensor.is_floating_point() and half.isfinite().all() else tensor
 
 
-def push_run(source: str | Path, name: str, *, base: str = "", half: bool = False) -> str:
+def push_run(
+    source: str | Path,
+    name: str,
+    *,
+    base: str = "",
+    half: bool = False,
+    adapt: float | None = None,
+) -> str:
     """Upload the merged model of a finished run, with a card, to the Hugging Face Hub.
 
     Args:
-        source, base, half: as of `export_run`.
+        source, base, half, adapt: as of `export_run`.
         name: USER/NAME of the repository, which is made if need be.
 
     Returns:
@@ -122,7 +129,7 @@ def push_run(source: str | Path, name: str, *, base: str = "", half: bool = Fals
     """
     with TemporaryDirectory() as folder:
         file = Path(folder) / FILE
-        export_run(source, file, format="safetensors", base=base, half=half)
+        export_run(source, file, format="safetensors", base=base, half=half, adapt=adapt)
         _, metadata = checkpoint.read_tensors(file, "merged")
         name = name.removeprefix(PREFIX)
         pushed = push_model(name, file, model_card(name, metadata))

@@ -30,7 +30,7 @@ from nucsam.data.folders import Record, raise_problems
 from nucsam.data.samples import read_digest, read_each
 from nucsam.data.splits import find_split, inventory
 from nucsam.errors import UserError
-from nucsam.files import printable, write_text
+from nucsam.files import expanded, printable, write_text
 from nucsam.folds.jobs import Job, child_environment, device_of, plan, variants
 from nucsam.folds.methods import methods_section
 from nucsam.folds.table import cross_validation, table_csv, table_latex, table_rows, table_sections
@@ -280,7 +280,7 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
     """Make `out`, or refuse one that holds runs of another configuration; a grid may grow."""
     if RunDirectory(out).exists():
         raise UserError(f"out: {out} is one run, expected a folder for the runs of all folds")
-    if out.resolve() == Path(base.data.root).resolve():
+    if out.resolve() == expanded(base.data.root).resolve():
         raise UserError(f"out: {out} is the folder of the images, expected another")
     (out / ".locks").mkdir(parents=True, exist_ok=True)
     check_images(jobs)

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
-from itertools import groupby, repeat, takewhile
+from itertools import chain, groupby, repeat, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +152,9 @@ def find_image_files(paths: Sequence[Path]) -> list[Path]:
 
 def _inside(folder: Path) -> str:
     """What a folder without images has instead, and what to do with it; "" for nothing."""
-    if is_data_set(folder):
-        with_images = list({record.image.parent for record in scan_folder(folder).records})
-        names = shortened(sorted(str(path.relative_to(folder)) for path in with_images))
+    records = scan_folder(folder).records if is_data_set(folder) else []
+    if records:
+        names = shortened(sorted({str(r.image.parent.relative_to(folder)) for r in records}))
         return f"; its images lie in subfolders, so name these instead: {names}"
     subfolders = list_folder(folder, folders_only=True)
     with_images = [path for path in subfolders if any(map(_is_image, list_folder(path)))]
@@ -235,16 +235,23 @@ def _record(
         before = {"adapt": 0.0, "nucleus_area": 0.0} | read_json(record.read_bytes(), str(record))
         known = check_form(before.get("inputs", {}), {str: [str]}, str(record))
         changed = changes(before | {name: settings[name] for name in UNRECORDED}, settings)
+        if before.get("roi") and "inputs" not in before:  # by a version without checksums
+            changed.append(f"roi: {before['roi']!r} -> checksums")
         names = writers.FILES.values()
         results = [path for name in names for path in record.parent.glob(name.format("*"))]
         if changed and results and not force:
             found = f"the results beside it have other settings: {'; '.join(changed)}"
             raise UserError(f"{record}: {found}; expected another out, or force")
-        if not force:
-            _check_inputs(known, inputs, files)
-        # Before predict.json changes: a run that is cut off must not leave results of both settings
+        others = _results_of_others(record.parent, known, inputs)
+        if others and not force:
+            found = "found results of another image of this name, or of other regions"
+            lines = [f"{paths[0]}: {found}" for paths in others.values()]
+            raise UserError("\n  ".join([*lines, "expected another out, or force"]))
+        # Before predict.json changes: a run that is cut off must not leave results of both
         if changed:
             _remove_results(results, files)
+        for path in chain.from_iterable(others.values()):
+            path.unlink(missing_ok=True)
         inputs = ({} if changed else known) | inputs
     write_text(record, json.dumps(settings | {"inputs": inputs}, indent=2) + "\n")
 
@@ -260,21 +267,16 @@ def _known_by(image: Path, roi: Outlines | None) -> list[str]:
     return [hashlib.sha256(begins).hexdigest(), *regions]
 
 
-def _check_inputs(
-    known: Mapping[str, list[str]],
-    inputs: Mapping[str, list[str]],
-    files: Mapping[Path, dict[str, Path]],
-) -> None:
-    """Refuse images whose results are those of another image or other regions of their name."""
-    problems = []
-    for path, results in files.items():
-        before, now = known.get(stem_of(path)), inputs[stem_of(path)]
-        there = [result for result in results.values() if result.is_file()]
-        if before and there and before != now:
-            what = "another image" if before[0] != now[0] else "other regions"
-            problems.append(f"{there[0]}: found results of {what} of this name as {path}")
-    if problems:
-        raise UserError("\n  ".join([*problems, "expected another out, or force"]))
+def _results_of_others(
+    out: Path, known: Mapping[str, list[str]], inputs: Mapping[str, list[str]]
+) -> dict[str, list[Path]]:
+    """Stem -> results in every format, where they are of another image or other regions."""
+    others = {}
+    for stem, now in inputs.items():
+        if known.get(stem, now) != now:
+            paths = [out / name.format(stem) for name in writers.FILES.values()]
+            others[stem] = [path for path in paths if path.is_file()]
+    return {stem: paths for stem, paths in others.items() if paths}
 
 
 def _remove_results(results: Sequence[Path], files: Mapping[Path, dict[str, Path]]) -> None:
@@ -358,7 +360,9 @@ class Batch:
             )
         if len(outcomes) > failed and not nuclei:
             why = "another magnification (try auto_scale or mpp) or another stain (try adapt)"
-            text = f"no nucleus in any image; they may have {why}. {self.predictor.trained}"
+            text = (
+                f"no nucleus in any image; they may have {why}. {self.predictor.trained}".rstrip()
+            )
             self.console.say(text, style="yellow")
         self._remove_claims()
         return int(failed > 0)

@@ -267,7 +267,7 @@ def read_runs(folder: Path) -> list[RunRecord]:
     first = runs[0].config
     lines = [line for run in runs for line in conflicts(first, run.config, "data.fold")]
     differing = {line.partition(":")[0] for line in lines}
-    if any(run.config.train.presentations for run in runs):
+    if all(run.config.train.presentations for run in runs):
         differing.discard("train.epochs")  # follows from them and the number of images
 
     def varied(run: RunRecord) -> dict[str, Any]:

@@ -84,7 +84,10 @@ def _truth_files(folder: Path) -> dict[str, _File]:
     if folders.is_data_set(folder):
         records = folders.find_records(folder)
         return {r.name: _File(r.organ, r.name, r.label, r.vague) for r in records}
-    return _label_files(folder, folders.KNOWN_LABELS)
+    places = (folder, *folders.list_folder(folder, folders_only=True))
+    files = (path for place in places for path in folders.list_folder(place))
+    maps = any(path.suffix.lower() in LABELS for path in files)
+    return _label_files(folder, LABELS if maps else folders.KNOWN_LABELS)
 
 
 def find_pairs(
@@ -93,9 +96,9 @@ def find_pairs(
     """Pair the files that have the same stem, or the same without `_masks` and the like.
 
     Args:
-        truth: folder of .tif, .tiff, .png or .npy label maps, flat or with a sub-folder for each
-            organ; or a data set, with its vague areas. Outlines are taken to be of an image of the
-            prediction's size.
+        truth: folder of .tif, .tiff, .png or .npy label maps, or without any of .mat files or
+            outlines, flat or with a sub-folder for each organ; or a data set, with its vague areas.
+            Outlines are taken to be of an image of the prediction's size.
         pred: folder of label maps, flat or with sub-folders.
         vague: folder of image files, nonzero = vague.
         organ: regular expression searched in the name; its first group, or else the whole match,

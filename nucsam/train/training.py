@@ -26,7 +26,14 @@ from nucsam import __version__
 from nucsam.config import Config, Data, Train
 from nucsam.data.augment import window
 from nucsam.data.folders import taken
-from nucsam.data.samples import SAME_SCALE, Crops, EpochBatches, Samples, by_nuclei
+from nucsam.data.samples import (
+    SAME_SCALE,
+    Crops,
+    EpochBatches,
+    Samples,
+    by_nuclei,
+    is_resampled,
+)
 from nucsam.data.splits import find_split, inventory, with_epochs
 from nucsam.errors import UserError
 from nucsam.files import check_form
@@ -203,8 +210,8 @@ class Training:
         accelerator.wait_for_everyone()  # no process may take what is written now for an older run
         if accelerator.is_main_process:
             epochs = self.config.train.epochs
-            if self.run.exists() and (before := self.run.read_config().train.epochs) < epochs:
-                rate = "the rate follows the longer schedule from here on"
+            if self.run.exists() and (before := self.run.read_config().train.epochs) != epochs:
+                rate = "the rate follows the new schedule from here on"
                 result = f"so the result is not that of {epochs} epochs in one run"
                 print_warning(f"train.epochs: {before} -> {epochs}; {rate}, {result}")
             self.run.prepare(self.config, self.images)
@@ -248,7 +255,7 @@ class Training:
             "epochs": self.config.train.epochs,
             "steps": self.steps,
             "mpp": self.mpp,
-            "resampled": sum(ratio != 1 for ratio in self.ratios),
+            "resampled": sum(map(is_resampled, self.ratios)),
         }
 
     @property
