@@ -550,7 +550,7 @@ def test_fewer_images_are_part_of_more_and_leave_the_test_fold_alone():
 def test_more_folds_than_groups_are_refused():
     records = fake_records([""] * 8)
     assert len(split_records(records, Data(folds=8)).test) == 1
-    with pytest.raises(UserError, match=r"^folds: found 9.* 8"):
+    with pytest.raises(UserError, match=r"^data\.folds: found 9.* 8"):
         split_records(records, Data(folds=9))
 
 
