@@ -484,7 +484,10 @@ def configuration(arguments: list[str], default: Path | None = None) -> tuple[Pa
         f"data.root={text}" if text in folders else text for text in arguments if text not in files
     ]
     for text in folders:
-        if all((Path(text) / name).is_file() for name in ("config.toml", "images.json")):
+        from nucsam.run.directory import RunDirectory
+
+        run = RunDirectory(Path(text))
+        if run.exists() and run.images_file.is_file():
             advice = f"nucsam train --out {text} --resume continues it"
             raise UserError(f"{text}: found a run, expected a folder of images; {advice}")
     options = [text for text in overrides if text.startswith("-")]

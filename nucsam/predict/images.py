@@ -28,6 +28,7 @@ from nucsam.data.geojson import read_shapes, write_geojson
 from nucsam.data.images import IMAGES, open_image, read_metadata
 from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
+from nucsam.download import file_checksum
 from nucsam.errors import UserError, check_packages
 from nucsam.files import check_form, read_json, shortened, stale_partials, write_text
 from nucsam.names import find_model, is_model_name
@@ -237,9 +238,9 @@ def _record(
         changed = changes(before | {name: settings[name] for name in UNRECORDED}, settings)
         if before.get("roi") and "inputs" not in before:  # by a version without checksums
             changed.append(f"roi: {before['roi']!r} -> checksums")
-        names = writers.FILES.values()
+        names = writers.FILES.values() if changed else ()
         results = [path for name in names for path in record.parent.glob(name.format("*"))]
-        if changed and results and not force:
+        if results and not force:
             found = f"the results beside it have other settings: {'; '.join(changed)}"
             raise UserError(f"{record}: {found}; expected another out, or force")
         others = _results_of_others(record.parent, known, inputs)
@@ -258,7 +259,7 @@ def _record(
 
 def _known_by(image: Path, roi: Outlines | None) -> list[str]:
     """Checksums of the beginning of an image file with its size, and of the file of its regions."""
-    regions = [hashlib.sha256(roi.path.read_bytes()).hexdigest()] if roi else []
+    regions = [file_checksum(roi.path)] if roi else []
     try:
         with image.open("rb") as file:
             begins = file.read(2**18) + str(image.stat().st_size).encode()
