@@ -67,6 +67,7 @@ from nucsam.model import network
 from nucsam.predict.devices import uses_gpu
 from nucsam.run import checkpoint
 from nucsam.run.directory import RunDirectory
+from nucsam.run.metadata import known_certainty
 from nucsam.score.runs import describe_scores, score_images, scoring_accelerator, scoring_predictor
 from nucsam.score.tables import HEADLINE, over_folds
 
@@ -160,6 +161,7 @@ MODELS = {
     "scale-2": Model({"data.scale": 2.0}),
     "tta": Model(again="lora", tta=True),
     "adapt": Model({"model.adapt": 0.06}, again="lora"),
+    "not-lenient": Model({"instances.lenient": False}, again="lora"),
     "no-ema": Model({"train.ema": 0.0}),
     "zoom": Model({"augment.scale_min": 0.5, "augment.scale_max": 2.0}),
     "stain-half": Model({"augment.stain_scale": 0.15, "augment.stain_bias": 0.05}),
@@ -516,7 +518,8 @@ def inference_seconds(
 def score_again(run: RunDirectory, out: RunDirectory, settings: Config, *, tta: bool) -> None:
     """Score a finished nucsam run with other settings of prediction, as the run directory `out`."""
     net, samples, accelerator, metadata = open_finished(run, settings, network.build_model)
-    results = score_images(net, settings, samples, range(len(samples)), accelerator, tta=tta)
+    options = {"tta": tta, "certainty": known_certainty(settings, metadata)}
+    results = score_images(net, settings, samples, range(len(samples)), accelerator, **options)
     out.path.mkdir(parents=True, exist_ok=True)
     for source, target in (
         (run.images_file, out.images_file),

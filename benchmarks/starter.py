@@ -52,6 +52,7 @@ from nucsam.folds.jobs import Job
 from nucsam.names import find_model
 from nucsam.report import charts
 from nucsam.run import checkpoint
+from nucsam.run.metadata import known_certainty
 from nucsam.score.runs import headline, score_images, scoring_accelerator
 from nucsam.score.tables import COLUMNS, HEADLINE, over_folds, percent, write_json
 
@@ -96,7 +97,9 @@ def scores_of(model: str, records: Sequence[Record], adapt: float | None = None)
     accelerator = scoring_accelerator(metadata)
     net = accelerator.prepare_model(net, evaluation_mode=True)
     samples = Samples(records, memory_gib=settings.data.memory)
-    results = score_images(net, settings, samples, range(len(records)), accelerator)
+    certainty = known_certainty(settings, metadata)
+    every = range(len(records))
+    results = score_images(net, settings, samples, every, accelerator, certainty=certainty)
     return {"images": len(records), **headline(results)}
 
 

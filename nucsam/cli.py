@@ -291,6 +291,10 @@ def predict_command(
         bool | None,
         Option(help="Take the magnification from the nuclei; default: as trained."),
     ] = None,
+    lenient: Annotated[
+        bool | None,
+        Option(help="Lower thresholds for uncertain images; default: as set."),
+    ] = None,
     roi: Annotated[Path | None, Option(help="GeoJSON, or a folder of STEM.geojson.")] = None,
     tissue: Annotated[
         bool, Option("--tissue-mask/--no-tissue-mask", help="Skip tiles that show glass alone.")
@@ -330,6 +334,7 @@ def predict_command(
         tta=tta,
         adapt=adapt,
         auto_scale=auto_scale,
+        lenient=lenient,
         force=force,
         roi=roi,
         tissue=tissue,

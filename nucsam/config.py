@@ -237,6 +237,9 @@ class Instances:
     seed_rise: float = setting(0.15, "h of the h-maxima: a seed's height above its saddle", INSIDE)
     confidence: float = setting(0.7, "least mean foreground probability of a nucleus", BELOW_ONE)
     area: int = setting(30, "least area of a nucleus, px as trained", at_least(0))
+    lenient: bool = setting(
+        True, "lower foreground and confidence for images that the model is less certain of"
+    )
 
 
 @dataclass(frozen=True)

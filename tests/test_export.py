@@ -52,7 +52,7 @@ def make_run(run: Path, base: Base, model: Model) -> Nucsam:
     )
     facts = {"config": config.to_dict(), "base": {"sha256": base.sha256, "source": base.source}}
     facts |= {"epoch": 3, "mpp": 0.25, "precision": "bf16", "version": "0.0.7"}
-    facts["nucleus_area"] = 150.0
+    facts |= {"nucleus_area": 150.0, "selected": {"epoch": 3, "certainty": 0.875}}
     save_adapter(run / "adapter.safetensors", net.trainable(), facts)
     files = {
         "config.toml": to_toml(config),
@@ -174,7 +174,7 @@ def test_metadata_is_all_that_prediction_needs_and_no_path(run, base, tmp_path, 
     assert (config.data.scale, config.instances.foreground, config.model) == (2.0, 0.4, MODEL)
     assert config.data.root == metadata["data"] == "Slides of 2024"
     expected = {"epoch": 3, "mpp": 0.25, "precision": "bf16", "version": __version__}
-    expected["nucleus_area"] = 150.0
+    expected |= {"nucleus_area": 150.0, "selected": {"epoch": 3, "certainty": 0.875}}
     expected |= {"scores": SCORES, "scores_of": "test"}
     assert {name: metadata[name] for name in expected} == expected
     assert "somebody" in (run / "config.toml").read_text()
@@ -366,6 +366,11 @@ def test_onnx_knows_how_large_nuclei_are(onnx):
     model = nucsam.load(onnx[0], auto_scale=True)
     assert model.nucleus_area == 150 and model.grid(IMAGE).scale > 0
     assert nucsam.load(onnx[0]).nucleus_area == 0
+
+
+def test_onnx_knows_how_certain_a_model_usually_is(onnx):
+    assert nucsam.load(onnx[0]).certainty == 0.875
+    assert nucsam.load(onnx[0], lenient=False).certainty == 0
 
 
 def test_onnx_at_another_magnification_is_near(run, onnx):

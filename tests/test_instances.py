@@ -11,7 +11,7 @@ from skimage.morphology import local_maxima, reconstruction
 from skimage.segmentation import watershed
 
 from nucsam.config import Instances
-from nucsam.model.instances import from_depth, from_foreground, whole
+from nucsam.model.instances import from_depth, from_foreground, lenient, whole, with_confidence
 from nucsam.model.targets import classes, depth
 
 
@@ -53,6 +53,27 @@ def test_perfect_maps_give_the_nuclei_back():
     for nucleus in (1, 2, 3):
         assert np.bincount(label[touching == nucleus]).max() > 0.97 * (touching == nucleus).sum()
     assert ndimage.label(touching)[1] == 1  # negative control: without depth they are one
+
+
+def test_thresholds_fall_with_the_certainty():
+    usual = Instances(foreground=0.5, confidence=0.8, seed_rise=0.2, area=7)
+    for certainty in (0.9, 0.95):
+        assert lenient(usual, certainty, 0.9) == usual
+    lower = lenient(usual, 0.81, 0.9)
+    assert lower.foreground == pytest.approx(0.5 * 0.9**8)
+    assert lower.confidence == pytest.approx(0.8 * 0.9**3)
+    assert (lower.seed_rise, lower.area) == (0.2, 7)
+
+
+def test_certainty_is_a_mean_over_the_pixels_of_at_least_ten_nuclei():
+    label, foreground = np.zeros((40, 10), np.int32), np.zeros((40, 10), np.float32)
+    for number in range(1, 11):
+        label[4 * number - 4 : 4 * number - 1, :number] = number
+        foreground[4 * number - 4 : 4 * number - 1, :number] = number / 10
+    found = with_confidence(label, foreground)
+    assert found.certainty == pytest.approx(foreground[label > 0].mean())
+    label[label == 10] = 0
+    assert with_confidence(label, foreground).certainty is None
 
 
 def test_a_flat_depth_splits_nothing():

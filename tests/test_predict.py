@@ -293,6 +293,42 @@ def discs(size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return image, label
 
 
+class Sharp(Colour):
+    local = Fake.local
+
+
+def pale(nuclei: int) -> np.ndarray:
+    """An image for `Sharp`: squares of 12 px, probability 0.8, in rims of 2 px of 0.45."""
+    image = np.full((64 * nuclei, 64, 3), 128, np.uint8)  # a flat depth
+    image[..., 0] = 0
+    for top in range(24, 64 * nuclei, 64):
+        image[top : top + 16, 24:40, 0] = 125
+        image[top + 2 : top + 14, 26:38, 0] = 150
+    return image
+
+
+@pytest.mark.parametrize(
+    ("nuclei", "certainty", "side"), [(10, 0.9, 16), (10, 0.79, 12), (10, 0.0, 12), (9, 0.9, 12)]
+)
+def test_an_image_of_less_than_the_usual_certainty_has_lower_thresholds(nuclei, certainty, side):
+    """If enough nuclei tell how certain the model is."""
+    p = predictor(Sharp(), tile=1024, certainty=certainty)
+    label = p.predict(pale(nuclei))
+    assert np.bincount(label.ravel())[1:].tolist() == [side**2] * nuclei
+    table = p.predict_nuclei(pale(nuclei))
+    confidence = (144 * 0.798 + (side**2 - 144) * 0.453) / side**2
+    assert table["confidence"] == pytest.approx([confidence] * nuclei, abs=2e-3)
+
+
+def test_each_window_has_its_own_certainty():
+    """A pale part of a slide is not judged by the rest."""
+    image = np.concatenate([pale(10), pale(10)])
+    image[640:, :, 0][image[640:, :, 0] == 150] = 255
+    p = predictor(Sharp(), tile=1024, core=640, margin=0, certainty=0.9)
+    sides = np.bincount(p.predict(image).ravel())[1:] ** 0.5
+    assert sorted(sides) == [12] * 10 + [16] * 10
+
+
 def matches(label: np.ndarray, other: np.ndarray) -> np.ndarray:
     """IoU of each nucleus of `label` with the one of `other` that it overlaps most."""
     both = np.stack([label, other])[:, (label > 0) & (other > 0)]
@@ -461,7 +497,7 @@ def test_ids_have_no_gap_where_a_nucleus_of_another_window_hides_one():
         (second, Nuclei(hidden, np.array([0.8, 0.7]))),
     ]
     p.extract = lambda _: ((tiles, *part) for part in parts)
-    (nuclei,) = p._whole([image], [None])
+    (nuclei,) = p.nuclei_many([image], [None])
     assert np.unique(nuclei.label).tolist() == [1, 2] and nuclei.confidence.tolist() == [0.9, 0.7]
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,9 +28,18 @@ from nucsam.data.samples import Samples
 from nucsam.data.splits import find_split
 from nucsam.errors import UserError
 from nucsam.export.merged import export_run
+from nucsam.files import write_text
 from nucsam.predict import images as predict_images
 from nucsam.run import checkpoint
-from nucsam.score.runs import open_predictor
+from nucsam.score.runs import (
+    headline,
+    open_predictor,
+    score_images,
+    score_run,
+    scoring_accelerator,
+    usual_certainty,
+)
+from nucsam.train import loop
 from nucsam.train.loop import fit
 
 # ---- models ----
@@ -129,6 +139,62 @@ def test_the_nucleus_area_is_that_of_the_training(trained, tiny, tmp_path):
     assert nucsam.load(tmp_path / "run", device="cpu", scale=2.0).nucleus_area == 0
 
 
+def test_the_usual_certainty_is_that_of_the_images_that_chose_the_epoch(
+    tiny, tmp_path, monkeypatch
+):
+    """The lower quartile; kept in the run and its export, and used to score the test images."""
+    # More, so that these test images fall below it.
+    monkeypatch.setattr(loop, "usual_certainty", lambda scored: 0.2 + usual_certainty(scored))
+    run, options = tmp_path / "run", {"device": "cpu"}
+    scraps = {"foreground": 0.6, "seed_rise": 0.001, "confidence": 0, "area": 0}  # 10 at least
+    fit(tiny("train.epochs=1", *(f"instances.{k}={v}" for k, v in scraps.items())), run)
+    net, config, _, metadata = checkpoint.open_run(run)
+    records, split = find_split(config.data)
+    samples, accelerator = Samples(records), scoring_accelerator(metadata)
+    results, _ = score_images(net, config, samples, split.inner, accelerator)
+    certainties = [image["certainty"] for image in results["images"]]
+    expected = 0.2 + np.quantile([c for c in certainties if c], 0.25)
+    assert 0.25 < expected < 1
+    assert nucsam.load(run, **options).certainty == pytest.approx(expected, abs=1e-6)
+    assert open_predictor(run).certainty == nucsam.load(run, **options).certainty
+    export_run(run, tmp_path / "a.safetensors")
+    assert nucsam.load(tmp_path / "a.safetensors", **options).certainty == pytest.approx(expected)
+    assert nucsam.load(run, lenient=False, **options).certainty == 0
+
+    score = partial(score_images, net, config, samples, split.test, accelerator)
+    scores = json.loads((run / "scores.json").read_text())["headline"]
+    assert scores == pytest.approx(headline(score(certainty=expected)))
+    assert scores != pytest.approx(headline(score()))
+    assert score_run(run)["headline"] == pytest.approx(scores)
+
+    text = (run / "config.toml").read_text()
+    write_text(run / "config.toml", text.replace("lenient = true", "lenient = false"))
+    assert nucsam.load(run, **options).certainty == 0
+    assert nucsam.load(run, lenient=True, **options).certainty > 0
+
+
+def test_leniency_is_said_beside_the_results(trained, tmp_path):
+    older = tmp_path / "sure.safetensors"
+    tensors, metadata = checkpoint.read_tensors(trained[1], "merged")
+    metadata["selected"]["certainty"] = 0.75
+    checkpoint.write_tensors(older, tensors, metadata)
+    Image.fromarray(some_image()).save(tmp_path / "a.png")
+    command = ["predict", str(older), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
+    assert run_command(command) == 0
+    assert json.loads((tmp_path / "out" / "predict.json").read_text())["certainty"] == 0.75
+    assert run_command([*command, "--no-lenient"]) == 2  # other settings
+    assert run_command([*command, "--no-lenient", "--force"]) == 0
+    said = json.loads((tmp_path / "out" / "predict.json").read_text())
+    assert said.pop("certainty") == 0
+    write_text(tmp_path / "out" / "predict.json", json.dumps(said))  # as versions before it wrote
+    assert run_command([*command, "--no-lenient"]) == 0
+    for wrong in (2, "high"):
+        metadata["selected"]["certainty"] = wrong
+        checkpoint.write_tensors(older, tensors, metadata)
+        with pytest.raises(UserError, match=f"certainty: found {wrong!r}, expected 0 to 1"):
+            nucsam.load(older, device="cpu")
+
+
 def trained_on(run):
     """The records of the images that a run was trained on."""
     records, split = find_split(checkpoint.open_run(run)[1].data)
@@ -141,7 +207,8 @@ def test_a_run_is_scored_as_it_predicts(tiny, tmp_path):
     scores, predicts = open_predictor(tmp_path / "run"), nucsam.load(tmp_path / "run", device="cpu")
     document = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert document["tile"] == predicts.tile
-    for name in ("scale", "instances", "mpp", "nucleus_area", "tile", "overlap", "core", "margin"):
+    names = ("scale", "instances", "mpp", "nucleus_area", "tile", "overlap", "core", "margin")
+    for name in (*names, "certainty"):
         assert getattr(scores, name) == getattr(predicts, name)
     assert scores.ratio is predicts.ratio is None and scores.autocast is predicts.autocast
     image = np.kron(some_image(20, 40), np.ones((16, 16, 1), np.uint8))

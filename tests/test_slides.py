@@ -258,7 +258,9 @@ def test_a_patch_and_a_coarser_level_of_a_slide_share_no_batch(tmp_path):
     slide = TiffWindows(write_aperio(tmp_path / "a.svs", image, patch))
     alone, together = (
         list(
-            predictor(Colour(), scale=0.5, tile=512, batch=batch)._whole([patch, slide], [None] * 2)
+            predictor(Colour(), scale=0.5, tile=512, batch=batch).nuclei_many(
+                [patch, slide], [None] * 2
+            )
         )
         for batch in (1, 2)
     )

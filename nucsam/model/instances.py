@@ -11,11 +11,14 @@ highest path to a higher maximum. Here h is `instances.seed_rise`.
    maximum of every basin is one.
 4. `_numbered`: nuclei that are too small or too unsure go, the others get their ids.
 
+`lenient` lowers the thresholds for an image that the model is less certain of than usual.
+
 Shape suffixes: H W rows and columns, N pixels of a flat image, P nucleus pixels in raster order,
 K basins, S saddles. A flat image has an empty row above and below and W + 1 columns. The last one
 is empty, so that the end of a row does not touch the start of the next one.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +26,9 @@ import scipy  # its parts, and those of skimage, load when they are first used
 import skimage
 
 from nucsam.config import Instances
+from nucsam.data.labels import FEWEST
+
+FOREGROUND_POWER, CONFIDENCE_POWER = 8, 3  # of the share of the usual certainty, in `lenient`
 
 
 class Nuclei(NamedTuple):
@@ -30,6 +36,14 @@ class Nuclei(NamedTuple):
 
     label: np.ndarray  # int32 (H, W), 0 = background, ids 1, 2, ...
     confidence: np.ndarray  # (n,), mean foreground of each, 0..1
+
+    @property
+    def certainty(self) -> float | None:
+        """Mean foreground probability over the pixels of all nuclei; None of under `FEWEST`."""
+        if len(self.confidence) < FEWEST:
+            return None
+        size = np.bincount(self.label.ravel())[1:]
+        return float(np.average(self.confidence, weights=size))
 
 
 def with_confidence(label_HW: np.ndarray, foreground_HW: np.ndarray) -> Nuclei:
@@ -39,6 +53,25 @@ def with_confidence(label_HW: np.ndarray, foreground_HW: np.ndarray) -> Nuclei:
     size = np.bincount(ids_P, minlength=1)[1:]
     total = np.bincount(ids_P, foreground_HW.ravel()[pixels_P], minlength=1)[1:]
     return Nuclei(label_HW, total / np.maximum(size, 1))
+
+
+def lenient(config: Instances, certainty: float, usual: float) -> Instances:
+    """Thresholds for an image of less than the usual certainty.
+
+    In a stain that training has not seen, all probabilities shrink: nuclei are missed, and drawn
+    too small. The powers were chosen by AJI and PQ away from home (benchmarks/accuracy.md).
+
+    Args:
+        config: the thresholds at the usual certainty.
+        certainty: of the image, 0..1.
+        usual: certainty from which they stay as they are, above 0.
+    """
+    share = min(1.0, certainty / usual)
+    return replace(
+        config,
+        foreground=config.foreground * share**FOREGROUND_POWER,
+        confidence=config.confidence * share**CONFIDENCE_POWER,
+    )
 
 
 def from_depth(foreground_HW: np.ndarray, depth_HW: np.ndarray, config: Instances) -> np.ndarray:

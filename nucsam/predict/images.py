@@ -216,6 +216,7 @@ def _settings(model: str, predictor: Predictor, mpp: float | None) -> dict[str, 
         "overlap": predictor.overlap,
         "tta": predictor.tta,
         "adapt": predictor.adapt,
+        "certainty": predictor.certainty,
         "instances": asdict(predictor.instances),
     }
 
@@ -233,7 +234,8 @@ def _record(
     """
     inputs = {stem_of(path): _known_by(path, rois.get(path)) for path in files}
     if record.is_file():
-        before = {"adapt": 0.0, "nucleus_area": 0.0} | read_json(record.read_bytes(), str(record))
+        absent = {"adapt": 0.0, "nucleus_area": 0.0, "certainty": 0.0}  # of earlier versions
+        before = absent | read_json(record.read_bytes(), str(record))
         known = check_form(before.get("inputs", {}), {str: [str]}, str(record))
         changed = changes(before | {name: settings[name] for name in UNRECORDED}, settings)
         if before.get("roi") and "inputs" not in before:  # by a version without checksums

@@ -1,6 +1,7 @@
 """Models to predict with, by name or path. Loads torch only for a model that needs it."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from nucsam.predict.onnx import open_graph
 from nucsam.predict.predictor import Predictor
 from nucsam.predict.tiles import usual_tiles
 from nucsam.run.learning import advice
+from nucsam.run.metadata import known_certainty
 
 
 def load(
@@ -26,6 +28,7 @@ def load(
     tta: bool = False,
     adapt: float | None = None,
     auto_scale: bool | None = None,
+    lenient: bool | None = None,
 ) -> Predictor:
     """Load a model.
 
@@ -61,6 +64,9 @@ def load(
         auto_scale: predict an image twice, the second time at the magnification that gives its
             nuclei the median area of those trained on; None = as trained (`data.nucleus_area`). At
             least 10 nuclei must be found, and the magnification changes by at most 3 times.
+        lenient: lower the thresholds for images, or windows of large ones, that the model is less
+            certain of than of the images that chose its epoch, as in another laboratory's stain.
+            At least 10 nuclei must be found. None = `instances.lenient` of its configuration.
 
     Raises:
         UserError: a file is missing or damaged, an argument out of range, or no such device.
@@ -81,6 +87,8 @@ def load(
         batch = 1 if on_cpu else config.train.batch
     sizes = {"tile": tile, "overlap": overlap, "batch": batch}
     _check_numbers(scale, **sizes)
+    if lenient is not None:
+        config = replace(config, instances=replace(config.instances, lenient=lenient))
     if auto_scale is None:
         auto_scale = config.data.nucleus_area > 0 and scale is None
     return make(
@@ -90,6 +98,7 @@ def load(
         nucleus_area=_nucleus_area(path, config, metadata, scale) if auto_scale else 0.0,
         tta=tta,
         adapt=config.model.adapt,
+        certainty=known_certainty(config, metadata),
         trained=_training(config, metadata) if path.is_dir() else "",
         ratio=config.data.scale / scale if scale else None,
         **sizes,

@@ -20,7 +20,7 @@ from nucsam.data.images import read_image, read_mpp
 from nucsam.data.labels import median_area
 from nucsam.data.samples import by_nuclei
 from nucsam.errors import UserError
-from nucsam.model.instances import Nuclei, with_confidence
+from nucsam.model.instances import Nuclei, lenient, with_confidence
 from nucsam.predict.measure import measure
 from nucsam.predict.threads import in_threads
 from nucsam.predict.tiles import Area, Key, Tiles, Window, own_nuclei, windows, windows_in
@@ -59,6 +59,8 @@ class Predictor:
         batch: tiles of one size that go through the model together.
         tta: average the maps over the eight flips and quarter turns.
         adapt: share of a tile's own statistics in the head's norms; the model has it.
+        certainty: usual certainty of the nuclei of a window. Below it the thresholds fall; see
+            `nucsam.model.instances.lenient`. 0 = they stay.
         trained: what training it had, for the message that it finds nothing.
         ratio: px of any image per px of those trained on, whatever its mpp; None = by mpp.
         core: longest side of a window's core, px; see `predict.tiles`.
@@ -76,6 +78,7 @@ class Predictor:
     batch: int = 4
     tta: bool = False
     adapt: float = 0.0
+    certainty: float = 0.0
     trained: str = ""
     ratio: float | None = None
     core: int = CORE
@@ -133,14 +136,20 @@ class Predictor:
             foreground probability, all (n,); and outline, a list of GeoJSON geometries, px.
         """
         pixels, mpp = _opened(image, mpp)
-        nuclei = next(self._whole([pixels], [mpp]))
+        nuclei = next(self.nuclei_many([pixels], [mpp]))
         columns = measure(nuclei.label, pixels, mpp, confidence=nuclei.confidence)
         return columns | {"outline": list(geojson.geometries(nuclei.label))}
 
     def predict_many(
         self, images: Iterable[np.ndarray], mpps: Iterable[float | None] = repeat(None)
     ) -> Iterator[np.ndarray]:
-        """Label maps of images, in order, as of `predict`.
+        """Label maps of images, in order, as of `predict`. Args as of `nuclei_many`."""
+        return (nuclei.label for nuclei in self.nuclei_many(images, mpps))
+
+    def nuclei_many(
+        self, images: Iterable[np.ndarray], mpps: Iterable[float | None] = repeat(None)
+    ) -> Iterator[Nuclei]:
+        """The nuclei of images, in order.
 
         Nuclei are extracted while the next tiles are on the device.
 
@@ -148,12 +157,6 @@ class Predictor:
             images: uint8 (H, W, 3) each.
             mpps: microns per px of each.
         """
-        return (nuclei.label for nuclei in self._whole(images, mpps))
-
-    def _whole(
-        self, images: Iterable[np.ndarray], mpps: Iterable[float | None]
-    ) -> Iterator[Nuclei]:
-        """The nuclei of images, in order. Args as of `predict_many`."""
         grids = (self.grid(image, mpp=mpp) for image, mpp in zip(images, mpps))
         results = self.extract(grids)
         for tiles, parts in groupby(results, key=lambda result: result[0]):
@@ -253,8 +256,13 @@ class Predictor:
             shape = [place.stop - place.start for place in window.outer]
             return tiles, window, Nuclei(np.zeros(shape, np.int32), np.zeros(0))
         area = round(self.instances.area * (self.scale / tiles.scale) ** 2)
+        thresholds = replace(self.instances, area=area)
         maps = tiles.stitch(k, parts)
-        label = self.nuclei(maps, replace(self.instances, area=area))
+        label = self.nuclei(maps, thresholds)
+        if self.certainty:
+            certainty = with_confidence(label, maps[0]).certainty
+            if certainty and certainty < self.certainty:
+                label = self.nuclei(maps, lenient(thresholds, certainty, self.certainty))
         return tiles, window, with_confidence(own_nuclei(label, window, tiles.area), maps[0])
 
     def _stream(self, images: Iterable[Tiles]) -> Iterator[tuple[Tiles, int, Parts]]:

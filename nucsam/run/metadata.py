@@ -36,7 +36,18 @@ SCORES = {
     ],
 }
 EPOCH = {"epoch": COUNT}
+CERTAINTY = Leaf("0 to 1, or null", lambda value: value is None or SHARE.holds(value))
 IMAGES = {str: {"organ": TEXT, "group": TEXT, "part": TEXT, "sha256": TEXT}}
+
+
+def known_certainty(config: Config, metadata: dict[str, Any]) -> float:
+    """The usual certainty of a model, by the metadata of its weights.
+
+    It was measured on the images that chose the epoch. 0 = not measured, or not to be used.
+    """
+    if not config.instances.lenient:
+        return 0.0
+    return metadata.get("selected", {}).get("certainty") or 0.0
 
 
 def check_metadata(path: Path, metadata: dict[str, Any]) -> Config:
@@ -51,4 +62,6 @@ def check_metadata(path: Path, metadata: dict[str, Any]) -> Config:
     for name, form in forms.items():
         if name in metadata:
             check_form(metadata[name], form, f"{source}: {name}")
+    if "certainty" in metadata.get("selected", {}):
+        check_form(metadata["selected"]["certainty"], CERTAINTY, f"{source}: certainty")
     return Config.from_dict(metadata["config"], f"{path}: configuration")

@@ -22,6 +22,7 @@ from nucsam.predict.pytorch import TorchPredictor
 from nucsam.predict.tiles import usual_tiles
 from nucsam.run.checkpoint import open_run
 from nucsam.run.directory import RunDirectory
+from nucsam.run.metadata import known_certainty
 from nucsam.score.metrics import score_maps
 from nucsam.score.pairs import protocols_for
 from nucsam.score.tables import HEADLINE, image_row, scored
@@ -37,6 +38,7 @@ def score_images(
     accelerator: Accelerator,
     *,
     mpp: float | None = None,
+    certainty: float = 0.0,
     tta: bool = False,
     overlays: Path | None = None,
     **rules: Any,
@@ -53,6 +55,7 @@ def score_images(
         accelerator: of this launch.
         mpp: microns per px of the run; each image is scored at that magnification, as in
             `nucsam predict`. None = not known.
+        certainty: as of `Predictor`.
         tta: average over the eight flips and turns.
         overlays: folder for one PNG per image, with contours of ground truth and prediction.
         rules: protocol and changes of `protocols_for`.
@@ -66,17 +69,18 @@ def score_images(
     was_training = net.training
     net.eval()
     rows = []
-    predictor = scoring_predictor(net, config, mpp=mpp, tta=tta)
+    predictor = scoring_predictor(net, config, mpp=mpp, certainty=certainty, tta=tta)
     images = (samples[i].image for i in share)
-    labels = predictor.predict_many(images, [samples.mpps[i] for i in share])
-    for index, label in zip(share, labels):
+    found = predictor.nuclei_many(images, [samples.mpps[i] for i in share])
+    for index, nuclei in zip(share, found):
         record, sample = samples.records[index], samples[index]
-        truth, pred = sample.counted(sample.label), sample.counted(label)
+        truth, pred = sample.counted(sample.label), sample.counted(nuclei.label)
         for protocol in protocols:
             score = score_maps(truth, pred, vague=sample.vague, protocol=protocol)
-            rows.append(image_row(record.name, record.organ, score))
+            row = image_row(record.name, record.organ, score)
+            rows.append(row | {"certainty": nuclei.certainty})
         if overlays is not None:
-            picture = overlay(sample.image, sample.label, label)
+            picture = overlay(sample.image, sample.label, nuclei.label)
             write_png(overlays / f"{record.name}.png", picture)
     net.train(was_training)
     rows = gather_object(rows)  # process by process, so in the order of the images
@@ -86,6 +90,17 @@ def score_images(
 def headline(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Mean over images of Dice, AJI and PQ by the first protocol, 0 to 1."""
     return {name: results[0]["summary"]["mean"][name] for name in HEADLINE}
+
+
+def usual_certainty(results: Sequence[dict[str, Any]]) -> float | None:
+    """The lower quartile of the images' certainties, 0 to 1; None where none has enough nuclei.
+
+    Args:
+        results: of `score_images`, at the thresholds of the configuration.
+    """
+    images = [image["certainty"] for image in results[0]["images"]]
+    known = [certainty for certainty in images if certainty]
+    return float(np.quantile(known, 0.25)) if known else None
 
 
 def score_run(
@@ -130,7 +145,8 @@ def score_run(
         samples.records = [replace(r, organ=place) for r, place in zip(samples.records, places)]
     accelerator = scoring_accelerator(metadata)
     net = accelerator.prepare_model(net, evaluation_mode=True)  # as training scores it
-    rules |= {"mpp": metadata.get("mpp"), "overlays": overlays}
+    certainty = 0.0 if untrained else known_certainty(config, metadata)
+    rules |= {"mpp": metadata.get("mpp"), "certainty": certainty, "overlays": overlays}
     results = score_images(net, config, samples, split.test or split.inner, accelerator, **rules)
     of = "test" if split.test else "inner"
     unfinished = "" if run.is_trained(config) else run.progress(config)
@@ -208,9 +224,14 @@ def scoring_accelerator(metadata: dict[str, Any]) -> Accelerator:
 
 
 def scoring_predictor(
-    net: nn.Module, config: Config, *, mpp: float | None = None, tta: bool = False
+    net: nn.Module,
+    config: Config,
+    *,
+    mpp: float | None = None,
+    certainty: float = 0.0,
+    tta: bool = False,
 ) -> TorchPredictor:
-    """The predictor that scores a run of `mpp` microns per px, in the tiles of `nucsam predict`."""
+    """The predictor that scores a run, in the tiles of `nucsam predict`. Args as of `Predictor`."""
     tile, overlap = usual_tiles(config.data.crop)
     return TorchPredictor(
         net,
@@ -221,6 +242,7 @@ def scoring_predictor(
         tile=tile,
         overlap=overlap,
         batch=config.train.batch,
+        certainty=certainty,
         tta=tta,
     )
 
@@ -233,6 +255,7 @@ def open_predictor(path: Path) -> TorchPredictor:
     """
     net, config, _, metadata = open_run(path)
     device = find_device("auto")
-    predictor = scoring_predictor(net.to(device), config, mpp=metadata.get("mpp"))
+    known = {"mpp": metadata.get("mpp"), "certainty": known_certainty(config, metadata)}
+    predictor = scoring_predictor(net.to(device), config, **known)
     predictor.autocast = autocast_dtype(metadata.get("precision"), device)
     return predictor

@@ -20,7 +20,8 @@ from nucsam.model.network import build_model
 from nucsam.processes import exit_on_sigterm, is_first
 from nucsam.run.checkpoint import load_adapter, put_weights
 from nucsam.run.directory import RunDirectory
-from nucsam.score.runs import describe_scores, headline
+from nucsam.run.metadata import known_certainty
+from nucsam.score.runs import describe_scores, headline, usual_certainty
 from nucsam.train.progress import console, epoch_speed, print_epoch, print_scores, print_stopped
 from nucsam.train.signals import StopSignals
 from nucsam.train.training import Training
@@ -177,14 +178,17 @@ def step(training: Training, micro_batches: Iterator[dict[str, Tensor]]) -> None
         _update_average(training.average, training.weights, decay)
 
 
-def validate(training: Training) -> dict[str, float]:
-    """Mean Dice, AJI and PQ of the weights to keep on the selecting images, 0 to 1."""
+def validate(training: Training) -> dict[str, float | None]:
+    """Mean Dice, AJI and PQ of the weights to keep on the selecting images, 0 to 1.
+
+    And the usual certainty, as of `usual_certainty`.
+    """
     current = {name: p.detach().clone() for name, p in training.weights.items()}
     put_weights(training.net, training.average or current, training.run.path)
     scored = training.score_samples(training.select)
     put_weights(training.net, current, training.run.path)
     training.net.train()
-    return headline(scored)
+    return headline(scored) | {"certainty": usual_certainty(scored)}
 
 
 def score_best(training: Training) -> dict[str, Any]:
@@ -193,7 +197,7 @@ def score_best(training: Training) -> dict[str, Any]:
     accelerator = training.accelerator
     accelerator.wait_for_everyone()  # the main process has written the adapter
     metadata = load_adapter(training.run.adapter_file, training.net, training.base)
-    scored = training.score_samples(training.score)
+    scored = training.score_samples(training.score, known_certainty(config, metadata))
     scores = describe_scores(scored, metadata, of=training.scored_split, untrained=False)
     if accelerator.is_main_process:
         training.run.write_scores(scores)

@@ -263,10 +263,10 @@ class Training:
         """Optimizer steps in all."""
         return self.batches.steps * self.config.train.epochs
 
-    def score_samples(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def score_samples(self, indices: Sequence[int], certainty: float = 0.0) -> list[dict[str, Any]]:
         """The scores of some of the samples, by the weights in `net`; as of `score_images`."""
-        net, accelerator = self.net, self.accelerator
-        return score_images(net, self.config, self.samples, indices, accelerator, mpp=self.mpp)
+        known = {"mpp": self.mpp, "certainty": certainty}
+        return score_images(self.net, self.config, self.samples, indices, self.accelerator, **known)
 
     # ---- losses ----
 
