@@ -518,7 +518,8 @@ def inference_seconds(
 def score_again(run: RunDirectory, out: RunDirectory, settings: Config, *, tta: bool) -> None:
     """Score a finished nucsam run with other settings of prediction, as the run directory `out`."""
     net, samples, accelerator, metadata = open_finished(run, settings, network.build_model)
-    options = {"tta": tta, "certainty": known_certainty(settings, metadata)}
+    certainty = known_certainty(settings, metadata)
+    options = {"tta": tta, "certainty": certainty}
     results = score_images(net, settings, samples, range(len(samples)), accelerator, **options)
     out.path.mkdir(parents=True, exist_ok=True)
     for source, target in (
@@ -528,7 +529,7 @@ def score_again(run: RunDirectory, out: RunDirectory, settings: Config, *, tta: 
     ):
         shutil.copyfile(source, target)
     write_text(out.config_file, config.to_toml(settings))
-    out.write_scores(describe_scores(results, metadata, of="test", untrained=False))
+    out.write_scores(describe_scores(results, metadata, of="test", certainty=certainty))
     measured = json.loads((run.path / MEASURED).read_text())
     measured["inference_seconds"] = inference_seconds(run, settings, network.build_model, tta=tta)
     write_text(out.path / MEASURED, json.dumps(measured) + "\n")

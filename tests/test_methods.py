@@ -25,6 +25,7 @@ RUN = {  # environment.json
     "nucsam": "0.1.0",
     "packages": {"torch": "2.6.0", "accelerate": "1.0.1"},
 }
+SCORED = {}  # entries of scores.json
 
 
 def finish(job, protocols, organs):
@@ -34,7 +35,7 @@ def finish(job, protocols, organs):
         document["summary"] = document["summary"] | {"images": 4, "nuclei": 700}
     job.run.mkdir(parents=True)
     job.directory.write_metrics([{"epoch": job.config.train.epochs}])
-    job.directory.write_scores(whole_scores(scores=scored, epoch=job.fold + 1))
+    job.directory.write_scores(whole_scores(scores=scored, epoch=job.fold + 1, **SCORED))
     counts = {"train": 6 - job.fold // 2, "inner": 2 + job.fold // 2, "test": 4}
     job.directory.write_environment(RUN | {"images": counts})
     kind = {"part": "test", "sha256": ""}
@@ -54,6 +55,19 @@ def section(tmp_path, tiny):
         return methods_section(jobs, nuinsseg=nuinsseg)
 
     return write
+
+
+@pytest.mark.parametrize("certainty", [None, 0.0, 0.9])  # of earlier versions; not measured
+def test_lower_thresholds_are_mentioned_where_a_fold_has_them(section, monkeypatch, certainty):
+    if certainty is not None:
+        monkeypatch.setitem(SCORED, "certainty", certainty)
+    sentence = (
+        "Nuclei under 30 px, or with a mean nucleus probability under 0.7, were removed. Where the "
+        "nuclei of an image had a mean probability p below the lower quartile q of the images that "
+        "chose the epoch, both thresholds of the probability were multiplied, by (p / q)^8 and "
+        "(p / q)^3."
+    )
+    assert (sentence in section()) == bool(certainty)
 
 
 @pytest.mark.parametrize("resampled", [0, 2])

@@ -7,6 +7,7 @@ from typing import Any
 from nucsam.files import printable
 from nucsam.folds.jobs import Job
 from nucsam.model.bases import BASES
+from nucsam.model.instances import CONFIDENCE_POWER, FOREGROUND_POWER
 from nucsam.names import portable_name
 from nucsam.score.tables import COLUMNS, percent
 
@@ -63,6 +64,7 @@ def methods_section(jobs: Sequence[Job], *, nuinsseg: bool) -> str:
         encoder=BASES[config.model.encoder].name,
         pattern=config.model.pattern or BASES[config.model.encoder].pattern,
         metric=COLUMNS[config.train.best],
+        powers=(FOREGROUND_POWER, CONFIDENCE_POWER),
         inventory=list(next(iter(done)).directory.read_images().values()),
         environments=environments,
         alike=all(_made(environment) == _made(environments[0]) for environment in environments),

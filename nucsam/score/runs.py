@@ -150,7 +150,8 @@ def score_run(
     results = score_images(net, config, samples, split.test or split.inner, accelerator, **rules)
     of = "test" if split.test else "inner"
     unfinished = "" if run.is_trained(config) else run.progress(config)
-    scores = describe_scores(results, metadata, of=of, untrained=untrained, unfinished=unfinished)
+    state = {"certainty": certainty, "untrained": untrained, "unfinished": unfinished}
+    scores = describe_scores(results, metadata, of=of, **state)
     changed = untrained or organ or protocols != protocols_for(PROTOCOL)
     if not changed and run.is_trained(config):
         run.write_scores(scores)
@@ -175,7 +176,8 @@ def describe_scores(
     metadata: dict[str, Any],
     *,
     of: str,
-    untrained: bool,
+    certainty: float,
+    untrained: bool = False,
     unfinished: str = "",
 ) -> dict[str, Any]:
     """The content of scores.json: what a reader must know of the scores, then the scores.
@@ -184,6 +186,7 @@ def describe_scores(
         results: of `score_images`.
         metadata: the adapter's.
         of: "test" or "inner", the split that was scored.
+        certainty: with which they were scored.
         untrained: whether the model was scored as it was before the first step.
         unfinished: "2 of 20 epochs" where a run was scored before its end.
     """
@@ -199,6 +202,7 @@ def describe_scores(
         "split": {key: config["data"][key] for key in SPLIT},
         "seed": config["train"]["seed"],
         "tile": usual_tiles(config["data"]["crop"])[0],
+        "certainty": certainty,
         "headline": headline(results),
         "scores": results,
     }

@@ -197,8 +197,9 @@ def score_best(training: Training) -> dict[str, Any]:
     accelerator = training.accelerator
     accelerator.wait_for_everyone()  # the main process has written the adapter
     metadata = load_adapter(training.run.adapter_file, training.net, training.base)
-    scored = training.score_samples(training.score, known_certainty(config, metadata))
-    scores = describe_scores(scored, metadata, of=training.scored_split, untrained=False)
+    certainty = known_certainty(config, metadata)
+    scored = training.score_samples(training.score, certainty)
+    scores = describe_scores(scored, metadata, of=training.scored_split, certainty=certainty)
     if accelerator.is_main_process:
         training.run.write_scores(scores)
         print_scores(scores, config, training.progress.history)
