@@ -157,6 +157,7 @@ MODELS = {
     "no-distance": Model({"loss.distance": 0.0}),
     "distance-1": Model({"loss.distance": 1.0}),
     "boundary-1": Model({"loss.boundary": 1.0}),
+    "finest-1": Model({"model.finest": 1}),
     "scale-1": Model({"data.scale": 1.0}),
     "scale-2": Model({"data.scale": 2.0}),
     "tta": Model(again="lora", tta=True),

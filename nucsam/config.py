@@ -115,6 +115,7 @@ INSIDE = number("a number between 0 and 1", lambda value: 0 < value < 1)
 BELOW_ONE = number("0 up to but not 1", lambda value: 0 <= value < 1)
 UP_TO_ONE = number("a number over 0, at most 1", lambda value: 0 < value <= 1)
 UP_TO_HALF = number("a fraction over 0, at most 0.5", lambda value: 0 < value <= 0.5)
+FINEST = number("1 or 2", lambda value: value in (1, 2))
 WIDTH = number("a positive multiple of 32, at most 4096", lambda v: v in range(32, 4097, 32))
 
 
@@ -195,6 +196,7 @@ class Model:
     alpha: float = setting(4.0, "LoRA's scale is alpha / rank", POSITIVE)
     pattern: str = setting("", "layers that get LoRA; empty: the encoder's own", regular_expression)
     width: int = setting(128, "channels of the instance head at stride 16", WIDTH)
+    finest: int = setting(2, "finest stride of the instance head, model px", FINEST)
     adapt: float = setting(
         0.0,
         "share of an image's own statistics in the head's norms, when predicting",

@@ -273,6 +273,7 @@ REFUSED = {
     "data.seed": [-1, 2**32],
     "train.seed": [-1, 2**64],
     "model.width": [0, 100, -32],
+    "model.finest": [0, 3, 4],
     "data.mpp data.nucleus_area data.memory augment.stain_scale augment.stain_bias "
     "augment.stain_mix augment.blur_sigma augment.noise_sigma loss.cross_entropy loss.boundary "
     "loss.focal loss.tversky loss.lovasz loss.distance loss.dice train.weight_decay "

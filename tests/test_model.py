@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import same_tensors
 from torch import nn
 
@@ -52,7 +53,23 @@ def test_our_best_recipe_is_in_the_budget(base):
 
 
 def test_size_of_the_instance_head():
-    assert sum(p.numel() for p in InstanceHead(64).parameters()) == 238_580  # counted by hand
+    sizes = {2: 238_580, 1: 240_284}  # counted by hand
+    for finest, size in sizes.items():
+        head = InstanceHead(64, finest=finest)
+        assert sum(p.numel() for p in head.parameters()) == size
+
+
+def test_a_finer_head_resolves_single_model_pixels(base):
+    """The maps of the other one are those of half the side, interpolated."""
+    x = 255 * noise(1, 3, 64, 64)
+    for finest in (1, 2):
+        net = build_model(Model(width=32, finest=finest), base, seed=0).eval()
+        with torch.no_grad():
+            maps, half = net(x, (64, 64)), net(x, (32, 32))
+            assert maps.shape == (1, 4, 64, 64) and half.shape == (1, 4, 32, 32)
+            coarse = F.interpolate(half, size=(64, 64), mode="bilinear")
+            assert torch.allclose(maps, coarse, atol=1e-4) == (finest == 2)
+            assert torch.allclose(net.fold()(x, (64, 64)), maps, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from nucsam.model.pixels import Features
 
 NUCLEUS_WEIGHT = 3.0  # of a nucleus pixel in the distance loss; a background pixel has 1
 
-STRIDES = (16, 8, 4, 2)  # of the levels of the instance head
+STRIDES = (16, 8, 4, 2, 1)  # of the levels of the instance head, down to `finest`
+EIGHTHS = (8, 6, 4, 2, 1)  # of the width, at those strides
 SURE = 0.9  # probability from which `loss.unlabelled` takes a pixel for a nucleus
 NEAR = 8  # px; an outline that is drawn this much too tight is no nucleus that was missed
 
@@ -135,8 +136,8 @@ class InstanceHead(nn.Module):
     """A small U-Net on the encoder's maps and on a convolution branch of its own.
 
     The branch sees the image at strides 2, 4 and 8. The encoder's maps at those strides were not
-    made for nuclei, and most of the layers before them stay frozen. A level at stride 1 would cost
-    a fifth of a step, and lowers the scores (benchmarks/accuracy.md).
+    made for nuclei, and most of the layers before them stay frozen. With `finest` = 1 the branch
+    sees the image at stride 1 too; benchmarks/accuracy.md says what that gains and costs.
 
     Maps (B, 4, H, W): logits of background, inside and boundary (`targets.classes`), and of the
     depth (`targets.depth`).
@@ -144,14 +145,18 @@ class InstanceHead(nn.Module):
     Args:
         width: channels at stride 16, a multiple of 32; fewer at the finer strides.
         maps: (stride, channels) of each map of the encoder; strides from 2 to 16.
+        finest: stride of the finest level, 1 or 2.
     """
 
     channels = 4
 
-    def __init__(self, width: int = 128, maps: Sequence[tuple[int, int]] = MAPS) -> None:
+    def __init__(
+        self, width: int = 128, maps: Sequence[tuple[int, int]] = MAPS, finest: int = 2
+    ) -> None:
         super().__init__()
         self.strides = [stride for stride, _ in maps]
-        widths = (width, width * 3 // 4, width // 2, width // 4)  # strides 16 to 2
+        self.levels = STRIDES[: STRIDES.index(finest) + 1]
+        widths = [width * share // 8 for share in EIGHTHS[: len(self.levels)]]
         self.branch = nn.ModuleList(
             nn.Sequential(Block(a, b, stride=2), Block(b, b))
             for a, b in pairwise((3, *widths[:0:-1]))
@@ -163,6 +168,9 @@ class InstanceHead(nn.Module):
         self.lateral = nn.ModuleList(nn.Conv2d(i, w, 1, bias=False) for i, w in zip(inputs, widths))
         self.top_down = nn.ModuleList(nn.Conv2d(a, b, 1, bias=False) for a, b in pairwise(widths))
         self.blocks = nn.ModuleList(nn.Sequential(Block(w, w), Block(w, w)) for w in widths)
+        if finest == 1:  # most of the pixels, for which one convolution is enough
+            self.branch[0] = Block(3, widths[-1])
+            self.blocks[-1] = Block(widths[-1], widths[-1])
         self.out = nn.Conv2d(widths[-1], self.channels, 1)
 
     def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
@@ -172,10 +180,10 @@ class InstanceHead(nn.Module):
         for stage in self.branch:
             x = stage(x)
             branch.append(x)
-        levels = {stride: [] for stride in STRIDES}
+        levels = {stride: [] for stride in self.levels}
         for stride, x in zip(self.strides, maps, strict=True):
             levels[stride].append(x)
-        for stride, x in zip(STRIDES[:0:-1], branch, strict=True):
+        for stride, x in zip(self.levels[:0:-1], branch, strict=True):
             levels[stride].append(x)
         coarsest, *skips = (
             lateral(torch.cat(parts, dim=1))

@@ -59,7 +59,7 @@ class Nucsam(nn.Module):
             self.mask_decoder = sam.mask_decoder
             self.head = SamHead(self.prompt_encoder, self.mask_decoder)
         else:
-            self.head = InstanceHead(config.width, self.image_encoder.maps)
+            self.head = InstanceHead(config.width, self.image_encoder.maps, config.finest)
         self.adapt(config.adapt)
 
     def forward(self, images: Tensor, size: tuple[int, int]) -> Tensor:
