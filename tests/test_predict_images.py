@@ -186,6 +186,7 @@ def test_leniency_is_said_beside_the_results(trained, tmp_path):
     assert run_command([*command, "--no-lenient", "--force"]) == 0
     said = json.loads((tmp_path / "out" / "predict.json").read_text())
     assert said.pop("certainty") == 0
+    assert said["instances"].keys() == {"foreground", "seed_rise", "confidence", "area"}
     write_text(tmp_path / "out" / "predict.json", json.dumps(said))  # as versions before it wrote
     assert run_command([*command, "--no-lenient"]) == 0
     for wrong in (2, "high"):

@@ -204,6 +204,8 @@ def _read_rois(roi: Path, images: Iterable[Path]) -> dict[Path, Outlines]:
 
 def _settings(model: str, predictor: Predictor, mpp: float | None) -> dict[str, Any]:
     """What predict.json says about the results beside it."""
+    thresholds = asdict(predictor.instances)
+    del thresholds["lenient"]  # which `certainty` says
     return {
         "nucsam": __version__,
         "model": model,
@@ -217,7 +219,7 @@ def _settings(model: str, predictor: Predictor, mpp: float | None) -> dict[str, 
         "tta": predictor.tta,
         "adapt": predictor.adapt,
         "certainty": predictor.certainty,
-        "instances": asdict(predictor.instances),
+        "instances": thresholds,
     }
 
 
