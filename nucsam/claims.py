@@ -7,11 +7,15 @@ predict. They work between machines where the shared file system has locks (NFS;
 
 import json
 import os
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from nucsam.errors import UserError
+from nucsam.processes import handled
 
 try:
     import fcntl
@@ -21,6 +25,7 @@ except ImportError:  # Windows
 
 FAR = 2**30  # offset of the byte that Windows locks, behind the note: nobody else could read it
 RETRY = 0.1  # s between attempts
+USED = ".used"  # file of a folder of claims that whoever uses the folder holds together
 
 
 class Claim:
@@ -33,17 +38,18 @@ class Claim:
         self.descriptor = descriptor
 
     @classmethod
-    def take(cls, path: Path, *, wait: bool = False) -> "Claim | None":
+    def take(cls, path: Path, *, wait: bool = False, shared: bool = False) -> "Claim | None":
         """The claim on `path`, or None where another process holds it.
 
         Args:
             path: the job's file.
             wait: until no other process holds it.
+            shared: exclude only claims that are not shared.
 
         Raises:
             UserError: the system or the file system has no such locks.
         """
-        while (claim := cls.try_once(path)) is None and wait:
+        while (claim := cls.try_once(path, shared=shared)) is None and wait:
             time.sleep(RETRY)
         return claim
 
@@ -91,6 +97,35 @@ class Claim:
             os.lseek(self.descriptor, FAR, os.SEEK_SET)
             msvcrt.locking(self.descriptor, msvcrt.LK_UNLCK, 1)
         os.close(self.descriptor)
+
+
+@contextmanager
+def folder_of_claims(folder: Path) -> Iterator[None]:
+    """Context that makes a folder for claims; the last process to leave it removes the folder.
+
+    Only then are the notes of all claims no longer wanted. A process that dies leaves too. On
+    Windows, which lacks shared claims, the folder stays.
+    """
+    presence = None
+    while presence is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not fcntl:
+            yield
+            return
+        with suppress(FileNotFoundError):  # a process that has left has just removed the folder
+            presence = Claim.take(folder / USED, wait=True, shared=True)
+    try:
+        yield
+    finally:
+        presence.release()
+        # A launcher whose first process has failed ends the others.
+        with handled(lambda *_: None, signal.SIGTERM), suppress(FileNotFoundError):
+            if last := Claim.try_once(folder / USED):
+                for path in sorted(folder.iterdir(), key=lambda path: path.name == USED):
+                    path.unlink()
+                with suppress(OSError):  # a process has just entered
+                    folder.rmdir()
+                last.release()
 
 
 def is_claimed(path: Path) -> bool:

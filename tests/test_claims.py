@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+from subprocess import PIPE
 
 import pytest
 
 from nucsam import claims
-from nucsam.claims import Claim, is_claimed, read_note
+from nucsam.claims import Claim, folder_of_claims, is_claimed, read_note
 
 HOLDER = """
 import sys, time
@@ -105,3 +106,62 @@ def test_the_branch_for_windows_holds_releases_and_waits(path, monkeypatch):
         monkeypatch.setattr(claim, "release", lambda: None)
     second.release()
     assert not is_claimed(path)
+    folder = path.parent / "claims"
+    with folder_of_claims(folder):
+        Claim.take(folder / "job").release()
+    assert (folder / "job").is_file()
+
+
+VISITOR = """
+import sys, time
+from pathlib import Path
+from nucsam.claims import Claim, folder_of_claims
+folder = Path(sys.argv[1])
+with folder_of_claims(folder):
+    with Claim.take(folder / "job", wait=True) as claim:
+        claim.note({"ended": 1})
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+
+
+def start_visitor(folder) -> subprocess.Popen:
+    """A process that is in the folder, and leaves it when its input ends."""
+    command = [sys.executable, "-c", VISITOR, str(folder)]
+    visitor = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True)
+    assert visitor.stdout.readline() == "in\n"
+    return visitor
+
+
+def test_the_last_process_to_leave_removes_a_folder_of_claims(tmp_path):
+    folder = tmp_path / "out" / "claims"
+    killed, stays = start_visitor(folder), start_visitor(folder)
+    killed.kill()
+    killed.wait()
+    with folder_of_claims(folder):
+        assert read_note(folder / "job") == {"ended": 1}
+    assert read_note(folder / "job") == {"ended": 1}  # for the one that stays
+    stays.communicate()
+    assert stays.returncode == 0
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+VISITS = """
+import os, sys
+from pathlib import Path
+from nucsam.claims import Claim, folder_of_claims
+folder = Path(sys.argv[1])
+job = folder / str(os.getpid())
+for _ in range(300):
+    with folder_of_claims(folder):
+        with Claim.take(job):
+            assert job.is_file()
+"""
+
+
+def test_processes_that_enter_and_leave_a_folder_of_claims_do_not_meet_its_removal(tmp_path):
+    folder = tmp_path / "claims"
+    command = [sys.executable, "-c", VISITS, str(folder)]
+    visitors = [subprocess.Popen(command) for _ in range(3)]
+    assert [visitor.wait() for visitor in visitors] == [0, 0, 0]
+    assert not folder.exists()

@@ -11,7 +11,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import chain, groupby, repeat, takewhile
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from nucsam import __version__
-from nucsam.claims import Claim, read_note
+from nucsam.claims import Claim, folder_of_claims, read_note
 from nucsam.config import changes
 from nucsam.console import Bar, PlainConsole
 from nucsam.data.folders import is_data_set, list_folder, scan_folder, stem_of
@@ -90,8 +90,8 @@ def predict_files(
         _remark_unfinished(RunDirectory(path))
     settings = _settings(name, predictor, mpp) | {"tissue": tissue}
     claims = out / ".claims" if process_count() > 1 else None
-    (claims or out).mkdir(parents=True, exist_ok=True)
-    with exit_on_sigterm():
+    out.mkdir(parents=True, exist_ok=True)
+    with exit_on_sigterm(), folder_of_claims(claims) if claims else nullcontext():
         with Claim.take(claims / RECORD, wait=True) if claims else nullcontext():
             _record(out / RECORD, settings, files, outlines, force)
         batch = Batch(predictor, files, out, mpp, force, claims, outlines, tissue)
@@ -346,7 +346,7 @@ class Batch:
             self.console.say(f"{self.skipped} image(s) with results skipped; force replaces them")
         with self.bar:
             self._predict()
-            while len(self.outcomes) < len(self.files) and not self._is_over():
+            while len(self.outcomes) < len(self.files):
                 time.sleep(POLL)  # other processes hold the rest
                 self._predict()
         if not is_first():
@@ -369,7 +369,6 @@ class Batch:
                 f"no nucleus in any image; they may have {why}. {self.predictor.trained}".rstrip()
             )
             self.console.say(text, style="yellow")
-        self._remove_claims()
         return int(failed > 0)
 
     def _has_ended(self, path: Path) -> bool:
@@ -381,18 +380,10 @@ class Batch:
             self.outcomes[path] = {"skipped": True}
         return path in self.outcomes
 
-    def _is_over(self) -> bool:
-        """Whether the first process has ended the launch: it removes the claims."""
-        return self.claims is not None and not self.claims.is_dir()
-
     def _take(self) -> Iterator[Path]:
         """The images that no process holds or has ended, claimed one by one."""
         for path in [path for path in self.files if path not in self.outcomes]:
-            try:
-                claim = Claim.take(self.claims / path.name) if self.claims else None
-            except FileNotFoundError:
-                assert self._is_over()
-                return
+            claim = Claim.take(self.claims / path.name) if self.claims else None
             if self.claims and claim is None:
                 continue
             if claim and self._has_ended(path):
@@ -498,15 +489,3 @@ class Batch:
         speed = self.predictor.tiles_done / self.bar.task.elapsed
         text = f"{ended}/{len(self.files) - self.skipped} images, {speed:.1f} tiles/s"
         self.bar.show(text, ended + part)
-
-    def _remove_claims(self) -> None:
-        """Remove the claims that nobody holds; a rerun needs none of them."""
-        if not self.claims:
-            return
-        for path in list(self.claims.iterdir()):
-            if claim := Claim.take(path):
-                with suppress(PermissionError):  # Windows removes no open file
-                    path.unlink()
-                claim.release()
-        with suppress(OSError):  # not empty: another launch works in the same folder
-            self.claims.rmdir()
