@@ -103,29 +103,38 @@ class Claim:
 def folder_of_claims(folder: Path) -> Iterator[None]:
     """Context that makes a folder for claims; the last process to leave it removes the folder.
 
-    Only then are the notes of all claims no longer wanted. A process that dies leaves too. On
-    Windows, which lacks shared claims, the folder stays.
+    Until then another process may read the notes in it. A process that dies has left. On Windows,
+    which lacks shared claims, the folder stays.
     """
-    presence = None
-    while presence is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not fcntl:
-            yield
-            return
-        with suppress(FileNotFoundError):  # a process that has left has just removed the folder
-            presence = Claim.take(folder / USED, wait=True, shared=True)
+    presence = _enter(folder)
     try:
         yield
     finally:
-        presence.release()
-        # A launcher whose first process has failed ends the others.
-        with handled(lambda *_: None, signal.SIGTERM), suppress(FileNotFoundError):
-            if last := Claim.try_once(folder / USED):
-                for path in sorted(folder.iterdir(), key=lambda path: path.name == USED):
-                    path.unlink()
-                with suppress(OSError):  # a process has just entered
-                    folder.rmdir()
-                last.release()
+        if presence:
+            presence.release()
+            # SIGTERM waits: a launcher whose first process has failed ends the others by it.
+            with handled(lambda *_: None, signal.SIGTERM), suppress(FileNotFoundError):
+                _remove_unused(folder)
+
+
+def _enter(folder: Path) -> Claim | None:
+    """Make the folder, and take a shared claim on its use; None on Windows."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not fcntl:
+            return None
+        with suppress(FileNotFoundError):  # a process that has left has just removed the folder
+            return Claim.take(folder / USED, wait=True, shared=True)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove the folder unless a process uses it."""
+    if claim := Claim.take(folder / USED):
+        with claim:
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == USED):  # USED last
+                path.unlink()
+            with suppress(OSError):  # a process has just entered
+                folder.rmdir()
 
 
 def is_claimed(path: Path) -> bool:

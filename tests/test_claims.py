@@ -113,7 +113,7 @@ def test_the_branch_for_windows_holds_releases_and_waits(path, monkeypatch):
 
 
 VISITOR = """
-import sys, time
+import sys
 from pathlib import Path
 from nucsam.claims import Claim, folder_of_claims
 folder = Path(sys.argv[1])
