@@ -100,6 +100,24 @@ class Claim:
 
 
 @contextmanager
+def lock_file(path: Path) -> Iterator[None]:
+    """Context that one process at a time is in, by a claim on a file that is there meanwhile.
+
+    Where the file system has no locks, processes do not wait for each other.
+    """
+    claim = None
+    with suppress(UserError):
+        claim = Claim.take(path, wait=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            path.unlink()  # before the release: the file may then be that of another process
+        if claim:
+            claim.release()
+
+
+@contextmanager
 def folder_of_claims(folder: Path) -> Iterator[None]:
     """Context that makes a folder for claims; the last process to leave it removes the folder.
 
@@ -120,11 +138,15 @@ def folder_of_claims(folder: Path) -> Iterator[None]:
 def _enter(folder: Path) -> Claim | None:
     """Make the folder, and take a shared claim on its use; None on Windows."""
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not fcntl:
-            return None
-        with suppress(FileNotFoundError):  # a process that has left has just removed the folder
-            return Claim.take(folder / USED, wait=True, shared=True)
+        # A process that leaves may remove the folder at any moment, even within `mkdir`.
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return Claim.take(folder / USED, wait=True, shared=True) if fcntl else None
+        except FileNotFoundError:
+            continue
+        except FileExistsError:
+            if folder.is_file():
+                raise
 
 
 def _remove_unused(folder: Path) -> None:

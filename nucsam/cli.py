@@ -51,6 +51,9 @@ def run_command(arguments: list[str]) -> int:
     """
     # without a source line
     warnings.formatwarning = lambda message, *_, **__: printable(f"warning: {message}\n")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a notebook has replaced it
+            stream.reconfigure(errors="replace")  # a terminal may lack a character
     try:
         app(arguments, prog_name="nucsam")
     except SystemExit as exit:
@@ -249,24 +252,24 @@ def evaluate_command(
 
         results = score_run(run, untrained=untrained, root=data, overlays=overlays, **both)
         trained = RunDirectory(run).trained_scores(results) if untrained else None
-        if not trained:
-            console.print(scores_sentence(results), style="bold")
+        remarks = [] if trained else [scores_sentence(results)]
     else:
         maps = {"vague": vague, "connected": connected, "region_class": region_class}
         results = pairs.score_folders(truth, pred, workers=workers or 0, **maps, **both)
-        trained = None
-        for remark in pairs.remarks(results):
-            console.print(remark, style="yellow")
-    if trained:
-        console.print(tables.change_table(results, trained))
-    for result in [] if trained else results["scores"]:
-        console.print(tables.organ_table(result), tables.summary_table(result))
+        trained, remarks = None, pairs.remarks(results)
+    # files first: a terminal may not have every character
     if as_json == "-":
         print(tables.to_json(results))
     elif as_json:
         tables.write_json(as_json, results)
     if csv:
         tables.write_csv(csv, results)
+    for remark in remarks:
+        console.print(remark, style="bold" if run is not None else "yellow")
+    if trained:
+        console.print(tables.change_table(results, trained))
+    for result in [] if trained else results["scores"]:
+        console.print(tables.organ_table(result), tables.summary_table(result))
 
 
 @app.command("predict")

@@ -57,10 +57,10 @@ def expanded(path: str | Path) -> Path:
 def stale_partials(folder: Path) -> dict[Path, Path]:
     """Temporary files of `atomic` whose process does not run here, and what each stands for.
 
-    They may lie anywhere in the folder. A temporary file may itself be written by `atomic`.
+    Those in subfolders are left out. A temporary file may itself be written by `atomic`.
     """
     stale = {}
-    for path in folder.rglob(".*.partial"):
+    for path in folder.glob(".*.partial"):
         result, process = path.name, None
         while match := _PARTIAL.fullmatch(result):
             result, process = match[1], int(match[2])

@@ -5,6 +5,7 @@ Windows has no SIGTERM that a process could handle. Its Ctrl-Break takes that pl
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,6 +44,18 @@ def check_joined(joined: int) -> None:
         found = f"the launcher started {process_count()} processes, Accelerate joined {joined}"
         advice = "on CPUs set ACCELERATE_USE_CPU=true or use launch/cpu2.yaml"
         raise UserError(f"WORLD_SIZE: {found}, so each would run alone; {advice}")
+
+
+def chosen_threads() -> int | None:
+    """The threads that OMP_NUM_THREADS chooses, of a list the first number; None = none chosen."""
+    match = re.match(r"\s*([1-9]\d{0,5})", os.environ.get("OMP_NUM_THREADS", ""))
+    return int(match[1]) if match else None
+
+
+def is_launched() -> bool:
+    """Whether `accelerate launch` or torchrun started this process."""
+    # Users set ACCELERATE_MIXED_PRECISION and ACCELERATE_USE_CPU themselves.
+    return any(name in os.environ for name in ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"))
 
 
 def launch_time() -> float:

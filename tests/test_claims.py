@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from subprocess import PIPE
 
 import pytest
 
 from nucsam import claims
-from nucsam.claims import Claim, folder_of_claims, is_claimed, read_note
+from nucsam.claims import Claim, folder_of_claims, is_claimed, lock_file, read_note
+from nucsam.errors import UserError
 
 HOLDER = """
 import sys, time
@@ -165,3 +168,33 @@ def test_processes_that_enter_and_leave_a_folder_of_claims_do_not_meet_its_remov
     visitors = [subprocess.Popen(command) for _ in range(3)]
     assert [visitor.wait() for visitor in visitors] == [0, 0, 0]
     assert not folder.exists()
+
+
+def test_a_lock_file_lets_one_in_at_a_time_and_goes(tmp_path):
+    total, path = tmp_path / "total", tmp_path / ".lock"
+    total.write_text("0")
+
+    def add_one(_):
+        with lock_file(path):
+            value = int(total.read_text())
+            time.sleep(0.002)
+            total.write_text(str(value + 1))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add_one, range(40)))
+    assert total.read_text() == "40" and not path.exists()
+
+
+def test_without_locks_a_lock_file_holds_nobody_up(tmp_path, monkeypatch):
+    def lockless(*_, **__):
+        raise UserError("no locks")
+
+    monkeypatch.setattr(Claim, "take", lockless)
+    with lock_file(tmp_path / ".lock"), lock_file(tmp_path / ".lock"):
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_place_of_the_claims_is_an_error(tmp_path):
+    (tmp_path / "claims").touch()
+    with pytest.raises(FileExistsError), folder_of_claims(tmp_path / "claims"):
+        pass

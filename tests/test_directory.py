@@ -173,6 +173,26 @@ def test_runs_are_sorted_by_value_and_fold_and_named_by_what_differs(tmp_path):
         assert (alone.variant, alone.name) == ("", f"fold {only.removeprefix('fold')}")
 
 
+def test_another_data_set_is_another_variant(tmp_path):
+    for root, sha in (("data", "0"), ("other", "1"), ("moved", "0")):
+        for fold in (0, 1) if root == "data" else (2,) if root == "moved" else (0,):
+            run = RunDirectory(tmp_path / f"{root}{fold}")
+            entry = {"organ": "", "group": "", "part": "train", "sha256": sha}
+            run.prepare(config(f"data.root={root}", f"data.fold={fold}"), {"a": entry})
+    variants = {run.folder.name: run.variant for run in read_runs(tmp_path)}
+    assert variants["data0"] == variants["data1"] == "data.root=data"
+    assert variants["other0"] == "data.root=other"
+
+
+def test_moved_images_make_no_variant_and_a_fold_comes_once(tmp_path):
+    for fold in (0, 1):
+        write_run(tmp_path / f"fold{fold}", config(f"data.root={fold}", f"data.fold={fold}"))
+    assert [run.variant for run in read_runs(tmp_path)] == ["", ""]
+    write_run(tmp_path / "again", config("data.fold=1"))
+    with pytest.raises(UserError, match=r"again.*fold1|fold1.*again"):
+        read_runs(tmp_path)
+
+
 def test_epochs_that_follow_from_presentations_make_no_variant(tmp_path):
     for number in (1000, 2000):
         for fold in (0, 1):  # of different numbers of images

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 from io import StringIO
@@ -339,3 +340,13 @@ def test_json_and_csv(folders, tmp_path):
 def test_scoring_loads_no_torch():
     code = "import sys, nucsam.score.pairs; assert not {'torch', 'scipy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_scores_are_shown_and_written_on_a_terminal_without_their_characters(folders, tmp_path):
+    root, _ = folders
+    command = [sys.executable, "-m", "nucsam", "evaluate", "--truth", root / "truth"]
+    command += ["--pred", root / "pred", "--json", tmp_path / "a.json"]
+    ascii = os.environ | {"PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(command, env=ascii, capture_output=True, text=True)
+    assert shown.returncode == 0 and "human liver" in shown.stdout
+    assert json.loads((tmp_path / "a.json").read_text())["missing"] == ["mouse fat_3"]

@@ -168,6 +168,22 @@ def test_evaluation_pairs_stems_of_masks(tmp_path, truth, pred):
     assert (missing, extra) == ([], ["y"])
 
 
+def test_evaluation_scores_a_prediction_once(tmp_path):
+    make(tmp_path, labels="t/x_mask.tif|t/x_seg.tif|p/x.tif")
+    with pytest.raises(UserError, match=r"x_seg\.tif: found .*x_mask\.tif for x\.tif too"):
+        find_pairs(tmp_path / "t", tmp_path / "p")
+
+
+@pytest.mark.parametrize("suffix", ["tif", "TIF"])
+def test_a_map_beside_an_outline_is_a_problem_whatever_its_suffix(tmp_path, suffix):
+    make(tmp_path, "images/a.png", "labels/a.tif")
+    (tmp_path / "labels" / "a.tif").rename(tmp_path / "labels" / f"a.{suffix}")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "a.geojson").write_text("[]")
+    with pytest.raises(UserError, match=r"annotations/a\.geojson: found .*expected one of them"):
+        find_records(tmp_path)
+
+
 def test_evaluation_takes_the_exact_stem_first(tmp_path):
     make(tmp_path, labels="t/x_mask.tif|p/x.tif|p/x_mask.tif|p/x_seg.tif")
     pairs, *_ = find_pairs(tmp_path / "t", tmp_path / "p")

@@ -493,3 +493,61 @@ def test_an_orientation_that_the_standard_lacks_turns_nothing(tmp_path):
     exif[274] = 99
     Image.fromarray(picture()).save(tmp_path / "a.jpg", exif=exif)
     assert read_image(tmp_path / "a.jpg").shape == picture().shape
+
+
+ODD = {
+    "YCbCr with alpha": ((24, 20, 4), "ycbcr", {"subsampling": (1, 1), "extrasamples": [2]}),
+    "CMY": ((24, 20, 3), "rgb", {}),
+    "CMYK with one channel": ((24, 20), "minisblack", {}),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_channels_that_do_not_go_with_the_colours_are_refused_or_read(tmp_path, name):
+    shape, photometric, options = ODD[name]
+    pixels = np.full(shape, 128, np.uint8)
+    tifffile.imwrite(path := tmp_path / "a.tif", pixels, photometric=photometric, **options)
+    if name == "YCbCr with alpha":
+        np.testing.assert_array_equal(read_image(path), np.full((24, 20, 3), 128))
+    else:
+        with tifffile.TiffFile(path, mode="r+b") as tiff:
+            tiff.pages[0].tags["PhotometricInterpretation"].overwrite(5)
+        with pytest.raises(UserError, match=r"a\.tif: found \d channels of SEPARATED"):
+            read_image(path)
+
+
+def test_a_palette_image_without_its_palette_is_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    colours = np.zeros((3, 256), np.uint16)
+    tifffile.imwrite(path, picture()[..., 0], photometric="palette", colormap=colours)
+    tag = struct.pack("<H", 320)  # ColorMap
+    data = path.read_bytes()
+    assert data.count(tag + struct.pack("<H", 3)) == 1
+    path.write_bytes(data.replace(tag + struct.pack("<H", 3), struct.pack("<HH", 65000, 3)))
+    with pytest.raises(UserError, match=r"a\.tif: found a palette image without its palette"):
+        read_image(path)
+
+
+def test_an_image_in_several_files_is_refused(tmp_path):
+    """Channels of an OME-TIFF that lie in a file each."""
+    planes = picture().transpose(2, 0, 1)
+    names = [f"m{k}.ome.tif" for k in range(3)]
+    blocks = "".join(
+        f'<TiffData FirstC="{k}" IFD="0" PlaneCount="1"><UUID FileName="{name}">urn:uuid:'
+        f"00000000-0000-0000-0000-00000000000{k}</UUID></TiffData>"
+        for k, name in enumerate(names)
+    )
+    for k, name in enumerate(names):
+        ome = (
+            '<?xml version="1.0" encoding="UTF-8"?><OME '
+            'xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+            f'UUID="urn:uuid:00000000-0000-0000-0000-00000000000{k}"><Image ID="Image:0">'
+            '<Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint8" SizeC="3" SizeT="1" '
+            f'SizeZ="1" SizeX="{W}" SizeY="{H}">{blocks}</Pixels></Image></OME>'
+        )
+        tifffile.imwrite(
+            tmp_path / name, planes[k], description=ome, metadata=None, compression="zlib"
+        )
+    assert tifffile.imread(tmp_path / names[1]).shape == (3, H, W)
+    with pytest.raises(UserError, match=r"m1\.ome\.tif: found an image .* several files"):
+        read_image(tmp_path / names[1])

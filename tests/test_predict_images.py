@@ -5,10 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import tifffile
 import torch
@@ -410,6 +415,74 @@ def test_results_of_another_image_of_the_same_name_are_not_taken(tmp_path, colou
     assert "QuPath: open an image" in capsys.readouterr().err
     assert names(tmp_path / "out") == ["predict.json", "x.geojson", "x.tif"]  # no overlay of fa
     assert tifffile.imread(tmp_path / "out" / "x.tif").shape == (210, 210)
+
+
+def test_a_change_anywhere_in_an_image_is_noticed(tmp_path, colour, capsys):
+    """Of the same size, in an uncompressed file."""
+    image, _ = discs(420)
+    for rows in (slice(0, 20), slice(200, 220), slice(400, 420)):
+        tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb")
+        out = tmp_path / f"out{rows.start}"
+        assert predict(tmp_path / "a.tif", "--out", out, "--formats", "labels") == 0
+        changed = image.copy()
+        changed[rows] = 255 - changed[rows]
+        tifffile.imwrite(tmp_path / "a.tif", changed, photometric="rgb")
+        assert predict(tmp_path / "a.tif", "--out", out, "--formats", "labels") == 2
+        assert "found results of another image" in capsys.readouterr().err
+
+
+def test_single_processes_side_by_side_keep_each_others_images(tmp_path, monkeypatch):
+    """A slow record of many."""
+    read = predict_images.read_json
+
+    def slowly(*arguments):
+        document = read(*arguments)
+        time.sleep(0.01)
+        return document
+
+    monkeypatch.setattr(predict_images, "read_json", slowly)
+    paths = [tmp_path / f"{k}.png" for k in range(12)]
+    out = tmp_path / "out"
+    for path in paths:
+        Image.fromarray(some_image(20, 20)).save(path)
+
+    def run(path):
+        return predict_images.predict_files("model", [path], out, formats=["csv"])
+
+    loaded = predictor(Colour(), tile=128, core=150, margin=40, mpp=0.25)
+    monkeypatch.setattr(predict_images, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(predict_images.Batch, "run", lambda self: 0)
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(run, paths)) == [0] * 12
+    inputs = json.loads((out / "predict.json").read_text())["inputs"]
+    assert inputs.keys() == {path.stem for path in paths} and names(out) == ["predict.json"]
+
+
+@pytest.mark.parametrize("mpp", ["nan", "inf", "250", "0", "-1"])
+def test_microns_per_px_of_no_microscope_are_refused(tmp_path, colour, capsys, mpp):
+    Image.fromarray(some_image()).save(tmp_path / "a.png")
+    assert predict(tmp_path / "a.png", "--out", tmp_path / "out", f"--mpp={mpp}") == 2
+    assert "mpp: found" in capsys.readouterr().err
+    with pytest.raises(UserError, match="mpp: found"):
+        predictor(Colour()).predict(some_image(), mpp=float(mpp))
+
+
+def test_regions_are_found_whatever_the_unicode_form_of_their_name(tmp_path, colour):
+    name = unicodedata.normalize("NFD", "Köln é")
+    Image.fromarray(some_image(200, 300)).save(tmp_path / f"{name}.png")
+    (tmp_path / "roi").mkdir()
+    region = drawing(polygon(square(0, 0, 60)))
+    (tmp_path / "roi" / f"{name}.geojson").write_text(json.dumps([region]))
+    arguments = [tmp_path / f"{name}.png", "--out", tmp_path / "out", "--roi", tmp_path / "roi"]
+    assert predict(*arguments) == 0
+
+
+def test_a_parquet_file_lies_in_a_folder_with_a_colon(tmp_path, colour, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(discs(200)[0]).save("a.png")
+    assert predict("a.png", "--out", "kidney:20x", "--formats", "parquet,csv") == 0
+    table = pyarrow.parquet.read_table((tmp_path / "kidney:20x" / "a.parquet").open("rb"))
+    assert len(table) == len(Path("kidney:20x/a.csv").read_text().splitlines()) - 1 > 0
 
 
 def test_settings_without_results_hold_nobody(tmp_path, colour):

@@ -88,3 +88,11 @@ def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(processes.sys, "platform", "darwin")
     monkeypatch.delattr(processes.ctypes, "CDLL")
     processes.keep_freed_memory()
+
+
+@pytest.mark.parametrize(
+    ("text", "threads"), [("", None), ("4", 4), (" 4,2", 4), ("0", None), ("all", None)]
+)
+def test_threads_are_chosen_as_openmp_reads_them(monkeypatch, text, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert processes.chosen_threads() == threads

@@ -8,6 +8,7 @@ import pytest
 import tifffile
 from PIL import Image
 from scipy.io import savemat
+from scipy.sparse import csc_array
 
 from nucsam.data.folders import find_records, scan_folder
 from nucsam.data.images import read_image
@@ -212,13 +213,29 @@ def test_a_huge_mat_is_refused_before_it_takes_memory(tmp_path, monkeypatch):
         read_instances(tmp_path / "a.mat")
 
 
-@pytest.mark.parametrize("content", ["text", "no inst_map", "fractions", "HDF5"])
+def test_a_sparse_mat_is_read(tmp_path):
+    savemat(tmp_path / "a.mat", {"inst_map": csc_array(squares(5, 6).astype(float))})
+    np.testing.assert_array_equal(read_instances(tmp_path / "a.mat"), squares(5, 6))
+
+
+ODD_MATS = {
+    "cell": np.array([np.eye(2), np.eye(3)], object),
+    "struct": {"a": 1},
+    "string": "labels",
+    "empty": np.zeros((0, 0)),
+    "complex": squares(1) * 1j,
+}
+
+
+@pytest.mark.parametrize("content", ["text", "no inst_map", "fractions", "HDF5", *ODD_MATS])
 def test_a_bad_mat_file_is_named(tmp_path, content):
     save(tmp_path / "images" / "a.png", picture(0))
     path = tmp_path / "labels" / "a.mat"
     save(path, squares(1) / 2)
     if content == "no inst_map":
         savemat(path, {"label": squares(1)})
+    elif content in ODD_MATS:
+        savemat(path, {"inst_map": ODD_MATS[content]})
     elif content in ("text", "HDF5"):
         header = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"
         path.write_bytes(b"MATLAB" if content == "text" else header + bytes(512))

@@ -118,7 +118,7 @@ def files_by_stem(
             continue
         if first.parent == path.parent:
             problems.append(f"{path}: found the stem of {first.name} again")
-        elif not ranked and (first.suffix in LABELS) != (path.suffix in LABELS):
+        elif not ranked and _is_of_kind(first, LABELS) != _is_of_kind(path, LABELS):
             problems.append(f"{path}: found {first} too, expected one of them")
     return files
 

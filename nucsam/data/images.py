@@ -272,6 +272,16 @@ def read_mpp(path: str | Path) -> float | None:
     return read_metadata(Path(path))[0]
 
 
+def check_mpp(mpp: float | None) -> None:
+    """Check that microns per px, where they are given, are those of a microscope.
+
+    Raises:
+        UserError: they are not between FINEST and COARSEST.
+    """
+    if mpp is not None and not FINEST <= mpp <= COARSEST:
+        raise UserError(f"mpp: found {mpp:g}, expected {FINEST:g} to {COARSEST:g} microns per px")
+
+
 def read_metadata(path: Path) -> tuple[float | None, list[str]]:
     """The microns per px of `read_mpp`, and what a user must know of how an image file is read.
 

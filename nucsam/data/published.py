@@ -179,6 +179,7 @@ def read_instances(path: Path) -> np.ndarray | None:
 
 def _read_mat(path: Path) -> np.ndarray:
     from scipy.io import loadmat, whosmat
+    from scipy.sparse import issparse
 
     with reading(path, "a whole .mat file; convert it to TIFF"):
         shapes = {name: shape for name, shape, _ in whosmat(path)}  # takes no memory
@@ -186,8 +187,10 @@ def _read_mat(path: Path) -> np.ndarray:
             raise UserError("found no inst_map, expected one id per nucleus in it")
         check_size(path, shapes["inst_map"])
         label = loadmat(path, variable_names=["inst_map"])["inst_map"]
-    ids = np.rint(label).astype(np.int32)
-    if ids.ndim != 2 or not np.array_equal(ids, label) or ids.min(initial=0) < 0:
+        if issparse(label):
+            label = label.toarray()
+    ids = np.rint(label).astype(np.int32) if label.dtype.kind in "buif" else np.zeros(0, np.int32)
+    if ids.ndim != 2 or not ids.size or not np.array_equal(ids, label) or ids.min() < 0:
         found = f"inst_map of {label.dtype} of shape {label.shape}"
         raise UserError(f"{path}: found {found}, expected integer ids (H, W)")
     return ids

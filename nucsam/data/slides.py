@@ -31,6 +31,9 @@ BAND = 2**24  # px that are counted at once
 CACHE = 2**27  # bytes of decoded tiles or strips that a TIFF keeps
 MOST = 2**30  # px: largest array that is read whole
 HOT = 1e-3  # share of values that may exceed the bits of a 16-bit image
+# How many channels an image may have, by its photometric tag: white-is-zero, black-is-zero, RGB,
+# palette, CMYK, YCbCr
+CHANNELS = {0: (1, 2, 3, 4), 1: (1, 2, 3, 4), 2: (1, 2, 3, 4), 3: (1, 2), 5: (4,), 6: (1, 3, 4)}
 SIDE_IMAGES = re.compile(r"label|macro|thumbnail|overview", re.IGNORECASE)
 
 # tifffile logs a problem and then raises it; the UserError is enough.
@@ -158,8 +161,11 @@ def _only_image(tiff: tifffile.TiffFile) -> tifffile.TiffPageSeries:
     if file.read(len(end_mark)) != end_mark:  # tifffile leaves out pages that it cannot reach
         found = f"{len(tiff.pages)} page(s) and no end of the page table"
         raise UserError(f"found {found}, expected a whole TIFF")
-    images = [s for s in tiff.series if not s.keyframe.subfiletype & 5]  # smaller copy, mask
-    images = [s for s in images if not SIDE_IMAGES.search(s.name)] or images or tiff.series
+    every = [s for s in tiff.series if all(page.parent is tiff for page in s.pages)]
+    if not every:  # each page must be read from the file that it lies in
+        raise UserError("found an image whose channels lie in several files, expected one file")
+    images = [s for s in every if not s.keyframe.subfiletype & 5]  # smaller copy, mask
+    images = [s for s in images if not SIDE_IMAGES.search(s.name)] or images or every
     images = [s for s in images if s.keyframe.is_tiled] or images
     first, *others = sorted(images, key=_area, reverse=True)
     if first.keyframe.is_tiled:
@@ -329,6 +335,7 @@ class TiffWindows(Windows):
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         tiff, series = open_tiff(path)
         page = series.keyframe
         blank = 255 if page.dtype == np.uint8 and page.photometric in (1, 2, 6) else 0
@@ -337,16 +344,20 @@ class TiffWindows(Windows):
                 raise UserError(f"found values of {page.dtype}, expected 8 or 16 bits")
             levels = sorted(series.levels, key=_area, reverse=True)
             self._levels = [TiffPixels(path, tiff, level, blank) for level in levels]
-            if self._levels[0].channels > 4 or page.photometric not in (0, 1, 2, 3, 5, 6):
-                found = f"{self._levels[0].channels} channels of {page.photometric.name}"
+            channels = self._levels[0].channels
+            if channels not in CHANNELS.get(page.photometric, ()):
+                found = f"{channels} channels of {page.photometric.name}"
                 raise UserError(f"found {found}, expected grey, RGB, CMYK or YCbCr")
+            if page.photometric == 3 and page.colormap is None:
+                raise UserError("found a palette image without its palette, expected one")
             self.sizes = [level.size for level in self._levels]
             self.shape = (*self.sizes[0], 3)
             self._bits = _tiff_bits(tiff, self._levels[0])
 
     def _read(self, level: int, rows: slice, columns: slice) -> np.ndarray:
         pixels = self._levels[level]
-        return _colour(pixels[rows, columns], pixels.page, self._bits)
+        with decoding(self._path):
+            return _colour(pixels[rows, columns], pixels.page, self._bits)
 
 
 def _tiff_bits(tiff: tifffile.TiffFile, pixels: TiffPixels) -> int:
@@ -403,7 +414,8 @@ def _colour(pixels: np.ndarray, page: tifffile.TiffPage, bits: int) -> np.ndarra
     # codecs of pictures decode YCbCr to RGB, but Aperio's 33003 stores it unmarked
     plain = page.compression not in tifffile.TIFF.IMAGE_COMPRESSIONS
     if page.compression == 33003 or (page.photometric == 6 and plain):
-        return np.asarray(Image.fromarray(np.ascontiguousarray(pixels), "YCbCr").convert("RGB"))
+        pixels = np.ascontiguousarray(pixels[..., :3])
+        return np.asarray(Image.fromarray(pixels, "YCbCr").convert("RGB"))
     return np.array(pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., [0, 0, 0]], order="C")
 
 

@@ -8,10 +8,11 @@ on their number.
 
 import hashlib
 import json
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain, groupby, repeat, takewhile
 from pathlib import Path
@@ -20,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from nucsam import __version__
-from nucsam.claims import Claim, folder_of_claims, read_note
+from nucsam.claims import Claim, folder_of_claims, lock_file, read_note
 from nucsam.config import changes
 from nucsam.console import Bar, PlainConsole
 from nucsam.data.folders import is_data_set, list_folder, scan_folder, stem_of
 from nucsam.data.geojson import read_shapes, write_geojson
-from nucsam.data.images import IMAGES, open_image, read_metadata
+from nucsam.data.images import IMAGES, check_mpp, open_image, read_metadata
 from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
 from nucsam.download import file_checksum
@@ -43,6 +44,7 @@ from nucsam.run.directory import RunDirectory
 
 POLL = 0.5  # s between looks at the images that other processes hold
 RECORD = "predict.json"  # file of the settings in a folder of results
+SAMPLES, SAMPLE = 16, 2**16  # parts of an image file, and bytes of each, by which it is known
 UNRECORDED = ("nucsam", "model")  # entries of predict.json that may differ from run to run
 
 
@@ -92,7 +94,7 @@ def predict_files(
     claims = out / ".claims" if process_count() > 1 else None
     out.mkdir(parents=True, exist_ok=True)
     with exit_on_sigterm(), folder_of_claims(claims) if claims else nullcontext():
-        with Claim.take(claims / RECORD, wait=True) if claims else nullcontext():
+        with lock_file(out / f".{RECORD}.lock"):  # single processes may run side by side, too
             _record(out / RECORD, settings, files, outlines, force)
         batch = Batch(predictor, files, out, mpp, force, claims, outlines, tissue)
         try:
@@ -118,8 +120,7 @@ def _check_options(formats: Sequence[str], scale: float | None, mpp: float | Non
         check_packages("spatial", "pyarrow", "shapely")
     if scale and mpp:
         raise UserError("scale, mpp: found both, expected one")
-    if mpp is not None and mpp <= 0:
-        raise UserError(f"mpp: found {mpp:g}, expected a positive number")
+    check_mpp(mpp)
 
 
 def find_image_files(paths: Sequence[Path]) -> list[Path]:
@@ -193,7 +194,9 @@ def _read_rois(roi: Path, images: Iterable[Path]) -> dict[Path, Outlines]:
     """The regions to predict in, of each image."""
     images = list(images)
     if roi.is_dir():
-        files = {path: roi / f"{stem_of(path)}.geojson" for path in images}
+        regions = {stem_of(p): p for p in list_folder(roi) if p.suffix.lower() == ".geojson"}
+        stems = {path: stem_of(path) for path in images}
+        files = {path: regions.get(s, roi / f"{s}.geojson") for path, s in stems.items()}
     elif len(images) == 1:
         files = {images[0]: roi}
     else:
@@ -262,14 +265,17 @@ def _record(
 
 
 def _known_by(image: Path, roi: Outlines | None) -> list[str]:
-    """Checksums of the beginning of an image file with its size, and of the file of its regions."""
+    """Checksums of the size and `SAMPLES` of an image file, and of the file of its regions."""
     regions = [file_checksum(roi.path)] if roi else []
-    try:
-        with image.open("rb") as file:
-            begins = file.read(2**18) + str(image.stat().st_size).encode()
-    except OSError:  # which reading it says
-        begins = b""
-    return [hashlib.sha256(begins).hexdigest(), *regions]
+    digest = hashlib.sha256()
+    with suppress(OSError), image.open("rb") as file:  # reading the image says what is wrong
+        size = file.seek(0, os.SEEK_END)
+        digest.update(str(size).encode())
+        # without a gap in a file that is no larger than all samples
+        for place in np.linspace(0, max(0, size - SAMPLE), SAMPLES).astype(int).tolist():
+            file.seek(place)
+            digest.update(file.read(SAMPLE))
+    return [digest.hexdigest(), *regions]
 
 
 def _results_of_others(

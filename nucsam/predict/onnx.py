@@ -17,6 +17,7 @@ from nucsam.errors import UserError, check_packages
 from nucsam.files import read_json
 from nucsam.model.instances import from_depth, from_foreground
 from nucsam.predict.predictor import Opened, Predictor
+from nucsam.processes import chosen_threads
 from nucsam.run.metadata import check_metadata
 
 SPLITS = {"foreground": from_foreground, "foreground,depth": from_depth}  # names of the maps
@@ -108,7 +109,7 @@ def _session(path: Path, device: str, per_device: int) -> Any:
         number = number or int(os.environ.get("LOCAL_RANK", "0")) // per_device
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": number}))
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))  # 0 = all cores
+    options.intra_op_num_threads = chosen_threads() or 0  # 0 = all cores
     try:
         return onnxruntime.InferenceSession(path, options, providers=providers)
     except Exception as error:  # onnxruntime raises classes of its own

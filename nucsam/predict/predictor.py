@@ -16,7 +16,7 @@ from PIL.Image import Image
 
 from nucsam.config import Config, Instances
 from nucsam.data import geojson
-from nucsam.data.images import read_image, read_mpp
+from nucsam.data.images import check_mpp, read_image, read_mpp
 from nucsam.data.labels import median_area
 from nucsam.data.samples import by_nuclei
 from nucsam.errors import UserError
@@ -120,8 +120,8 @@ class Predictor:
             A label map int32 (H, W), 0 = background, ids 1, 2, ...
 
         Raises:
-            UserError: another type or shape, a file that cannot be read, or a magnification more
-                than `RATIO` times off.
+            UserError: another type or shape, a file that cannot be read, no mpp of a microscope, or
+                a magnification more than `RATIO` times off.
         """
         pixels, mpp = _opened(image, mpp)
         return next(self.predict_many([pixels], [mpp]))
@@ -340,6 +340,7 @@ def _without_hidden(nuclei: Nuclei) -> Nuclei:
 
 def _opened(image: Picture, mpp: float | None) -> tuple[np.ndarray, float | None]:
     """The pixels uint8 (H, W, 3) of an image, and its microns per px."""
+    check_mpp(mpp)
     if isinstance(image, str | Path):
         return read_image(image), mpp or read_mpp(image)
     if isinstance(image, Image) and image.mode in ("L", "LA", "P", "RGBA", "YCbCr", "HSV"):

@@ -172,7 +172,8 @@ def parquet_table(path: Path, columns: Columns) -> Iterator[Table]:
     about = {"encoding": "WKB", "geometry_types": ["Polygon", "MultiPolygon"], "crs": None}
     geo = {"version": "1.0.0", "primary_column": "geometry", "columns": {"geometry": about}}
     schema = waiting[0].schema.with_metadata({"geo": json.dumps(geo)})
-    with ParquetWriter(path, schema, compression="zstd") as file:
+    # an open file, because pyarrow takes a path with a colon for a URI
+    with path.open("wb") as opened, ParquetWriter(opened, schema, compression="zstd") as file:
         yield encode, write
         file.write_table(pyarrow.concat_tables([encode(columns, []), *waiting]))
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,9 @@ class RunDirectory:
 
         The files of a process that still runs stay.
         """
-        for partial in stale_partials(self.path):
-            partial.unlink(missing_ok=True)
+        for folder in (self.path, self.state_file.parent):
+            for partial in stale_partials(folder):
+                partial.unlink(missing_ok=True)
         if self.exists() and self.read_config().train.epochs < config.train.epochs:
             self.scores_file.unlink(missing_ok=True)  # they are not those of more epochs
         write_text(self.images_file, json.dumps(images, indent=1) + "\n")
@@ -226,13 +228,16 @@ class RunRecord:
     environment: dict[str, Any]
     scores: dict[str, Any] | None  # None where the run has none yet
     variant: str = ""  # names the run's settings among several variants
+    digests: tuple[str, ...] = ()  # SHA-256 of each image of the data set, if they are known
 
     @classmethod
     def read(cls, folder: Path) -> "RunRecord":
         run = RunDirectory(folder)
         config = run.read_config()
         scores = run.read_scores(config)
-        return cls(folder, config, run.read_metrics(), run.read_environment(), scores)
+        digests = tuple(sorted(image["sha256"] for image in run.read_images().values()))
+        epochs, environment = run.read_metrics(), run.read_environment()
+        return cls(folder, config, epochs, environment, scores, digests=digests)
 
     @property
     def name(self) -> str:
@@ -252,7 +257,8 @@ def read_runs(folder: Path) -> list[RunRecord]:
     A run on all folds (`data.fold = "all"`) beside runs of folds is left out.
 
     Raises:
-        UserError: `folder` holds no run, or a file of one is damaged.
+        UserError: `folder` holds no run, or two of one fold with the same settings, or a file of
+            one is damaged.
     """
     if RunDirectory(folder).exists():
         return [RunRecord.read(folder)]
@@ -267,6 +273,10 @@ def read_runs(folder: Path) -> list[RunRecord]:
     first = runs[0].config
     lines = [line for run in runs for line in conflicts(first, run.config, "data.fold")]
     differing = {line.partition(":")[0] for line in lines}
+    if len({run.digests for run in runs if run.digests}) > 1:
+        # not one data set that lies in several places
+        places = ("data.root", "data.test")
+        differing |= {key for key in places if len({r.config.flat()[key] for r in runs}) > 1}
     if all(run.config.train.presentations for run in runs):
         differing.discard("train.epochs")  # follows from them and the number of images
 
@@ -279,4 +289,9 @@ def read_runs(folder: Path) -> list[RunRecord]:
     def variant(run: RunRecord) -> str:
         return ", ".join(f"{key}={value}" for key, value in varied(run).items())
 
-    return [replace(run, variant=variant(run)) for run in sorted(runs, key=order)]
+    runs = [replace(run, variant=variant(run)) for run in sorted(runs, key=order)]
+    for run, following in pairwise(runs):
+        if (run.variant, run.name) == (following.variant, following.name):
+            found = f"{run.folder} and {following.folder}: found two runs of {run.name}"
+            raise UserError(f"{found} with the same settings, expected one")
+    return runs

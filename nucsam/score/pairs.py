@@ -114,17 +114,21 @@ def find_pairs(
     truths, predictions = _truth_files(Path(truth)), _label_files(Path(pred), LABELS)
     masks = _label_files(Path(vague), IMAGES) if vague else {}
     predicted, unsure = _by_any_name(predictions), _by_any_name(masks)
-    pairs, missing, used = [], [], set()
+    pairs, missing, problems = [], [], []
+    used: dict[_File, Path] = {}
     for name, file in sorted(truths.items()):
         bare = folders.bare_stem(name)
         found = predicted.get(name) or (None if bare in truths else predicted.get(bare))
         if found is None:
             missing.append(name)
             continue
-        used.add(found)
+        first = used.setdefault(found, file.path)
+        if first is not file.path:
+            problems.append(f"{file.path}: found {first} for {found.path.name} too, expected one")
         place = folders.first_group(pattern, name) or file.organ
         mask = unsure[name].path if name in unsure else file.vague
         pairs.append(Pair(name, place, file.path, found.path, mask))
+    folders.raise_problems(truth, problems)
     extra = sorted(name for name, file in predictions.items() if file not in used)
     if not pairs:
         names = f"found {shortened(extra)}, expected {shortened(missing)}"
