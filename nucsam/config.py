@@ -395,10 +395,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
-    except (ValueError, RecursionError, OSError) as error:  # ValueError: not TOML or not UTF-8
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
     return override(tables, overrides, source=str(path))
 

@@ -102,5 +102,8 @@ def test_a_grid_is_drawn_against_its_number():
         "Test AJI by data.images: model.train=lora 4: 50.0 ± 14.1, 42: 70.0 ± 0.0; "
         "model.train=full 4: 30.0 ± 0.0, 8: 20.0 ± 0.0"
     )
+    more = [variant(64, 0, 0.9)]  # 41 + 1 were there, so that it used as many as 0, which is all
+    more[0].environment["images"] |= {"train": 41}
+    assert "42: 80.0 ± 14.1" in charts.grid_chart(runs + more).text
     assert charts.grid_chart([variant(4, 0, 0.4), variant(4, 1, 0.6)]) is None
     assert charts.grid_chart([record()]) is None

@@ -1,4 +1,5 @@
 import math
+import os
 import re
 import string
 import tomllib
@@ -24,6 +25,7 @@ from nucsam.config import (
     to_toml,
 )
 from nucsam.errors import UserError
+from nucsam.files import write_text
 from nucsam.folds.jobs import variants
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -395,3 +397,9 @@ def test_a_regular_expression_that_could_hang_is_refused(pattern):
 )
 def test_a_usual_regular_expression_is_taken(pattern):
     assert compiled("organ", pattern).pattern == pattern
+
+
+def test_a_folder_whose_name_is_not_utf8_comes_back(tmp_path):
+    config = override({}, [f"data.root={os.fsdecode(bytes([99, 0xE9]))}"])
+    write_text(tmp_path / "config.toml", to_toml(config))
+    assert load_config(tmp_path / "config.toml") == config

@@ -123,6 +123,13 @@ def wait_for(path, seconds=60):
         time.sleep(0.02)
 
 
+def test_values_that_look_alike_in_a_name_have_folders_of_their_own(tmp_path, tiny):
+    by_label = variants(tiny(), ["data.region_class=['a=b', 'a-b', 'a, b', 'a,b']"])
+    runs = {job.run for job in plan(by_label, tmp_path)}
+    assert len(by_label) == 4 and len(runs) == 4 * tiny().data.folds
+    assert tmp_path / "data.region_class-a-b" / "fold0" in runs  # as it always was
+
+
 def test_jobs_of_a_grid_in_order(tmp_path, tiny):
     by_label = variants(tiny(), ["model.rank=[2, 4]", "model.alpha=[4, 8.0]"])
     labels = [f"model.rank={rank}, model.alpha={alpha}" for rank in (2, 4) for alpha in (4.0, 8.0)]
@@ -253,6 +260,32 @@ def test_a_failed_job_is_not_tried_again_under_a_clock_that_is_set_back(launch):
     assert end(launch())[0] == 0 and folds_started() == [1]
 
 
+def test_a_choice_of_precision_is_no_launcher(launch):
+    """`nohup nucsam folds` goes on when its shell ends."""
+    shell = ["sh", "-c", '"$0" driver.py --grid "train.seed=[0]" > log & exec sleep 60']
+    fake = {"0": "wait"}
+    outer = launch(command=[*shell, sys.executable], fake=fake, ACCELERATE_MIXED_PRECISION="no")
+    wait_for("runs/train.seed-0/fold0/config.toml")
+    outer.kill()
+    outer.wait()
+    time.sleep(0.3)  # several looks at the parent
+    Path("go").touch()
+    wait_for("runs/table.md")
+
+
+def test_an_interrupted_retry_of_another_launch_keeps_how_the_first_try_ended(launch):
+    first = launch(fake={"0": "fail", "1": "wait"})
+    wait_for("runs/fold1/config.toml")  # so that fold 0 has failed
+    second = launch(fake={"0": "hang"})
+    wait_for("runs/fold0/hangs")
+    second.send_signal(signal.SIGINT)
+    end(second)
+    Path("go").touch()
+    status, output = end(first)
+    assert status == 1 and "fold 0 ended with status 1" in output
+    assert end(launch())[0] == 0
+
+
 def test_a_stopped_fold_with_scores_is_not_finished(launch):
     assert end(launch())[0] == 0 and len(started()) == 5
     Path("runs/fold2/metrics.jsonl").write_text('{"epoch": 1}\n')  # as after `evaluate` of old
@@ -318,10 +351,10 @@ def test_a_killed_process_takes_its_child_along_and_keeps_no_claim(launch):
 def test_a_launcher_that_dies_ends_its_process(launch):
     """A shell stands for `accelerate launch` of one process, which forwards no signal."""
     shell = ["sh", "-c", '"$0" driver.py; exit 0', sys.executable]
-    launcher = launch(command=shell, fake={"0": "hang"}, ACCELERATE_MIXED_PRECISION="no")
+    launcher = launch(command=shell, fake={"0": "hang"}, ACCELERATE_DYNAMO_BACKEND="no")
     wait_for("runs/fold0/hangs")
     launcher.kill()
-    end(launcher)
+    assert "the launcher has ended" in end(launcher)[1]
     wait_for("runs/fold0/saved")
     assert folds_started() == [0]
 

@@ -13,6 +13,7 @@ from conftest import same_tensors
 from torch import nn
 
 from nucsam.config import Instances, Loss, Model, load_config
+from nucsam.errors import UserError
 from nucsam.model import losses, targets
 from nucsam.model.heads import Block, InstanceHead, Norm
 from nucsam.model.lora import LoRALinear
@@ -428,3 +429,9 @@ def test_an_export_brings_its_head(base):
     # The sam head has no place for it.
     sam = build_model(Model(head="sam"), export, seed=9)
     assert not any(name.startswith("head.") for name in sam.state_dict())
+
+
+def test_a_pattern_of_layers_that_do_not_train_is_refused(base):
+    config = Model(head="sam", pattern="iou_prediction_head")
+    with pytest.raises(UserError, match=r"model\.pattern: found 'iou_prediction_head'"):
+        build_model(config, base, seed=0)

@@ -17,7 +17,7 @@ from conftest import same_tensors
 
 from nucsam import names
 from nucsam.cli import run_command
-from nucsam.export.merged import export_run
+from nucsam.export.merged import export_run, model_card
 from nucsam.model.weights import load_base, state_sha256
 from nucsam.names import STARTER_FILE, find_model
 from nucsam.predict.models import load
@@ -273,6 +273,8 @@ def test_a_card_says_what_the_file_says(run, monkeypatch, capsys):
     assert f"AJI {100 * metadata['scores']['aji']:.1f} %" in card
     # what a training must set to take these weights
     assert "model.weights=hf:ann/nuclei model.width=32 data.scale=1.0  #" in card
+    metadata["config"]["model"]["finest"] = 1
+    assert "model.width=32 model.finest=1 data.scale=1.0  #" in model_card("ann/n", metadata)
 
 
 def test_the_caches_are_listed(published, capsys, monkeypatch):

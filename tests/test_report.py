@@ -293,6 +293,21 @@ def test_a_cross_validation_and_its_variants(finished, tmp_path, no_charts):
     assert len(page.values("data-organ")) == 8  # those of one variant
 
 
+def test_runs_on_all_images_miss_no_fold(one, tmp_path, no_charts):
+    out = tmp_path / "seeds"
+    for seed in (0, 1):
+        run = shutil.copytree(one, out / f"seed{seed}")
+        change_config(run, "data", fold="all")
+        change_config(run, "train", seed=seed)
+        scores = read_scores(run)
+        scores["images_of"] = "inner"
+        scores["split"]["fold"] = "all"
+        (run / "scores.json").write_text(json.dumps(scores))
+    page = written(out)
+    assert "folds so far" not in page.text and "1 of 3" not in page.text
+    assert "Percent: the mean over images. Weights kept" in page.text
+
+
 def test_scores_that_flatter_are_marked(one, no_charts):
     change_config(one, "data", select="test")
     scores = read_scores(one) | {"images_of": "inner"}

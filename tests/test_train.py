@@ -21,11 +21,12 @@ from nucsam.data.samples import by_nuclei, is_resampled
 from nucsam.data.splits import find_split
 from nucsam.data.synthetic import write_dataset
 from nucsam.errors import UserError
+from nucsam.export.merged import export_run
 from nucsam.folds.runner import cross_validate
 from nucsam.model import network
 from nucsam.run import checkpoint
 from nucsam.run.directory import RunDirectory
-from nucsam.score.runs import score_run
+from nucsam.score.runs import score_run, scores_sentence
 from nucsam.train import loop
 from nucsam.train import training as training_module
 from nucsam.train.loop import fit, rate
@@ -160,6 +161,28 @@ def test_the_state_is_saved_every_save_minutes_and_after_an_epoch(tiny, tmp_path
     monkeypatch.setattr(Training, "save", save)
     fit(tiny("train.batch=1", "train.epochs=1", "train.save_minutes=1"), tmp_path / "run")
     assert saved == [2, 4, 5]
+
+
+def test_an_epoch_that_was_interrupted_counts_all_its_time(tiny, tmp_path, monkeypatch):
+    clock = SimpleNamespace(seconds=0.0, monotonic=lambda: clock.seconds)
+
+    def step(*arguments, step=loop.step):
+        clock.seconds += 30.0
+        step(*arguments)
+
+    for module in ("loop", "training"):
+        monkeypatch.setattr(f"nucsam.train.{module}.time", clock)
+    monkeypatch.setattr(loop, "step", step)
+    config, run = tiny("train.batch=1", "train.epochs=2"), tmp_path / "run"
+    stops = itertools.count(1)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(StopSignals, "agreed", lambda *_: (next(stops) == 2, False))
+        fit(config, run)
+    clock.seconds += 1e6
+    fit(config, run, resume=True)
+    lines = RunDirectory(run).read_metrics()
+    assert [line["seconds"] for line in lines] == [150.0, 150.0]  # 5 steps each
+    assert [line["images_per_second"] for line in lines] == [round(1 / 30, 3)] * 2
 
 
 def test_the_average_follows_the_first_steps_faster(tiny, tmp_path, monkeypatch):
@@ -361,8 +384,6 @@ def test_accumulation_equals_a_larger_batch(tiny, tmp_path):
 
 
 def test_an_export_is_a_base_whose_epoch_0_is_scored(once, tmp_path, capsys):
-    from nucsam.export.merged import export_run
-
     run, _, _ = once
     export_run(run, tmp_path / "merged.safetensors")
     changes = ("train.lr_head=3.0", "train.clip=100.0", "train.epochs=1")
@@ -378,8 +399,24 @@ def test_an_export_is_a_base_whose_epoch_0_is_scored(once, tmp_path, capsys):
     assert "training made it worse" in capsys.readouterr().out
 
 
+def test_an_export_of_the_sam_head_is_a_base_whose_epoch_0_is_scored(tiny, tmp_path):
+    fit(tiny("model.head=sam", "train.epochs=1"), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "merged.safetensors")
+    weights = f"model.weights={tmp_path / 'merged.safetensors'}"
+    for head, first in (("sam", 0), ("instance", 1)):  # the other one is not a trained head
+        fit(tiny(f"model.head={head}", "train.epochs=1", weights), tmp_path / head)
+        assert history(tmp_path / head)[0]["epoch"] == first
+
+
 def test_speed_is_images_by_seconds():
     assert epoch_speed(torch.device("cpu"), 2.0, 10)["images_per_second"] == 5.0
+    assert epoch_speed(torch.device("cpu"), 0.0, 10)["images_per_second"] > 0  # a coarse clock
+
+
+def test_undefined_scores_are_a_dash():
+    headline = {"dice": 0.5, "aji": math.nan, "pq": None}
+    scores = {"images_of": "test", "untrained": True, "headline": headline}
+    assert scores_sentence(scores) == "untrained model, test images: DICE 50.0, AJI –, PQ –"
 
 
 def test_all_trains_on_everything_but_the_inner_split(tiny, tmp_path):

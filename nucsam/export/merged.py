@@ -46,7 +46,7 @@ SUFFIXES = {  # of a file -> formats that it may have, the first one without bei
 }
 
 # What a training must set as the export's did, to take its weights at its scale.
-SHAPE = ("model.encoder", "model.head", "model.width", "data.scale")
+SHAPE = ("model.encoder", "model.head", "model.width", "model.finest", "data.scale")
 
 
 def export_run(

@@ -128,7 +128,8 @@ def _folder_name(label: str) -> str:
     """A variant's label as a file name, unique by a hash where characters are lost."""
     wanted = label.replace(", ", ",").replace("=", "-")  # `a=b` would read as an override
     name = re.sub(r"[^\w.,+-]+", "-", wanted)[:100]
-    if name == wanted:
+    # a value with = or a comma could read as another label
+    if name == wanted and all(part.count("=") == 1 for part in label.split(", ") if part):
         return name
     return f"{name}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
@@ -145,7 +146,7 @@ def child_environment(environment: Mapping[str, str], device: str) -> dict[str, 
     """
     child = {key: text for key, text in environment.items() if not _OF_LAUNCHERS.fullmatch(key)}
     threads = max(1, allowed_cores() // int(environment.get("LOCAL_WORLD_SIZE", 1)))
-    child.setdefault("OMP_NUM_THREADS", str(threads))
+    child["OMP_NUM_THREADS"] = child.get("OMP_NUM_THREADS") or str(threads)
     return child | {"CUDA_VISIBLE_DEVICES": device, "PYTHONUNBUFFERED": "1"}
 
 

@@ -34,7 +34,7 @@ from nucsam.files import expanded, printable, write_text
 from nucsam.folds.jobs import Job, child_environment, device_of, plan, variants
 from nucsam.folds.methods import methods_section
 from nucsam.folds.table import cross_validation, table_csv, table_latex, table_rows, table_sections
-from nucsam.processes import ask_to_stop, child_options, handled, is_first
+from nucsam.processes import ask_to_stop, child_options, handled, is_first, is_launched
 from nucsam.run.directory import RunDirectory
 from nucsam.run.learning import learnt_nothing
 from nucsam.score.tables import COLUMNS, percent, write_json
@@ -213,6 +213,8 @@ def run_jobs(jobs: Sequence[Job], base: Config, out: Path) -> Board:
                 time.sleep(POLL)
         board.refresh()
     if stop():
+        if stop.orphaned:
+            board.console.say("stopped, because the launcher has ended; a rerun continues", "red")
         raise SystemExit(128 + stop.signal)
     return board
 
@@ -225,15 +227,17 @@ class _Stop:
 
     def __init__(self) -> None:
         self.signal = 0
-        launchers = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-        launched = any(name in os.environ for name in launchers)
-        self.launcher = os.getppid() if launched else None
+        self.launcher = os.getppid() if is_launched() else None
+
+    @property
+    def orphaned(self) -> bool:
+        return self.launcher is not None and os.getppid() != self.launcher
 
     def ask(self, number: int, _: FrameType | None) -> None:
         self.signal = number
 
     def __call__(self) -> bool:
-        if self.launcher and os.getppid() != self.launcher:
+        if self.orphaned:
             self.signal = self.signal or signal.SIGTERM
         return bool(self.signal)
 
@@ -246,7 +250,7 @@ def _work(job: Job, claim: Claim, environment: dict[str, str], stop: _Stop, boar
     where = f"{socket.gethostname()} {environment['CUDA_VISIBLE_DEVICES'] or 'CPU'}"
     with job.log.open("ab") as log:
         note = {"began": time.time(), "where": where, "log_from": log.tell()}
-        note["failures"] = _failures(job)
+        note |= {"failures": _failures(job), "status": job.note().get("status")}
         claim.note(note)
         child = subprocess.Popen(
             [*(job.trainer or TRAINER), str(settings), "--out", str(job.run), "--resume"],

@@ -129,7 +129,8 @@ def build_model(config: Model, base: Base, *, seed: int, checkpoint: bool = Fals
         checkpoint: as in `Encoder`.
 
     Raises:
-        UserError: the head of the base has another shape; no layer matches `config.pattern`.
+        UserError: the head of the base has another shape; no layer matches `config.pattern`, or
+            none that trains.
     """
     with seeded(seed):
         model = Nucsam(config, checkpoint)
@@ -139,6 +140,9 @@ def build_model(config: Model, base: Base, *, seed: int, checkpoint: bool = Fals
             lora.inject(model, pattern, rank=config.rank, alpha=config.alpha)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_trains(name, config))
+    if not model.trainable():
+        found = f"found {config.pattern!r}, which matches only layers that do not train"
+        raise UserError(f"model.pattern: {found}, expected layers of the encoder")
     return model
 
 
@@ -147,9 +151,9 @@ def _put_base(model: Nucsam, base: Base, config: Model) -> None:
     expected = model.state_dict()
     head = {name: tensor for name, tensor in expected.items() if name.startswith("head.")}
     if head and base.extra and (problem := misfit(base.extra, head)):
+        settings = f"model.width = {config.width} and model.finest = {config.finest}"
         raise UserError(
-            f"{base.source}: found another head, expected that of model.width = {config.width}: "
-            f"{problem}"
+            f"{base.source}: found another head, expected that of {settings}: {problem}"
         )
     tensors = base.state | base.extra
     tensors = {name: tensor for name, tensor in tensors.items() if name in expected}

@@ -38,6 +38,7 @@ class Base:
     source: str  # a path, a name of `find_model`, or "none (random, seed 0)"
     extra: dict[str, Tensor] = field(default_factory=dict)  # `head.*` of a nucsam export
     encoder: str = "mobile_sam"  # a name in `BASES`
+    trained_head: str = ""  # `model.head` of a nucsam export; "" of any other file
 
 
 def load_base(spec: str | Path, encoder: str = "mobile_sam", *, seed: int = 0) -> Base:

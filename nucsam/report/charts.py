@@ -131,7 +131,7 @@ def grid_chart(runs: Sequence[RunRecord]) -> Chart | None:
     axis = next((key for key in varied if type(SETTINGS[key].default) in (int, float)), None)
     if axis is None:
         return None
-    places = {}
+    places = {}  # number in the setting -> where it is drawn
     series = defaultdict(lambda: defaultdict(list))
     for run, flat in zip(scored, flats):
         headline = run.scores["headline"]
@@ -142,10 +142,10 @@ def grid_chart(runs: Sequence[RunRecord]) -> Chart | None:
                 series[line][flat[axis]].append(headline[metric])
         places[flat[axis]] = _images_used(run) if axis == "data.images" else flat[axis]
     title = f"Test {'AJI' if len(varied) > 1 else 'scores'} by {axis}"
-    points = {
-        line: {places[value]: scores for value, scores in by_value.items()}
-        for line, by_value in series.items()
-    }
+    points = {line: defaultdict(list) for line in series}
+    for line, by_value in series.items():
+        for value, scores in by_value.items():
+            points[line][places[value]] += scores
     return against(points, title, axis) if points else None
 
 

@@ -31,11 +31,13 @@ def summary(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Test scores of the folds of one variant.
 
     Returns:
-        `variant`; `folds`, how many are scored; `kept`, the epochs whose weights are kept. By
-        metric: `mean` over a fold's images, then over folds, 0..1, None without scores; `std`, the
-        sample standard deviation over folds, None of fewer than two; `interval` of a single run,
-        the 95 % bootstrap interval over images, {} of fewer than FEWEST.
+        `variant`; `folds`, how many are scored, "" where `data.fold` is "all"; `kept`, the epochs
+        whose weights are kept. By metric: `mean` over a fold's images, then over folds, 0..1, None
+        without scores; `std`, the sample standard deviation over folds, None of fewer than two;
+        `interval` of a single run, the 95 % bootstrap interval over images, {} of fewer than
+        FEWEST.
     """
+    data = runs[0].config.data
     scored = [run for run in runs if run.scores]
     interval = {}
     if len(runs) == len(scored) == 1 and len(scored[0].rows) >= FEWEST:
@@ -44,7 +46,7 @@ def summary(runs: Sequence[RunRecord]) -> dict[str, Any]:
         interval = {metric: pair for metric, pair in limits.items() if None not in pair}
     return {
         "variant": runs[0].variant,
-        "folds": f"{len(scored)} of {runs[0].config.data.folds}",
+        "folds": "" if data.fold == "all" else f"{len(scored)} of {data.folds}",
         "kept": ", ".join(str(run.scores["epoch"]) for run in scored),
         **without_nan(over_folds([run.scores["headline"] for run in scored])),
         "interval": interval,

@@ -120,7 +120,7 @@ def _contents(
         "places": places,
         "cost": facts.training_cost(runs),
         "changed": differences(Config(), runs[0].config),
-        "toml": RunDirectory(runs[0].folder).config_file.read_text(encoding="utf-8"),
+        "toml": RunDirectory(runs[0].folder).config_file.read_text("utf-8", "surrogateescape"),
         "pages": [RunDirectory(run.folder).report_file.relative_to(folder) for run in all_runs],
     }
 

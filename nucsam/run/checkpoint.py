@@ -7,7 +7,7 @@ ever unpickled, and every write is atomic.
 import json
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,25 +163,28 @@ def open_base(spec: str, encoder: str = "mobile_sam") -> Base:
     if spec in ("auto", "none"):
         return load_base(spec, encoder)
     path, source = find_model(spec)
-    adapter = _adapter_config(path)
-    if adapter is None:
-        return replace(load_base(path, encoder), source=source)
-    if adapter.model.encoder != encoder:
-        found = f"found an adapter of {adapter.model.encoder!r}"
+    kind, config = _exported(path)
+    if kind != "adapter":
+        head = config.model.head if kind == "merged" else ""
+        return replace(load_base(path, encoder), source=source, trained_head=head)
+    if config.model.encoder != encoder:
+        found = f"found an adapter of {config.model.encoder!r}"
         raise UserError(f"{source}: {found}, expected one of model.encoder = {encoder!r}")
     net, _, base, _ = open_adapter(path)
     state = merged_tensors(net, base)
     head = {name: state.pop(name) for name in sorted(state) if name.startswith("head.")}
-    return Base(state, state_sha256(base.state | net.trainable()), source, head, encoder)
+    sha256 = state_sha256(base.state | net.trainable())
+    return Base(state, sha256, source, head, encoder, config.model.head)
 
 
-def _adapter_config(path: Path) -> Config | None:
-    """The configuration of an adapter file; None of any other file."""
+def _exported(path: Path) -> tuple[str, Config | None]:
+    """The kind and the configuration of a nucsam export; "" and None of any other file."""
     if path.suffix != ".safetensors" or not path.is_file():
-        return None
+        return "", None
     _, entries = read_safetensors(path)
     metadata = read_json(entries.get("nucsam", "{}"), f"{path}: `nucsam` metadata")
-    return check_metadata(path, metadata) if metadata.get("kind") == "adapter" else None
+    kind = metadata.get("kind")
+    return (kind, check_metadata(path, metadata)) if kind in ("adapter", "merged") else ("", None)
 
 
 def save_random_base(run: RunDirectory, base: Base) -> None:
@@ -267,6 +270,7 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     images: int = 0  # seen by this process since the epoch began
+    seconds: float = 0.0  # since then, without what lay between a stop and its resume
     sums: dict[str, float] = field(default_factory=dict)  # of each loss term over those images
     history: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
     best: dict[str, Any] = field(default_factory=dict)  # the line whose weights are kept
@@ -343,7 +347,9 @@ def read_progress(path: Path, metadata: dict[str, Any]) -> Progress:
         UserError: it is missing or of another form.
     """
     values = metadata.get("progress")
-    kinds = {"step": int, "images": int, "sums": dict, "history": list, "best": dict}
-    if isinstance(values, dict) and {key: type(v) for key, v in values.items()} == kinds:
-        return Progress(**values)
+    kinds = {key: type(value) for key, value in asdict(Progress()).items()}
+    if isinstance(values, dict):
+        values = {"seconds": 0.0} | values  # of earlier versions
+        if {key: type(value) for key, value in values.items()} == kinds:
+            return Progress(**values)
     raise UserError(f"{path}: found no progress of a run; {_START_AGAIN}")

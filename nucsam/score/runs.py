@@ -25,7 +25,7 @@ from nucsam.run.directory import RunDirectory
 from nucsam.run.metadata import known_certainty
 from nucsam.score.metrics import score_maps
 from nucsam.score.pairs import protocols_for
-from nucsam.score.tables import HEADLINE, image_row, scored
+from nucsam.score.tables import HEADLINE, image_row, percent, scored
 
 PROTOCOL = "nuinsseg"
 
@@ -210,7 +210,7 @@ def describe_scores(
 
 def scores_sentence(scores: dict[str, Any]) -> str:
     """The headline scores in percent, with what a reader must know of them."""
-    numbers = [f"{name.upper()} {100 * value:.1f}" for name, value in scores["headline"].items()]
+    numbers = [f"{name.upper()} {percent(value)}" for name, value in scores["headline"].items()]
     images = f"{scores['images_of']} images"
     if scores["untrained"]:
         return f"untrained model, {images}: {', '.join(numbers)}"

@@ -73,7 +73,8 @@ def _fit(
     """`fit` in a directory that this launch alone writes."""
     training = Training(config, out, resume=resume, build=build)
     config, progress = training.config, training.progress
-    if training.base.extra and not progress.step and not progress.history:
+    trained = training.base.trained_head == config.model.head
+    if trained and not progress.step and not progress.history:
         # The base is a trained model: epoch 0 shows later whether training made it worse.
         training.log({"epoch": 0, "step": 0, **validate(training)}, validated=True)
     training.net.train()
@@ -106,7 +107,7 @@ def epoch(training: Training, bar: Bar, stop: StopSignals) -> None:
     done = progress.step - number * batches.steps  # all of them, if only the log line is missing
     batches.set_epoch(number, skip=done * t.accumulate)
     micro_batches = iter(training.loader)
-    began = time.monotonic()
+    began = time.monotonic() - progress.seconds
     for _ in range(done, batches.steps):
         step(training, micro_batches)
         speed = (bar.task.speed or 0) * _step_images(training)
@@ -118,6 +119,7 @@ def epoch(training: Training, bar: Bar, stop: StopSignals) -> None:
         due = time.monotonic() - training.saved_at > 60 * t.save_minutes
         stopped, due = stop.agreed(accelerator, due, check)
         if stopped or due:
+            progress.seconds = time.monotonic() - began
             training.save()
         if stopped:
             raise SystemExit(stop.status)
@@ -126,7 +128,7 @@ def epoch(training: Training, bar: Bar, stop: StopSignals) -> None:
     line = {"epoch": number + 1, "step": progress.step, **training.take_mean_losses()}
     peak = training.optimizer.param_groups[-1]["peak"]
     line["lr"] = peak * rate(progress.step - 1, training.steps, batches.steps, t)
-    images = (batches.steps - done) * _step_images(training)
+    images = batches.steps * _step_images(training)
     line |= epoch_speed(accelerator.device, seconds, images)
     validated = (number + 1) % t.validate_every == 0 or number + 1 == t.epochs
     if validated:

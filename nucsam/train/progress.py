@@ -9,6 +9,7 @@ import torch
 
 from nucsam.config import Config
 from nucsam.console import PlainConsole
+from nucsam.processes import is_launched
 from nucsam.run.directory import RunDirectory
 from nucsam.run.learning import USUAL_STEPS, advice, learnt_nothing, steps_sentence
 from nucsam.score.runs import scores_sentence
@@ -26,7 +27,7 @@ def epoch_speed(device: torch.device, seconds: float, images: int) -> dict[str, 
     memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
     return {
         "seconds": round(seconds, 3),
-        "images_per_second": round(images / seconds, 3),
+        "images_per_second": round(images / max(seconds, 1e-3), 3),
         "memory_gib": round(memory / 2**30, 3),
     }
 
@@ -73,7 +74,7 @@ def print_stopped(run: RunDirectory, step: int | None, steps: int) -> None:
     """
     saved = f"{run.state_file} holds step {step} of {steps}" if step else "no step is saved yet"
     line = "give the same command with --resume"  # a launcher's choices are not in the run
-    if not {"RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+    if not ("RANK" in os.environ or is_launched()):
         line = shlex.join(["nucsam", "train", "--resume", "--out", str(run.path)])
     console.say(f"stopped: {saved}; to continue:", style="yellow")
     console.say(line)

@@ -41,7 +41,13 @@ from nucsam.model.network import calibrated
 from nucsam.model.weights import Base, load_base
 from nucsam.predict.devices import PRECISIONS, half_type, make_accelerator, uses_gpu
 from nucsam.predict.predictor import RATIO
-from nucsam.processes import check_joined, idle_cores, keep_freed_memory, process_count
+from nucsam.processes import (
+    check_joined,
+    chosen_threads,
+    idle_cores,
+    keep_freed_memory,
+    process_count,
+)
 from nucsam.run import checkpoint
 from nucsam.run.checkpoint import Progress
 from nucsam.run.directory import RunDirectory
@@ -80,7 +86,7 @@ class Training:
         self.run = RunDirectory(out)
         self.cores = idle_cores()
         # A thread waits for all others at each step: two on one busy core take longer than one.
-        if "OMP_NUM_THREADS" not in os.environ:
+        if not chosen_threads():
             torch.set_num_threads(self.cores)
         if not uses_gpu():
             keep_freed_memory()
@@ -290,6 +296,7 @@ class Training:
         terms = {f"loss_{name}": value for name, value in zip(self.loss_sums, means)}
         self.loss_sums = {}
         self.progress.images = 0
+        self.progress.seconds = 0.0
         return {"loss": sum(terms.values()), **terms}
 
     def _not_finite(self, what: str) -> UserError:
