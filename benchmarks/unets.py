@@ -198,7 +198,7 @@ class Unet(nn.Module):
             "dice": weights.dice * losses.dice(logits.sigmoid(), nucleus, counted),
         }
         if self.depth is not None:
-            depth = targets.depth(labels, targets.classes(labels), n)
+            depth = targets.depth(labels, targets.classes(labels), n, counted)
             square = (maps[:, 1] - depth).square() * counted
             mean = square.flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
             terms["depth"] = DEPTH * mean

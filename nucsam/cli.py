@@ -257,7 +257,7 @@ def evaluate_command(
         maps = {"vague": vague, "connected": connected, "region_class": region_class}
         results = pairs.score_folders(truth, pred, workers=workers or 0, **maps, **both)
         trained, remarks = None, pairs.remarks(results)
-    # files first: a terminal may not have every character
+    # files first: they stay where printing fails
     if as_json == "-":
         print(tables.to_json(results))
     elif as_json:
@@ -282,7 +282,9 @@ def predict_command(
     formats: Annotated[str, Option(help="Comma-separated.")] = "labels,geojson,overlay",
     scale: Annotated[float | None, Option(help="Model px per image px; default: by mpp.")] = None,
     mpp: Annotated[float | None, Option(help="Microns per image px; default: the file's.")] = None,
-    tile: Annotated[int | None, Option(help="Side in px as trained; default: a crop.")] = None,
+    tile: Annotated[
+        int | None, Option(help="Px as trained; default: a crop, at least 256.")
+    ] = None,
     overlap: Annotated[int | None, Option(help="Px that tiles share; default: tile / 16.")] = None,
     batch: Annotated[int | None, Option(help="Tiles at a time; GPU default: as trained.")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
@@ -375,8 +377,10 @@ def synth_command(
 ) -> None:
     """Write synthetic H&E images with exact labels, in NuInsSeg's layout."""
     from nucsam.data.synthetic import write_dataset
+    from nucsam.processes import exit_on_sigterm
 
-    write_dataset(out, images=images, size=size, seed=seed)
+    with exit_on_sigterm():
+        write_dataset(out, images=images, size=size, seed=seed)
     print(f"{out}: {images} images of {size} px")
 
 
@@ -399,7 +403,8 @@ def inspect_command(
     connected: Annotated[bool, Option("--connected", help="Label masks' components.")] = False,
     region_class: RegionClass = "",
     sheet: Annotated[
-        Path | None, Option(help="File of the contact sheet; default: contact_sheet.png.")
+        Path | None,
+        Option(help="Contact sheet; default: contact_sheet.png, not in DATA."),
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -418,7 +423,10 @@ def inspect_command(
             console.print(text, style=style)
     if as_json:
         print(json.dumps(summary, indent=2))
-    if examples:
+    inside = Path.cwd().is_relative_to(data.resolve())
+    if examples and inside and not sheet:
+        console.print("no contact sheet: it would lie in DATA; --sheet names a file for it")
+    elif examples:
         try:
             draw_examples(examples, sheet or Path("contact_sheet.png"))
             console.print(f"contact sheet: {sheet or 'contact_sheet.png'}")

@@ -7,6 +7,7 @@ and what was expected.
 
 import difflib
 import json
+import math
 import re
 import sys
 import tomllib
@@ -366,6 +367,9 @@ def _check_pairs(config: Config) -> None:
     if model.norms == "moving" and (model.train != "full" or train.checkpoint):
         settings = "model.train = 'full' and train.checkpoint = false"
         raise UserError(f"model.norms: found 'moving', expected it only with {settings}")
+    if augment.blur and math.ceil(3 * augment.blur_sigma) >= side:
+        found = f"found {augment.blur_sigma:g} with crops of {side:g} model px"
+        raise UserError(f"augment.blur_sigma: {found}, expected less than a third of their side")
     low, high = augment.scale_min, augment.scale_max
     if high < low:
         raise UserError(f"augment.scale_max: found {high}, expected at least scale_min = {low}")

@@ -403,3 +403,9 @@ def test_a_folder_whose_name_is_not_utf8_comes_back(tmp_path):
     config = override({}, [f"data.root={os.fsdecode(bytes([99, 0xE9]))}"])
     write_text(tmp_path / "config.toml", to_toml(config))
     assert load_config(tmp_path / "config.toml") == config
+
+
+def test_a_blur_wider_than_a_crop_is_refused():
+    with pytest.raises(UserError, match=r"augment\.blur_sigma: found 25"):
+        override({}, ["augment.blur_sigma=25", "data.crop=32", "data.scale=1"])
+    override({}, ["augment.blur_sigma=25", "data.crop=32", "data.scale=1", "augment.blur=0"])

@@ -285,3 +285,12 @@ def test_what_a_system_keeps_at_the_root_of_a_disk_is_hidden(tmp_path):
     for name in ("lost+found", "$RECYCLE.BIN", ".Trash-0", "liver"):
         (tmp_path / name).mkdir()
     assert list_folder(tmp_path) == [tmp_path / "liver"]
+
+
+def test_a_contact_sheet_never_lies_among_the_images(tmp_path, monkeypatch, capsys):
+    root = make(tmp_path / "set", "img_0.tif", "img_0_masks.tif")
+    before = sorted(root.rglob("*"))
+    monkeypatch.chdir(root)
+    assert run_command(["inspect", "."]) == 0
+    assert "no contact sheet" in capsys.readouterr().out
+    assert sorted(root.rglob("*")) == before

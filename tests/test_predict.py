@@ -598,3 +598,16 @@ def test_eight_different_views():
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     predictor(Notes(), tta=True).predict(noise)
     assert len(views) == 8
+
+
+@pytest.mark.parametrize("image", [np.zeros((70, 80, 3)), np.zeros((0, 0, 3), np.uint8), None])
+def test_each_of_many_images_is_checked_as_one_is(image):
+    good = discs(80)[0]
+    with pytest.raises(UserError, match="image: found"):
+        list(predictor(Colour()).predict_many([good, image, good]))
+
+
+def test_each_of_many_images_needs_its_number():
+    found = predictor(Colour()).predict_many([discs(80)[0]] * 3, [None, None])
+    with pytest.raises(UserError, match="mpps: found fewer"):
+        list(found)

@@ -485,6 +485,25 @@ def test_a_parquet_file_lies_in_a_folder_with_a_colon(tmp_path, colour, monkeypa
     assert len(table) == len(Path("kidney:20x/a.csv").read_text().splitlines()) - 1 > 0
 
 
+def test_paths_may_be_text(tmp_path, colour):
+    Image.fromarray(discs(200)[0]).save(tmp_path / "a.png")
+    for k, paths in enumerate((str(tmp_path), [str(tmp_path / "a.png")], tmp_path / "a.png")):
+        out = f"{tmp_path}/out{k}"
+        assert predict_images.predict_files("model", paths, out, formats=["labels"]) == 0
+        assert names(Path(out)) == ["a.tif", "predict.json"]
+
+
+@one_head
+def test_a_scale_that_no_image_can_have_writes_nothing(trained, tmp_path):
+    Image.fromarray(some_image()).save(tmp_path / "a.png")
+    for scale in (0.05, 100.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match="scale"):
+            predict_images.predict_files(trained[1], tmp_path, tmp_path / "out", scale=scale)
+    with pytest.raises(UserError, match="batch"):
+        nucsam.load(trained[1], device="cpu", batch=2.5)
+    assert not (tmp_path / "out").exists()
+
+
 def test_settings_without_results_hold_nobody(tmp_path, colour):
     broken = tmp_path / "a.png"
     broken.write_bytes(b"no image")

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -119,3 +121,17 @@ def test_dataset_leaves_other_files_alone(tmp_path):
     (tmp_path / "empty").mkdir()
     write_dataset(tmp_path / "empty", images=1, size=64, seed=0)
     assert len(find_records(tmp_path / "empty")) == 1
+
+
+@pytest.mark.parametrize(("images", "size", "seed"), [(0, 64, 0), (1, 63, 0), (1, 64, -1)])
+def test_numbers_out_of_range_are_refused(tmp_path, images, size, seed):
+    with pytest.raises(UserError, match=r": found .*expected at least"):
+        write_dataset(tmp_path / "set", images=images, size=size, seed=seed)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_where_a_shell_is_gets_the_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_dataset(".", images=2, size=64, seed=0)
+    assert len(find_records(Path.cwd())) == 2
+    assert not list(tmp_path.glob(".*"))

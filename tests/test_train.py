@@ -519,3 +519,15 @@ def test_a_compiled_training_is_one_graph_and_takes_the_same_step(tiny, tmp_path
         ways.append(torch.cat([(run.weights[name] - start[name]).flatten() for name in start]))
     # Adam amplifies the rounding errors of gradients near 0.
     assert (ways[0] - ways[1]).norm() < 0.03 * ways[0].norm()
+
+
+def test_a_training_leaves_the_threads_of_its_process_as_they_were(tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(training_module, "idle_cores", lambda: 1)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        fit(tiny("train.epochs=1"), tmp_path / "run")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)

@@ -14,6 +14,7 @@ from scipy.ndimage import gaussian_filter
 
 from nucsam.data.draw import write_png
 from nucsam.data.images import write_label
+from nucsam.data.samples import MIN_SIDE
 from nucsam.errors import UserError
 
 # Optical density of hematoxylin and eosin in R, G, B (the reference of Macenko et al. 2009)
@@ -38,20 +39,23 @@ def write_dataset(out: str | Path, *, images: int, size: int, seed: int) -> None
     The same arguments give the same pixels. Ids have gaps, as in the original.
 
     Args:
-        out: the new folder; it appears whole or not at all.
-        images: number of images.
-        size: side of an image, px.
+        out: a new folder, which appears whole or not at all, or an empty one.
+        images: number of images, at least 1.
+        size: side of an image, at least MIN_SIDE px.
         seed: any integer >= 0.
 
     Raises:
-        UserError: `out` is a file, or a folder that is not empty.
+        UserError: a number is out of range, or `out` is a file, or a folder that is not empty.
     """
+    for name, value, least in (("images", images, 1), ("size", size, MIN_SIDE), ("seed", seed, 0)):
+        if value < least:
+            raise UserError(f"{name}: found {value}, expected at least {least}")
     out = Path(out)
     empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not empty:
         raise UserError(f"{out}: found files there, expected a new or empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".synth-", dir=out.parent) as partial:
+    with tempfile.TemporaryDirectory(prefix=".synth-", dir=out if empty else out.parent) as partial:
         root = Path(partial) / "data"
         root.mkdir()
         for number in range(images):
@@ -66,7 +70,11 @@ def write_dataset(out: str | Path, *, images: int, size: int, seed: int) -> None
             write_png(folders[0] / f"{name}.png", image)
             write_label(folders[1] / f"{name}.tif", ids[label])
             write_png(folders[2] / f"{name}.png", vague.astype(np.uint8) * 255)
-        root.replace(out)
+        if empty:  # it stays, because it may be where a shell is
+            for folder in root.iterdir():
+                folder.replace(out / folder.name)
+        else:
+            root.replace(out)
 
 
 def make_image(size: int, seed: int | Sequence[int], *, organ: str) -> tuple[np.ndarray, ...]:

@@ -212,7 +212,7 @@ class InstanceHead(nn.Module):
         """
         logits = maps[:, :3]
         classes = targets.classes(labels)
-        depth = targets.depth(labels, classes, n)
+        depth = targets.depth(labels, classes, n, counted)
         nucleus = labels > 0
         # The boundary is nucleus too.
         probability = 1 - logits.softmax(1)[:, targets.BACKGROUND]

@@ -35,7 +35,9 @@ def classes(labels_BHW: Tensor) -> Tensor:
     return nucleus.long() + (nucleus & (lowest != highest)).long()
 
 
-def depth(labels_BHW: Tensor, classes_BHW: Tensor, n: int) -> Tensor:
+def depth(
+    labels_BHW: Tensor, classes_BHW: Tensor, n: int, counted_BHW: Tensor | None = None
+) -> Tensor:
     """Distance of each nucleus pixel to the boundary, scaled by the nucleus's deepest pixel.
 
     micro-sam's boundary distance is the same map inverted, 0 at the deepest pixel.
@@ -44,6 +46,8 @@ def depth(labels_BHW: Tensor, classes_BHW: Tensor, n: int) -> Tensor:
         labels_BHW: nucleus ids, int.
         classes_BHW: `classes(labels_BHW)`.
         n: at least the largest id.
+        counted_BHW: bool, pixels that may be the deepest; None = all. Beside a small image lie
+            reflections of its nuclei, which the edge of the crop may cut.
 
     Returns:
         Depth float32 (B, H, W): 1 at the deepest pixel of each nucleus, 0 in the background.
@@ -53,7 +57,8 @@ def depth(labels_BHW: Tensor, classes_BHW: Tensor, n: int) -> Tensor:
     nucleus_BHW = labels_BHW + offset.view(-1, 1, 1)  # one number for each id of each image
     px_BHW = _distance(classes_BHW == INSIDE)
     deepest = torch.zeros(B * (n + 1), device=labels_BHW.device)
-    deepest.scatter_reduce_(0, nucleus_BHW.flatten(), px_BHW.flatten(), "amax")
+    seen_BHW = px_BHW if counted_BHW is None else px_BHW * counted_BHW
+    deepest.scatter_reduce_(0, nucleus_BHW.flatten(), seen_BHW.flatten(), "amax")
     return torch.where(labels_BHW > 0, px_BHW / deepest.clamp_(min=1.0)[nucleus_BHW], 0.0)
 
 

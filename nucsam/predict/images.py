@@ -50,8 +50,8 @@ UNRECORDED = ("nucsam", "model")  # entries of predict.json that may differ from
 
 def predict_files(
     model: str | Path,
-    paths: Sequence[Path],
-    out: Path,
+    paths: Sequence[str | Path],
+    out: str | Path,
     *,
     formats: Sequence[str] = writers.USUAL,
     mpp: float | None = None,
@@ -64,7 +64,7 @@ def predict_files(
 
     Args:
         model: a run directory, a file or a name, as `models.load` takes it.
-        paths: image files, and folders of them.
+        paths: image files, and folders of them; or one of them.
         out: folder of the results, which are named by the images' stems.
         formats: keys of `writers.FILES`.
         mpp: microns per px of every image, instead of what its file says.
@@ -79,8 +79,10 @@ def predict_files(
     Raises:
         UserError: a mistake that concerns more than one image; nothing has been written.
     """
+    paths = [paths] if isinstance(paths, str | Path) else paths
+    out = Path(out)
     _check_options(formats, options.get("scale"), mpp)
-    images = find_image_files(paths)
+    images = find_image_files([Path(path) for path in paths])
     files = {path: writers.output_files(out, stem_of(path), formats) for path in images}
     _check_files(files, out)
     largest_first = sorted(images, key=lambda path: path.stat().st_size, reverse=True)

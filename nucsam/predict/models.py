@@ -1,6 +1,7 @@
 """Models to predict with, by name or path. Loads torch only for a model that needs it."""
 
 import importlib.util
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from nucsam.errors import UserError
 from nucsam.model.bases import BASES
 from nucsam.names import STARTER, STARTER_FILE, default_cache, find_model, hub_models
 from nucsam.predict.onnx import open_graph
-from nucsam.predict.predictor import Predictor
+from nucsam.predict.predictor import Predictor, check_ratio
 from nucsam.predict.tiles import usual_tiles
 from nucsam.run.learning import advice
 from nucsam.run.metadata import known_certainty
@@ -87,6 +88,8 @@ def load(
         batch = 1 if on_cpu else config.train.batch
     sizes = {"tile": tile, "overlap": overlap, "batch": batch}
     _check_numbers(scale, **sizes)
+    ratio = config.data.scale / scale if scale else None
+    check_ratio(ratio or 1.0)
     if lenient is not None:
         config = replace(config, instances=replace(config.instances, lenient=lenient))
     if auto_scale is None:
@@ -100,17 +103,17 @@ def load(
         adapt=config.model.adapt,
         certainty=known_certainty(config, metadata),
         trained=_training(config, metadata) if path.is_dir() else "",
-        ratio=config.data.scale / scale if scale else None,
+        ratio=ratio,
         **sizes,
     )
 
 
 def _check_numbers(scale: float | None, tile: int, overlap: int, batch: int) -> None:
     for name, value, valid, expected in (
-        ("scale", scale, scale is None or scale > 0, "a positive number"),
+        ("scale", scale, scale is None or 0 < scale < math.inf, "a positive number"),
         ("tile", tile, tile >= 64, "at least 64 px"),
         ("overlap", overlap, 0 <= overlap <= tile // 2, f"0 to half a tile, {tile // 2} px"),
-        ("batch", batch, batch >= 1, "at least 1"),
+        ("batch", batch, batch >= 1 and batch == int(batch), "a whole number from 1"),
     ):
         if not valid:
             raise UserError(f"{name}: found {value:g}, expected {expected}")

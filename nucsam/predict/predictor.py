@@ -123,8 +123,7 @@ class Predictor:
             UserError: another type or shape, a file that cannot be read, no mpp of a microscope, or
                 a magnification more than `RATIO` times off.
         """
-        pixels, mpp = _opened(image, mpp)
-        return next(self.predict_many([pixels], [mpp]))
+        return next(self.predict_many([image], [mpp]))
 
     def predict_nuclei(self, image: Picture, *, mpp: float | None = None) -> dict[str, Any]:
         """Predict one image as a table of its nuclei.
@@ -141,23 +140,26 @@ class Predictor:
         return columns | {"outline": list(geojson.geometries(nuclei.label))}
 
     def predict_many(
-        self, images: Iterable[np.ndarray], mpps: Iterable[float | None] = repeat(None)
+        self, images: Iterable[Picture], mpps: Iterable[float | None] = repeat(None)
     ) -> Iterator[np.ndarray]:
-        """Label maps of images, in order, as of `predict`. Args as of `nuclei_many`."""
+        """Label maps of images, in order. Args and errors as of `nuclei_many`."""
         return (nuclei.label for nuclei in self.nuclei_many(images, mpps))
 
     def nuclei_many(
-        self, images: Iterable[np.ndarray], mpps: Iterable[float | None] = repeat(None)
+        self, images: Iterable[Picture], mpps: Iterable[float | None] = repeat(None)
     ) -> Iterator[Nuclei]:
         """The nuclei of images, in order.
 
         Nuclei are extracted while the next tiles are on the device.
 
         Args:
-            images: uint8 (H, W, 3) each.
-            mpps: microns per px of each.
+            images: as of `predict`.
+            mpps: microns per px of each, as of `predict`.
+
+        Raises:
+            UserError: as of `predict`, or fewer numbers than images.
         """
-        grids = (self.grid(image, mpp=mpp) for image, mpp in zip(images, mpps))
+        grids = (self.grid(image, mpp=mpp) for image, mpp in _all_opened(images, mpps))
         results = self.extract(grids)
         for tiles, parts in groupby(results, key=lambda result: result[0]):
             whole = np.zeros(tiles.size, np.int32)
@@ -192,9 +194,7 @@ class Predictor:
             UserError: a magnification more than `RATIO` times off.
         """
         ratio = self.ratio or (self.mpp / mpp if mpp and self.mpp else 1.0)
-        if not 1 / RATIO <= ratio <= RATIO:
-            found = f"found {ratio:g} times the magnification trained on"
-            raise UserError(f"mpp, scale: {found}, expected {1 / RATIO:g} to {RATIO:g} times")
+        check_ratio(ratio)
         if self.nucleus_area:
             ratio = self._by_nuclei(self._grid(image, ratio, area, tissue, most=LOOKS), ratio)
         return self._grid(image, ratio, area, tissue)
@@ -329,6 +329,17 @@ class Predictor:
         return total / 8
 
 
+def check_ratio(ratio: float) -> None:
+    """Check the px of an image per px of those trained on.
+
+    Raises:
+        UserError: the magnification is more than `RATIO` times off.
+    """
+    if not 1 / RATIO <= ratio <= RATIO:
+        found = f"found {ratio:g} times the magnification trained on"
+        raise UserError(f"mpp, scale: {found}, expected {1 / RATIO:g} to {RATIO:g} times")
+
+
 def _without_hidden(nuclei: Nuclei) -> Nuclei:
     """Nuclei without those of which the nuclei of another window left no pixel; ids 1, 2, ..."""
     label, confidence = nuclei
@@ -352,6 +363,18 @@ def _opened(image: Picture, mpp: float | None) -> tuple[np.ndarray, float | None
     if isinstance(image, Image) and image.mode != "RGB":
         raise UserError(f"image: found a Pillow image of mode {image.mode}, expected RGB")
     return pixels, mpp
+
+
+def _all_opened(
+    images: Iterable[Picture], mpps: Iterable[float | None]
+) -> Iterator[tuple[np.ndarray, float | None]]:
+    values = iter(mpps)
+    for image in images:
+        try:
+            mpp = next(values)
+        except StopIteration:
+            raise UserError("mpps: found fewer than images, expected one for each") from None
+        yield _opened(image, mpp)
 
 
 def _planned(images: Iterable[Tiles]) -> Iterator[tuple[Tiles, int, Key | None]]:

@@ -63,8 +63,12 @@ def fit(
     """
     if not isinstance(config, Config):
         config = load_config(config)
-    with RunDirectory(Path(out)).claim() if is_first() else nullcontext():
-        return _fit(config, Path(out), resume, build)
+    threads = torch.get_num_threads()
+    try:
+        with RunDirectory(Path(out)).claim() if is_first() else nullcontext():
+            return _fit(config, Path(out), resume, build)
+    finally:
+        torch.set_num_threads(threads)  # `Training` takes those of the idle cores
 
 
 def _fit(

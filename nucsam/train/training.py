@@ -345,7 +345,7 @@ class Training:
         saved = check_form(metadata.get("about", {}), dict, f"{path}: about")
         for name, value in self.facts.items():
             if saved.get(name, value) != value:
-                found = f"another {name}: found {saved[name]!r}, wanted {value!r}"
+                found = f"{name}: found {saved[name]!r}, wanted {value!r}"
                 advice = "resume with the same images, number of processes and precision"
                 raise UserError(f"{path}: cannot resume with {found}; {advice}")
         device = self.accelerator.device
