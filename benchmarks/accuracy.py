@@ -156,7 +156,7 @@ MODELS = {
     "no-tversky": Model({"loss.tversky": 0.0}),
     "no-distance": Model({"loss.distance": 0.0}),
     "distance-1": Model({"loss.distance": 1.0}),
-    "boundary-1": Model({"loss.boundary": 1.0}),
+    "boundary-2": Model({"loss.boundary": 2.0}),
     "finest-1": Model({"model.finest": 1}),
     "scale-1": Model({"data.scale": 1.0}),
     "scale-2": Model({"data.scale": 2.0}),

@@ -378,7 +378,7 @@ $ predict run flat --out p --scale 2 --mpp 0.5  # two magnifications
 $ predict run flat --out p --scale 2 --auto-scale  # a magnification, and another by itself
 ...scale, ...auto...scale: found both, expected one
 $ predict run flat --out p --mpp 0  # no magnification
-...mpp: found 0, expected a positive number
+...mpp: found 0, expected 0.05 to 4 microns per px
 $ predict run flat --out p --tile 3  # a tile too small
 ...tile: found 3, expected at least 64 px
 $ predict run flat --out p --roi empty.geojson  # one file of regions for many images
@@ -655,7 +655,11 @@ def make_data_sets(folder: Path) -> None:
     printed.unlink()
     for path in Path("summed").glob("*/label masks modify"):
         path.rename(path.with_name("label masks"))
-    assert run_command(["synth", "tiny", "--images", "4", "--size", "40"]) == 0
+    assert run_command(["synth", "tiny", "--images", "4", "--size", "64"]) == 0
+    for path in Path("tiny").rglob("*.png"):
+        Image.open(path).crop((0, 0, 40, 40)).save(path)
+    for path in Path("tiny").rglob("*.tif"):
+        tifffile.imwrite(path, tifffile.imread(path)[:40, :40])
     Path("masks/labels").rename("masks/truth")
     shutil.copytree("plain", "exchanged")
     Path("exchanged/images").rename("exchanged/labels_")
