@@ -19,6 +19,7 @@ from nucsam.data import geojson
 from nucsam.data.images import check_mpp, read_image, read_mpp
 from nucsam.data.labels import median_area
 from nucsam.data.samples import by_nuclei
+from nucsam.data.slides import Windows
 from nucsam.errors import UserError
 from nucsam.model.instances import Nuclei, lenient, with_confidence
 from nucsam.predict.measure import measure
@@ -153,7 +154,7 @@ class Predictor:
         Nuclei are extracted while the next tiles are on the device.
 
         Args:
-            images: as of `predict`.
+            images: as of `predict`, or `Windows` of large ones.
             mpps: microns per px of each, as of `predict`.
 
         Raises:
@@ -374,7 +375,7 @@ def _all_opened(
             mpp = next(values)
         except StopIteration:
             raise UserError("mpps: found fewer than images, expected one for each") from None
-        yield _opened(image, mpp)
+        yield (image, mpp) if isinstance(image, Windows) else _opened(image, mpp)
 
 
 def _planned(images: Iterable[Tiles]) -> Iterator[tuple[Tiles, int, Key | None]]:
