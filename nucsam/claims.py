@@ -101,7 +101,7 @@ class Claim:
 
 @contextmanager
 def lock_file(path: Path) -> Iterator[None]:
-    """Context that one process at a time is in, by a claim on a file that is there meanwhile.
+    """Context that one process at a time may enter; its lock is a file, removed at the end.
 
     Where the file system has no locks, processes do not wait for each other.
     """

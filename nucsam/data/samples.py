@@ -425,7 +425,7 @@ class Crops:
             before = [max(0, -start) for start in starts]
             edges = [(pad, window - side - pad) for pad, side in zip(before, label.shape)]
             image = np.pad(image, ((0, 0), *edges), mode="reflect")
-            # Nuclei go on, too: the border of an image is no boundary (`targets`).
+            # Labels are reflected too, because the border of an image is no boundary (`targets`).
             label, counted = np.pad(label, edges, mode="reflect"), np.pad(counted, edges)
         if window != self.window:
             image, label, counted = _resampled(image, label, counted, self.window)
