@@ -12,7 +12,7 @@
 #
 #   sbatch --array=0-7 --nodes=1 launch/slurm.sh predict MODEL SLIDES --out OUT
 #
-# predicts many slides. The tasks of all elements of the array share them; with or without an array.
+# predicts many slides, with or without an array. All tasks of the array share the slides.
 # For two tasks a GPU, double --ntasks-per-node and add --per-device 2. To predict images again,
 # remove their results: with --force, each element of the array that starts late would do so.
 #

@@ -69,7 +69,8 @@ def run_command(arguments: list[str]) -> int:
         return 2
     except (UserError, OSError) as error:
         names_file = isinstance(error, UserError) or error.filename
-        if not names_file and error.errno != errno.ENOSPC:
+        # a full disk; a working directory that has been removed
+        if not names_file and error.errno not in (errno.ENOSPC, errno.ENOENT):
             raise
         print(printable(f"nucsam: {error}"), file=sys.stderr)
         return 2
@@ -221,7 +222,7 @@ def evaluate_command(
     connected: Annotated[bool, Option("--connected", help="Label masks' components.")] = False,
     organ: Annotated[str, Option(help="Regular expression on the stem, gives the organ.")] = "",
     region_class: RegionClass = "",
-    workers: Annotated[int | None, Option(help="Processes; default: one per core.")] = None,
+    workers: Annotated[int | None, Option(help="Processes; by default up to 8.")] = None,
     csv: Annotated[Path | None, Option(help="File with a line per image.")] = None,
     as_json: Annotated[str, Option("--json", help="File of all scores; - prints them.")] = "",
 ) -> None:
@@ -466,7 +467,7 @@ def export_command(
         if out:
             sentences.append(export_run(run, out, format=format, force=force, **options))
         if push:
-            sentences.append(push_run(run, push, **options))
+            sentences.append(push_run(run, push, format=format, **options))
     print(printable("\n".join(sentences)))
 
 

@@ -210,7 +210,9 @@ class Loss:
     """[loss]: the weights of its terms, their powers, and the weights of kinds of pixels."""
 
     cross_entropy: float = setting(1.0, "weight; classes inside, boundary, background", at_least(0))
-    boundary: float = setting(1.0, "weight of a boundary pixel; others weigh 1", at_least(0))
+    boundary: float = setting(
+        1.0, "weight of a boundary pixel in cross_entropy; others 1 (instance head)", at_least(0)
+    )
     focal: float = setting(
         0.0, "focal power of the cross entropy (instance head); 0 = none", at_least(0)
     )

@@ -12,6 +12,7 @@ from rich.progress import wrap_file
 from nucsam.claims import Claim
 from nucsam.console import PlainConsole
 from nucsam.errors import UserError
+from nucsam.files import UNWRITABLE
 
 TIMEOUT_SECONDS = 10.0
 
@@ -32,7 +33,8 @@ def fetch(
         advice: end of the message where no address serves the file.
 
     Raises:
-        UserError: no address serves the file; names each with its reason, and `path`.
+        UserError: no address serves the file; names each with its reason, and `path`. Or the file
+            cannot be written.
     """
     partial = path.with_name(f".{path.name}.download")
     try:
@@ -48,6 +50,8 @@ def fetch(
             try:
                 _transfer(url, partial, size)
             except (OSError, HTTPException, ValueError) as error:
+                if getattr(error, "errno", None) in UNWRITABLE:
+                    raise UserError(f"{path}: cannot be written ({error}){advice}") from error
                 failures.append(f"{url}: {error}")
                 continue
             digest = file_checksum(partial, checksum.partition(":")[0])

@@ -1,6 +1,7 @@
 """Atomic writes, JSON documents and their form, and names for messages and tables."""
 
 import csv
+import errno
 import io
 import json
 import math
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 import psutil
 
 from nucsam.errors import UserError
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # full, or no right to write
 
 
 @contextmanager
@@ -38,6 +41,18 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are not there.
+
+    Raises:
+        UserError: a file is in the way, or the system refuses.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: expected a folder ({error})") from error
 
 
 def check_no_device(path: Path) -> None:

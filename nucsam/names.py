@@ -8,10 +8,11 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from nucsam.errors import UserError
-from nucsam.files import expanded
+from nucsam.files import UNWRITABLE, expanded
 
 STARTER = "starter"
 STARTER_FILE = Path(__file__).with_name("starter.safetensors")  # an adapter; starter.md is its card
@@ -61,32 +62,54 @@ def portable_name(source: str) -> str:
 
 
 def default_cache() -> Path:
-    """Folder of published base weights: $NUCSAM_CACHE, $XDG_CACHE_HOME/nucsam, ~/.cache/nucsam."""
-    if folder := os.environ.get("NUCSAM_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nucsam"
+    """Folder of published base weights: $NUCSAM_CACHE, $XDG_CACHE_HOME/nucsam, ~/.cache/nucsam.
+
+    Raises:
+        UserError: no home folder is known.
+    """
+    parent = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    folder = Path(os.environ.get("NUCSAM_CACHE") or parent / "nucsam")
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise UserError(f"NUCSAM_CACHE: found {folder} ({error}), expected a folder") from None
 
 
 def _fetch(name: str) -> tuple[Path, str]:
     """The model file of a repository, downloaded unless it is in the cache; its lasting name."""
     from huggingface_hub import hf_hub_download
 
-    repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    repository, at, revision = name.removeprefix(PREFIX).partition("@")
+    if at and not revision:
+        raise UserError(f"{name}: found no revision, expected one after @")
     with _hub_errors(name, f"a repository with a {FILE} of nucsam export"):
         path = Path(hf_hub_download(repository, FILE, revision=revision or None))
     return path, f"{PREFIX}{repository}@{path.parent.name}"  # the cache's folder is the commit
 
 
-def push_model(name: str, model: Path, card: str) -> str:
+def check_repository(name: str) -> str:
+    """USER/NAME of a repository, which may come with PREFIX.
+
+    Raises:
+        UserError: it is something else.
+    """
+    repository = name.removeprefix(PREFIX)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"push: found {name!r}, expected USER/NAME")
+    return repository
+
+
+def push_model(name: str, model: Path, card: str) -> tuple[str, bool]:
     """Upload a model file and its card in one commit, to a repository that is made if need be.
 
     Args:
         name: USER/NAME.
         model: file of nucsam export.
-        card: text of the repository's README.md.
+        card: text of the repository's README.md. One that is there stays, for its author has
+            perhaps written the licence into it.
 
     Returns:
-        hf:USER/NAME@COMMIT.
+        hf:USER/NAME@COMMIT, and whether the repository has kept its card.
 
     Raises:
         UserError: no access token, no right to write there, or no way to it.
@@ -97,29 +120,45 @@ def push_model(name: str, model: Path, card: str) -> str:
     files = {FILE: model, CARD: card.encode()}
     with _hub_errors(f"{PREFIX}{name}", "a repository of yours; `hf auth login` keeps your token"):
         hub.create_repo(name, exist_ok=True)
+        kept = hub.file_exists(name, CARD)
+        if kept:
+            del files[CARD]
         commit = hub.create_commit(
             name,
             [CommitOperationAdd(path, content) for path, content in files.items()],
             commit_message="A model of nucsam",
         )
-    return f"{PREFIX}{name}@{commit.oid}"
+    return f"{PREFIX}{name}@{commit.oid}", kept
 
 
 def hub_models() -> dict[str, Path]:
-    """Lasting name -> file of every model in the Hub's cache."""
+    """Lasting name -> file of every model of nucsam in the Hub's cache."""
+    if find_spec("huggingface_hub") is None:  # as where ONNX files predict without PyTorch
+        return {}
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
         repositories = scan_cache_dir().repos
-    except CacheNotFound:
+    except (CacheNotFound, ValueError, OSError):  # a file in its place, or no right to read it
         return {}
-    return {
-        f"{PREFIX}{repository.repo_id}@{revision.commit_hash}": file.file_path
+    files = {
+        f"{PREFIX}{repository.repo_id}@{revision.commit_hash}": revision.snapshot_path / FILE
         for repository in repositories
         for revision in repository.revisions
-        for file in revision.files
-        if file.file_name == FILE
+        if repository.repo_type == "model"
     }
+    return {name: path for name, path in files.items() if path.is_file() and _is_ours(path)}
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a safetensors file is one of nucsam export."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return "nucsam" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 @contextmanager
@@ -128,5 +167,7 @@ def _hub_errors(name: str, expected: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # its own kinds, those of the HTTP client beneath, and OSError
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            expected = "a cache to write to; HF_HOME names another"
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name}: {reason.rstrip('.')}; expected {expected}") from error

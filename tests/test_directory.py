@@ -102,6 +102,13 @@ def test_one_process_holds_a_run_directory(tmp_path):
             raise AssertionError
         assert run.path.is_dir()
     assert not (tmp_path / "a").exists()  # no run has begun
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with (
+            pytest.raises(UserError, match=r"file.*: expected a folder"),
+            RunDirectory(path).claim(),
+        ):
+            raise AssertionError
     with run.claim():
         run.prepare(config(), {})
     with run.claim():

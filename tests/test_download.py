@@ -1,5 +1,6 @@
 """Downloads, against a server on this machine."""
 
+import errno
 import hashlib
 import http.server
 import socket
@@ -90,6 +91,15 @@ def test_a_bad_address_is_named_and_the_next_one_tried(fetch, tmp_path, path):
     assert str(refusal.value).endswith(f"{file}, or ask a friend")
     assert not file.exists()
     assert fetch(path, "/whole").read_bytes() == BODY
+
+
+def test_a_full_disk_is_no_fault_of_the_addresses(fetch, monkeypatch):
+    def full(url, partial, size):
+        raise OSError(errno.ENOSPC, "No space left on device", str(partial))
+
+    monkeypatch.setattr(download, "_transfer", full)
+    with pytest.raises(UserError, match=r"file\.pt: cannot be written .*No space.*, or ask"):
+        fetch("/whole", "/plain")
 
 
 def test_offline_the_message_names_each_address_and_the_file_to_put(fetch, silent, monkeypatch):

@@ -175,6 +175,7 @@ def test_values_that_no_folder_can_be_named_after(tmp_path, tiny):
         (["modle.rank=[4]"], "modle"),
         (["model.rank=[4, 0]"], "model.rank: found 0"),
         (["model.rank=[4]", "model.rank=[8]"], "each key once"),
+        (["data.workers=[0, 1]"], "data.workers, which changes no result"),
     ],
 )
 def test_what_is_no_grid_is_refused(tiny, grid, named):
@@ -246,9 +247,21 @@ def test_jobs_that_fail_or_are_killed_are_left_to_the_rerun(launch):
     assert "not done: fold 1, see runs/fold1.log\nnot done: fold 2" in output
     assert "INCOMPLETE: fold 1, 2 of 5 missing" in Path("runs/table.md").read_text()
     Path("runs/fold3/scores.json").write_text('{"epoch": ')  # killed while it was written
-    assert end(launch())[0] == 0 and folds_started() == [1, 2, 3]
+    Path("runs/fold4/metrics.jsonl").write_text('{"epoch": ')
+    assert end(launch())[0] == 0 and folds_started() == [1, 2, 3, 4]
     assert "INCOMPLETE" not in Path("runs/table.md").read_text()
     assert end(launch())[0] == 0 and folds_started() == []
+
+
+def test_a_signal_without_a_name_and_a_log_that_is_gone(launch):
+    Path("trainer.py").write_text(
+        TRAINER.replace("signal.SIGKILL", "40").replace(
+            'raise RuntimeError("boom")', "os.remove(f'runs/fold{fold}.log'); sys.exit(3)"
+        )
+    )
+    status, output = end(launch(fake={"1": "fail", "2": "kill"}))
+    assert status == 1 and folds_started() == [0, 1, 2, 3, 4]
+    assert "fold 1 ended with status 3" in output and "fold 2 was killed by signal 40" in output
 
 
 def test_a_failed_job_is_not_tried_again_under_a_clock_that_is_set_back(launch):
@@ -373,6 +386,11 @@ def test_another_configuration_is_refused_before_anything_runs(launch, monkeypat
     # the data may have moved, and a grid may grow
     assert run_command([*same, "data.root=elsewhere"]) == 0 and started() == []
     assert run_command([*same, "--grid", "model.rank=[8]"]) == 0 and len(started()) == 5
+    # but not by what it holds already, which a report would count twice
+    assert run_command([*same, "--grid", "model.rank=[4, 8]"]) == 2 and started() == []
+    assert re.search(r"runs/fold\d has the settings of", capsys.readouterr().err)
+    assert run_command([*same, "model.rank=2", "--grid", "model.rank=[2]"]) == 2
+    assert "model.rank among the overrides too" in capsys.readouterr().err
 
 
 def test_two_folds_by_accelerate_launch(tiny, tmp_path):

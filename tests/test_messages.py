@@ -194,9 +194,10 @@ $ train PLAIN model.encoder=efficient_sam_ti model.head=sam  # an encoder withou
 $ train PLAIN model.weights=auto  # no network
 mobile_sam.pt: no address serves it. https://...: <urlopen error Name or service not known> ... Put
 the file there yourself: cache/mobile_sam.pt; elsewhere, curl -L -o mobile_sam.pt https://...
-fetches it. Or set model.weights to its path, or to 'none' for random weights
+fetches it. NUCSAM_CACHE names another folder; for a training, model.weights takes its path, or
+'none' (random)
 $ NUCSAM_CACHE=cached train PLAIN model.weights=auto  # another file in the cache
-cached/mobile_sam.pt is not MobileSAM's published ... to download it again, or ... path...
+cached/mobile_sam.pt is not MobileSAM's published ... Delete it to download it again
 $ WORLD_SIZE=2 train PLAIN  # processes that are not joined
 WORLD_SIZE: the launcher started 2 processes, Accelerate joined 1, so each would run alone; on CPUs
 set ACCELERATE_USE_CPU=true or use launch/cpu2.yaml
@@ -215,8 +216,8 @@ $ train PLAIN model.pattern=x  # a pattern that matches nothing
 $ train PLAIN model.width=64 model.weights=merged.safetensors  # a head of another width
 merged.safetensors: found another head...model.width = 64...
 $ NUCSAM_CACHE=page.pt train PLAIN model.weights=auto  # a file for the cache
-page.pt/mobile_sam.pt: cannot be written (...); elsewhere, ... Or set model.weights to its path, or
-to 'none' ...
+page.pt/mobile_sam.pt: cannot be written (...); elsewhere, ... NUCSAM_CACHE names another folder;
+for a training, model.weights takes its path, or 'none' (random)
 $ GPUS LOCAL_RANK=2 folds PLAIN --out OUT/f  # more processes than GPUs
 LOCAL_RANK: found 2 with the GPUs 0, 1, expected at ... CUDA_VISIBLE_DEVICES=0,0 puts two on one
 $ UNLOCKED folds PLAIN --out OUT/f  # a file system without locks
@@ -387,6 +388,12 @@ $ predict run flat --out results --formats labels  # results of other settings
 results/predict.json: ...other...: tta: True -> False; expected another ...out, or ...force
 $ predict run flat/human_bladder_1.png --out results --formats labels --force  # too few images
 results: found 1 result(s) that ...force would ..., such as results/human_bladder_2.tif; ...
+$ export none --out m.pt  # no such run
+none: no such file or folder, expected a run directory, an adapter file or starter
+$ export run --push nuclei  # a repository without its owner
+push: found 'nuclei', expected USER/NAME
+$ export run --push ann/nuclei --format onnx  # what no other nucsam would read by that name
+format: found 'onnx' to upload, expected safetensors or adapter
 $ export run --out m.pt --format pickle  # no such format
 ...format: found 'pickle', expected one of safetensors, sam, onnx, adapter
 $ export run --out m.onnx --format adapter  # the suffix of another format

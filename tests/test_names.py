@@ -4,19 +4,24 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 from conftest import same_tensors
+from safetensors.numpy import save
 
 from nucsam import names
 from nucsam.cli import run_command
+from nucsam.errors import UserError
 from nucsam.export.merged import export_run, model_card
 from nucsam.model.weights import load_base, state_sha256
 from nucsam.names import STARTER_FILE, find_model
@@ -141,14 +146,34 @@ except UserError as error:
 
 def test_a_model_comes_once_and_is_named_by_its_commit(hub):
     repositories, environment = hub
-    repositories["ann/nuclei"] = {"model.safetensors": b"weights"}
+    model = save({"x": np.zeros(2)}, {"nucsam": "{}"})
+    repositories["ann/nuclei"] = {"model.safetensors": model}
+    repositories["bob/others"] = {"model.safetensors": save({"x": np.zeros(2)})}
+    repositories["bob/garbage"] = {"model.safetensors": b"weights"}
     fetch = FETCH.format(name="hf:ann/nuclei")
-    expected = f"b'weights' hf:ann/nuclei@{COMMIT}\n"
+    expected = f"{model} hf:ann/nuclei@{COMMIT}\n"
     assert child(fetch, environment).endswith(expected)
     assert child(fetch, environment, HF_HUB_OFFLINE="1").endswith(expected)
     assert child(FETCH.format(name=f"hf:ann/nuclei@{COMMIT}"), environment).endswith(expected)
+    for other in ("hf:bob/others", "hf:bob/garbage"):  # which `find_model` does not read
+        assert f"{other}@{COMMIT}" in child(FETCH.format(name=other), environment)
     listed = "from nucsam.predict.models import list_models\nprint(list_models())"
-    assert f"('hf:ann/nuclei@{COMMIT}', 'Hugging Face Hub', 7, " in child(listed, environment)
+    printed = child(listed, environment)
+    assert f"('hf:ann/nuclei@{COMMIT}', 'Hugging Face Hub', {len(model)}, " in printed
+    assert "bob" not in printed
+    (Path(environment["HF_HOME"]) / "file").touch()
+    assert "'starter'" in child(listed, environment, HF_HUB_CACHE=f"{environment['HF_HOME']}/file")
+
+
+def test_without_the_hubs_package_there_are_no_models_of_it(monkeypatch):
+    monkeypatch.setattr(names, "find_spec", lambda _: None)
+    assert names.hub_models() == {}
+
+
+def test_a_home_that_is_not_known_is_named(monkeypatch):
+    monkeypatch.setenv("NUCSAM_CACHE", "~no-such-user/cache")
+    with pytest.raises(UserError, match="NUCSAM_CACHE: found ~no-such-user/cache"):
+        names.default_cache()
 
 
 @pytest.mark.parametrize("name", ["ann/none", "ann/empty", "no name at all", "ann/nuclei"])
@@ -165,7 +190,7 @@ from pathlib import Path
 from nucsam import UserError
 from nucsam.names import push_model
 try:
-    print(push_model("ann/nuclei", Path({file!r}), "# a card"))
+    print(*push_model("ann/nuclei", Path({file!r}), "# a card"))
 except UserError as error:
     print("UserError", error)
 """
@@ -178,8 +203,12 @@ def test_a_push_makes_the_repository_that_others_fetch(hub, tmp_path):
     refused = child(push, environment, HF_TOKEN="")
     assert "UserError hf:ann/nuclei: " in refused and "hf auth login" in refused
     assert repositories == {}
-    assert child(push, environment).endswith(f"hf:ann/nuclei@{PUSHED}\n")
+    assert child(push, environment).endswith(f"hf:ann/nuclei@{PUSHED} False\n")
     assert repositories["ann/nuclei"] == {"model.safetensors": b"weights", "README.md": b"# a card"}
+    repositories["ann/nuclei"] = {"README.md": b"# a card with a licence"}
+    assert child(push, environment).endswith(f"hf:ann/nuclei@{PUSHED} True\n")
+    files = {"model.safetensors": b"weights", "README.md": b"# a card with a licence"}
+    assert repositories["ann/nuclei"] == files
     assert "b'weights'" in child(FETCH.format(name="hf:ann/nuclei"), environment)
 
 
@@ -246,6 +275,20 @@ def test_a_training_continues_an_adapter_from_the_hub_at_its_commit(
         assert metadata["config"]["model"]["weights"] == "hf:ann/nuclei"
 
 
+def test_a_run_finds_the_base_beside_which_it_began(adapter, tiny, tmp_path, monkeypatch):
+    there, here = tmp_path / "there", tmp_path / "here"
+    for folder in (there, here):
+        folder.mkdir()
+    shutil.copy(adapter, there / "own.safetensors")
+    monkeypatch.chdir(there)
+    config = tiny("model.weights=own.safetensors", "train.epochs=1")
+    fit(config, "run")
+    monkeypatch.chdir(here)
+    assert load(there / "run").scale == 1.0
+    fit(replace(config, train=replace(config.train, epochs=2)), there / "run", resume=True)
+    assert load(there / "run").scale == 1.0  # what resumes elsewhere began there all the same
+
+
 def test_a_name_is_no_file_and_a_path_is_no_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("starter").mkdir()
@@ -260,12 +303,13 @@ def test_a_card_says_what_the_file_says(run, monkeypatch, capsys):
     pushed = {}
 
     def push(name, model, card):
-        pushed.update(name=name, metadata=read_tensors(model, "merged")[1], card=card)
-        return f"hf:{name}@{PUSHED}"
+        pushed.update(name=name, metadata=read_tensors(model)[1], card=card)
+        return f"hf:{name}@{PUSHED}", True
 
     monkeypatch.setattr("nucsam.export.merged.push_model", push)
     assert run_command(["export", str(run), "--push", "ann/nuclei", "--half"]) == 0
-    assert f"hf:ann/nuclei@{PUSHED}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"hf:ann/nuclei@{PUSHED}" in printed and "README.md stays" in printed
     metadata, card = pushed["metadata"], pushed["card"]
     assert pushed["name"] == "ann/nuclei"
     assert "nucsam predict hf:ann/nuclei IMAGES" in card
@@ -275,6 +319,9 @@ def test_a_card_says_what_the_file_says(run, monkeypatch, capsys):
     assert "model.weights=hf:ann/nuclei model.width=32 data.scale=1.0  #" in card
     metadata["config"]["model"]["finest"] = 1
     assert "model.width=32 model.finest=1 data.scale=1.0  #" in model_card("ann/n", metadata)
+    assert metadata["kind"] == "merged"
+    assert run_command(["export", str(run), "--push", "ann/nuclei", "--format", "adapter"]) == 0
+    assert pushed["metadata"]["kind"] == "adapter"
 
 
 def test_the_caches_are_listed(published, capsys, monkeypatch):

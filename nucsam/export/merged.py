@@ -28,7 +28,14 @@ from nucsam.files import atomic
 from nucsam.model.bases import BASES
 from nucsam.model.network import Nucsam
 from nucsam.model.weights import Base
-from nucsam.names import FILE, PREFIX, find_model, portable_name, push_model
+from nucsam.names import (
+    FILE,
+    PREFIX,
+    check_repository,
+    find_model,
+    portable_name,
+    push_model,
+)
 from nucsam.run import checkpoint
 from nucsam.run.directory import RunDirectory
 from nucsam.score.tables import COLUMNS, percent
@@ -82,6 +89,9 @@ def export_run(
         raise UserError(f"out: found {out}, expected a name that ends in {', '.join(SUFFIXES)}")
     format = format or SUFFIXES[out.suffix][0]
     source, _ = find_model(source)
+    if not source.exists():
+        expected = "expected a run directory, an adapter file or starter"
+        raise UserError(f"{source}: no such file or folder, {expected}")
     _check(source, out, format, base, half, adapt, force)
     if source.is_file():
         net, config, stock, metadata = checkpoint.open_adapter(source, base)
@@ -111,15 +121,17 @@ def push_run(
     source: str | Path,
     name: str,
     *,
+    format: str = "",
     base: str = "",
     half: bool = False,
     adapt: float | None = None,
 ) -> str:
-    """Upload the merged model of a finished run, with a card, to the Hugging Face Hub.
+    """Upload the model of a finished run, with a card, to the Hugging Face Hub.
 
     Args:
         source, base, half, adapt: as of `export_run`.
-        name: USER/NAME of the repository, which is made if need be.
+        name: USER/NAME of the repository, which is made if need be. A card that is there stays.
+        format: safetensors or adapter; "" = safetensors.
 
     Returns:
         A sentence with the name that predicts and trains.
@@ -127,13 +139,17 @@ def push_run(
     Raises:
         UserError: as of `export_run`, or the Hub refuses.
     """
+    name = check_repository(name)
+    if format not in ("", "safetensors", "adapter"):
+        raise UserError(f"format: found {format!r} to upload, expected safetensors or adapter")
     with TemporaryDirectory() as folder:
         file = Path(folder) / FILE
-        export_run(source, file, format="safetensors", base=base, half=half, adapt=adapt)
-        _, metadata = checkpoint.read_tensors(file, "merged")
-        name = name.removeprefix(PREFIX)
-        pushed = push_model(name, file, model_card(name, metadata))
-    return f"{pushed}: uploaded; nucsam predict {PREFIX}{name} IMAGES --out DIR takes it"
+        options = {"base": base, "half": half, "adapt": adapt}
+        export_run(source, file, format=format or "safetensors", **options)
+        _, metadata = checkpoint.read_tensors(file, "merged", "adapter")
+        pushed, kept = push_model(name, file, model_card(name, metadata))
+    card = "; its README.md stays: delete it there for a new one" if kept else ""
+    return f"{pushed}: uploaded{card}; nucsam predict {PREFIX}{name} IMAGES --out DIR takes it"
 
 
 def model_card(name: str, metadata: dict[str, Any]) -> str:

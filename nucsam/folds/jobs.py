@@ -64,6 +64,13 @@ class Job:
         except UserError:
             return None
 
+    def epochs_done(self) -> int:
+        """Epochs that the job's metrics show; 0 where they are damaged: resuming writes them."""
+        try:
+            return self.directory.epochs_done()
+        except UserError:
+            return 0
+
     def note(self) -> dict[str, Any]:
         """The note of the last holder of the claim: began, where and log_from; at the end ended.
 
@@ -90,6 +97,8 @@ def variants(base: Config, grid: Sequence[str]) -> dict[str, Config]:
     if len(set(names)) < len(names) or "data.fold" in names:
         keys = ", ".join(names)
         raise UserError(f"grid: found {keys}, expected each key once, and not data.fold")
+    if idle := [name for name in names if name in config.MAY_CHANGE and name != "data.root"]:
+        raise UserError(f"grid: found {', '.join(idle)}, which changes no result")
     by_label: dict[str, Config] = {}
     for values in itertools.product(*(values for _, values in axes)):
         variant = config.changed(base.to_dict(), dict(zip(names, values)), "grid")

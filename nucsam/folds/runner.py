@@ -30,7 +30,7 @@ from nucsam.data.folders import Record, raise_problems
 from nucsam.data.samples import read_digest, read_each
 from nucsam.data.splits import find_split, inventory
 from nucsam.errors import UserError
-from nucsam.files import expanded, printable, write_text
+from nucsam.files import expanded, make_folder, printable, write_text
 from nucsam.folds.jobs import Job, child_environment, device_of, plan, variants
 from nucsam.folds.methods import methods_section
 from nucsam.folds.table import cross_validation, table_csv, table_latex, table_rows, table_sections
@@ -91,7 +91,7 @@ class Board:
         if not self.shown:
             return
         for job in self.jobs:
-            state, note, epochs = self.state(job), job.note(), job.directory.epochs_done()
+            state, note, epochs = self.state(job), job.note(), job.epochs_done()
             if (state, epochs) == self._told.get(job, ("waiting", 0)):
                 continue
             self._told[job] = (state, epochs)
@@ -119,8 +119,10 @@ def _failure(job: Job, note: dict[str, Any]) -> str:
     status = note["status"]
     end = f"ended with status {status}"
     if status < 0:
-        end = f"was killed by {signal.Signals(-status).name}"
-    lines = job.log.read_bytes()[note["log_from"] :].decode(errors="replace").splitlines()
+        names = {number.value: number.name for number in signal.Signals}
+        end = f"was killed by {names.get(-status, f'signal {-status}')}"
+    log = job.log.read_bytes() if job.log.is_file() else b""
+    lines = log[note["log_from"] :].decode(errors="replace").splitlines()
     traces = [k for k, line in enumerate(lines) if line.startswith("Traceback ")]
     tail = lines[traces[-1] if traces else 0 :][-20:]
     return "\n".join([f"{job.name} {end}; a rerun resumes it. {job.log} ends with:", *tail])
@@ -148,6 +150,9 @@ def cross_validate(
     if "data.fold" in named:
         advice = "folds trains every fold without it"
         raise UserError(f"data.fold: found it on the command line; {advice}")
+    if twice := {*named} & {text.partition("=")[0].strip() for text in grid}:
+        keys = ", ".join(sorted(twice))
+        raise UserError(f"grid: found {keys} among the overrides too, expected one of both")
     if "=" in str(out):
         expected = "expected a path without =, which would read as table.key=value"
         raise UserError(f"out: found {out}, {expected}")
@@ -286,7 +291,7 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
         raise UserError(f"out: {out} is one run, expected a folder for the runs of all folds")
     if out.resolve() == expanded(base.data.root).resolve():
         raise UserError(f"out: {out} is the folder of the images, expected another")
-    (out / ".locks").mkdir(parents=True, exist_ok=True)
+    make_folder(out / ".locks")
     check_images(jobs)
     with Claim.take(out / ".locks" / "folds", wait=True):
         common = out / "folds.toml"
@@ -297,7 +302,22 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
             found = "out: holds runs of another configuration (found -> wanted)"
             lines = [f"{found}, expected the same, or another folder:", *changed]
             raise UserError("\n".join(lines))
+        _check_repeats(out, jobs)
         write_text(common, config.to_toml(base))
+
+
+def _check_repeats(out: Path, jobs: Sequence[Job]) -> None:
+    """Refuse jobs that runs of another grid in `out` have done: they would count twice."""
+    folders = {job.run for job in jobs}
+    others = [path for path in [*out.glob("*/"), *out.glob("*/*/")] if path not in folders]
+    others = [path for path in others if RunDirectory(path).exists()]
+    for path in others:
+        other = RunDirectory(path).read_config()
+        for job in jobs:
+            same_root = other.data.root == job.config.data.root
+            if same_root and not config.conflicts(other, job.config):
+                found = f"{path} has the settings of {job.name} in this grid"
+                raise UserError(f"out: {found}; expected others, or another folder")
 
 
 def _changed(path: Path, wanted: Config, free: tuple[str, ...] = ()) -> list[str]:

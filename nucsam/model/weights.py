@@ -170,15 +170,15 @@ def _published(base: Published) -> Path:
     if not path.exists():
         checksum = f"sha256:{base.sha256}"
         advice = (
-            f"; elsewhere, curl -L -o {base.file} {base.urls[0]} fetches it. Or set model.weights "
-            "to its path, or to 'none' for random weights"
+            f"; elsewhere, curl -L -o {base.file} {base.urls[0]} fetches it. NUCSAM_CACHE names "
+            "another folder; for a training, model.weights takes its path, or 'none' (random)"
         )
         fetch(path, base.urls, checksum=checksum, size=base.size, advice=advice)
     digest = file_checksum(path).removeprefix("sha256:")
     if digest != base.sha256:
         raise UserError(
             f"{path} is not {base.name}'s published {base.file}: found SHA-256 {digest}, expected "
-            f"{base.sha256}. Delete it to download it again, or set model.weights to its path"
+            f"{base.sha256}. Delete it to download it again"
         )
     return path
 

@@ -31,6 +31,7 @@ def find_device(name: str, per_device: int = 1) -> torch.device:
     Raises:
         UserError: no such device.
     """
+    name = str(name)  # also of a torch.device
     match = re.fullmatch(r"auto|cpu|mps|cuda(?::(\d+))?", name)
     if match is None:
         raise UserError(f"device: found {name!r}, expected auto, cpu, cuda, cuda:N or mps")

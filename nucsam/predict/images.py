@@ -31,7 +31,7 @@ from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
 from nucsam.download import file_checksum
 from nucsam.errors import UserError, check_packages
-from nucsam.files import check_form, read_json, shortened, stale_partials, write_text
+from nucsam.files import check_form, make_folder, read_json, shortened, stale_partials, write_text
 from nucsam.names import find_model, is_model_name
 from nucsam.predict import writers
 from nucsam.predict.models import load
@@ -94,7 +94,7 @@ def predict_files(
         _remark_unfinished(RunDirectory(path))
     settings = _settings(name, predictor, mpp) | {"tissue": tissue}
     claims = out / ".claims" if process_count() > 1 else None
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with exit_on_sigterm(), folder_of_claims(claims) if claims else nullcontext():
         with lock_file(out / f".{RECORD}.lock"):  # single processes may run side by side, too
             _record(out / RECORD, settings, files, outlines, force)

@@ -90,7 +90,7 @@ def open_graph(path: Path, device: str, per_device: int = 1, adapt: float | None
     config = check_metadata(path, metadata)
     if adapt is not None and config != replace(config, model=replace(config.model, adapt=adapt)):
         found = f"found {adapt:g}, but {path} has {config.model.adapt:g} in its graph"
-        raise UserError(f"adapt: {found}; model.adapt of the run's config.toml sets it")
+        raise UserError(f"adapt: {found}; nucsam export --adapt writes another")
     fields = {"multiple": int(multiple), "split": SPLITS[maps], "sha256": file_checksum(path)}
     make = partial(OnnxPredictor, session, **fields)
     return make, config, metadata, session.get_providers()[0] == "CPUExecutionProvider"

@@ -195,7 +195,8 @@ def save_random_base(run: RunDirectory, base: Base) -> None:
 def run_base(run: RunDirectory, config: Config) -> Base:
     """The base of a run: the one that `model.weights` names, or the random one it keeps.
 
-    A name on the Hub means the commit that the run began with.
+    A name on the Hub means the commit that the run began with, and a relative path a file where
+    the run began, if there is none here.
 
     Raises:
         UserError: the file is missing, damaged, or no base.
@@ -203,9 +204,14 @@ def run_base(run: RunDirectory, config: Config) -> Base:
     encoder = config.model.encoder
     weights = config.model.weights
     if weights != "none":
-        began = str(run.read_environment().get("base"))
-        same = is_hub_name(weights) and began.partition("@")[0] == weights.partition("@")[0]
-        return open_base(began if same else weights, encoder)
+        facts = run.read_environment()
+        began = str(facts.get("base"))
+        there = Path(str(facts.get("directory", ""))) / weights
+        if is_hub_name(weights) and began.partition("@")[0] == weights.partition("@")[0]:
+            weights = began
+        elif not Path(weights).exists() and there.is_file():
+            weights = str(there)
+        return open_base(weights, encoder)
     _, metadata = read_tensors(run.base_file, "base")
     return replace(load_base(run.base_file, encoder), source=str(metadata.get("source")))
 

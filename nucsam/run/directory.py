@@ -15,7 +15,15 @@ from nucsam.claims import Claim, read_note
 from nucsam.config import SPLIT, Config, changes, conflicts, load_config, to_toml
 from nucsam.data.splits import inventory_changes
 from nucsam.errors import UserError
-from nucsam.files import check_form, printable, read_json, stale_partials, to_json, write_text
+from nucsam.files import (
+    check_form,
+    make_folder,
+    printable,
+    read_json,
+    stale_partials,
+    to_json,
+    write_text,
+)
 from nucsam.run.metadata import EPOCH, IMAGES, SCORES
 
 
@@ -58,10 +66,10 @@ class RunDirectory:
         A directory that still holds no run at the end is removed, if it is empty.
 
         Raises:
-            UserError: another process trains here.
+            UserError: another process trains here, or no folder can be made.
         """
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         try:
             claim = Claim.take(self.lock_file)
         except UserError as error:
@@ -154,8 +162,15 @@ class RunDirectory:
         write_text(self.environment_file, json.dumps(facts, indent=2) + "\n")
 
     def read_environment(self) -> dict[str, Any]:
-        """The facts of `write_environment`; empty where the run has not written them yet."""
-        return _read_document(self.environment_file, dict) or {}
+        """The facts of `write_environment`; empty where the run has not written them yet.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            return _read_document(self.environment_file, dict) or {}
+        except UserError as error:
+            raise UserError(f"{error}; remove it, and resuming the run writes it again") from None
 
     def write_metrics(self, epochs: Sequence[dict[str, Any]]) -> None:
         write_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in epochs))

@@ -221,6 +221,8 @@ class Training:
                 result = f"so the result is not that of {epochs} epochs in one run"
                 print_warning(f"train.epochs: {before} -> {epochs}; {rate}, {result}")
             self.run.prepare(self.config, self.images)
+            if self.progress.history:
+                self.run.write_metrics(self.progress.history)  # they may be lost or damaged
             if random_base:
                 checkpoint.save_random_base(self.run, self.base)
         accelerator.wait_for_everyone()
@@ -229,7 +231,8 @@ class Training:
         if accelerator.is_main_process:
             facts = self._environment()
             with suppress(UserError):  # of a damaged file; that of the start names the settings
-                facts["command"] = self.run.read_environment().get("command", facts["command"])
+                before = self.run.read_environment()
+                facts |= {name: before[name] for name in ("command", "directory") if name in before}
             self.run.write_environment(facts)
             console.say(f"{self.config.data.root}: {taken(self.samples.records)}")
             print_start(facts, accelerator.device, self.config.train.precision)
@@ -251,6 +254,7 @@ class Training:
             "loader_processes": self.workers,
             "idle_cores": self.cores,
             "command": sys.argv,
+            "directory": str(Path.cwd()),
             "parameters_trainable": sum(p.numel() for p in parameters if p.requires_grad),
             "parameters": sum(p.numel() for p in parameters),
             "base": self.base.source,
