@@ -23,9 +23,9 @@ except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
-FAR = 2**30  # offset of the byte that Windows locks, behind the note: nobody else could read it
+FAR = 2**30  # offset of the byte that Windows locks: past the note, which others read
 RETRY = 0.1  # s between attempts
-USED = ".used"  # file of a folder of claims that whoever uses the folder holds together
+USED = ".used"  # file of a folder of claims on which each of its users holds a shared claim
 
 
 class Claim:
@@ -49,33 +49,28 @@ class Claim:
         Raises:
             UserError: the system or the file system has no such locks.
         """
-        while (claim := cls.try_once(path, shared=shared)) is None and wait:
-            time.sleep(RETRY)
-        return claim
-
-    @classmethod
-    def try_once(cls, path: Path, *, shared: bool = False) -> "Claim | None":
-        """As `take` without waiting; `shared` claims, which Windows lacks, only exclude others."""
         binary = getattr(os, "O_BINARY", 0)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | binary, 0o666)
-        try:
-            if fcntl:
-                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-            else:
-                os.lseek(descriptor, FAR, os.SEEK_SET)
-                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except (BlockingIOError, PermissionError):  # the second one on Windows
-            os.close(descriptor)
-            return None
-        except OSError as error:
-            os.close(descriptor)
-            expected = "expected a file system with locks"
-            raise UserError(f"{path}: cannot be locked ({error}); {expected}") from None
-        if os.fstat(descriptor).st_nlink == 0:  # the holder before has removed the file
-            os.close(descriptor)
-            return cls.try_once(path, shared=shared)
-        return cls(descriptor)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | binary, 0o666)
+            try:
+                if fcntl:
+                    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                    fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+                else:
+                    os.lseek(descriptor, FAR, os.SEEK_SET)
+                    msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+                if os.fstat(descriptor).st_nlink:  # else the holder before has removed the file
+                    return cls(descriptor)
+                os.close(descriptor)
+            except (BlockingIOError, PermissionError):  # the second one on Windows
+                os.close(descriptor)
+                if not wait:
+                    return None
+                time.sleep(RETRY)
+            except OSError as error:
+                os.close(descriptor)
+                expected = "expected a file system with locks"
+                raise UserError(f"{path}: cannot be locked ({error}); {expected}") from None
 
     def __enter__(self) -> "Claim":
         return self
@@ -160,8 +155,8 @@ def _remove_unused(folder: Path) -> None:
 
 
 def is_claimed(path: Path) -> bool:
-    """Whether a process holds the claim on `path`. Two that look do not see each other."""
-    claim = Claim.try_once(path, shared=True)
+    """Whether a process holds the claim on `path`. Two checks at once do not disturb each other."""
+    claim = Claim.take(path, shared=True)
     if claim:
         claim.release()
     return claim is None

@@ -19,7 +19,7 @@ from nucsam.errors import UserError
 from nucsam.files import printable
 
 app = typer.Typer(
-    rich_markup_mode="markdown",  # else the lines of a docstring stay lines
+    rich_markup_mode="markdown",  # a single line end in a docstring is a space
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -49,7 +49,7 @@ def run_command(arguments: list[str]) -> int:
     Returns:
         The exit status.
     """
-    # without a source line
+    # Print a warning without its source line.
     warnings.formatwarning = lambda message, *_, **__: printable(f"warning: {message}\n")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not where a notebook has replaced it
@@ -202,7 +202,7 @@ def _refuse(options: dict[str, Any], kind: str) -> None:
         name for name, value in options.items() if value not in (None, "") and value is not False
     ]
     if given:
-        found = f"found {', '.join(given)} beside {kind}"
+        found = f"found --{', --'.join(given)} beside {kind}".replace("_", "-")
         raise UserError(f"evaluate: {found}, which does not take that (see --help)")
 
 
@@ -235,28 +235,24 @@ def evaluate_command(
     from nucsam.console import PlainConsole
     from nucsam.score import pairs, tables
 
-    if run is None and (truth is None or pred is None):
-        raise UserError("evaluate: expected either RUN, or both --truth and --pred")
-    if run is None:
-        of_runs = {"--untrained": untrained, "--data": data, "--overlays": overlays}
-        _refuse(of_runs, "--truth and --pred")
-    else:
-        maps = {"--truth": truth, "--pred": pred, "--vague": vague, "--connected": connected}
-        _refuse(maps | {"--region-class": region_class, "--workers": workers}, "RUN")
     console = PlainConsole(stderr=as_json == "-")
     strict = False if at_least else None
-    rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone}
-    both = {"organ": organ, **rules}
+    rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone, "organ": organ}
+    maps = {"vague": vague, "connected": connected, "region_class": region_class}
     if run is not None:
+        _refuse({"truth": truth, "pred": pred, **maps, "workers": workers}, "RUN")
         from nucsam.run.directory import RunDirectory
         from nucsam.score.runs import score_run, scores_sentence  # imports torch
 
-        results = score_run(run, untrained=untrained, root=data, overlays=overlays, **both)
+        results = score_run(run, untrained=untrained, root=data, overlays=overlays, **rules)
         trained = RunDirectory(run).trained_scores(results) if untrained else None
         remarks = [] if trained else [scores_sentence(results)]
+    elif truth is None or pred is None:
+        raise UserError("evaluate: expected either RUN, or both --truth and --pred")
     else:
-        maps = {"vague": vague, "connected": connected, "region_class": region_class}
-        results = pairs.score_folders(truth, pred, workers=workers or 0, **maps, **both)
+        of_runs = {"untrained": untrained, "data": data, "overlays": overlays}
+        _refuse(of_runs, "--truth and --pred")
+        results = pairs.score_folders(truth, pred, workers=workers or 0, **maps, **rules)
         trained, remarks = None, pairs.remarks(results)
     # files first: they stay where printing fails
     if as_json == "-":
@@ -294,12 +290,10 @@ def predict_command(
         float | None, Option(help="0 to 1: adapt to other stains, such as 0.06; default: as set.")
     ] = None,
     auto_scale: Annotated[
-        bool | None,
-        Option(help="Take the magnification from the nuclei; default: as trained."),
+        bool | None, Option(help="Take the magnification from the nuclei; default: as trained.")
     ] = None,
     lenient: Annotated[
-        bool | None,
-        Option(help="Lower thresholds for uncertain images; default: as set."),
+        bool | None, Option(help="Lower thresholds for uncertain images; default: as set.")
     ] = None,
     roi: Annotated[Path | None, Option(help="GeoJSON, or a folder of STEM.geojson.")] = None,
     tissue: Annotated[
@@ -404,8 +398,7 @@ def inspect_command(
     connected: Annotated[bool, Option("--connected", help="Label masks' components.")] = False,
     region_class: RegionClass = "",
     sheet: Annotated[
-        Path | None,
-        Option(help="Contact sheet; default: contact_sheet.png, not in DATA."),
+        Path | None, Option(help="Contact sheet; default: contact_sheet.png, not in DATA.")
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -44,7 +44,7 @@ def seed_below(end: int) -> Rule:
 
 
 def between(least: float, most: float) -> Rule:
-    """A rule for numbers with two limits, which are allowed."""
+    """A rule for numbers between two limits, both included."""
     return number(f"a number from {least:g} to {most:g}", lambda value: least <= value <= most)
 
 
@@ -85,7 +85,7 @@ def _slow(pattern: str) -> str:
 def _operations(parsed: Any, repeated: bool = False) -> Iterator[tuple[str, bool]]:
     """Yield each operation of a parsed pattern, and whether it stands inside a repeat.
 
-    At most once is a repeat, but none around what it holds.
+    `?` is a repeat, but what stands inside it is not repeated by it.
     """
     if not isinstance(parsed, re._parser.SubPattern):
         for part in parsed if isinstance(parsed, tuple | list) else ():
@@ -113,7 +113,7 @@ def compiled(name: str, pattern: str) -> re.Pattern[str]:
 POSITIVE = number("a positive number", lambda value: value > 0)
 PROBABILITY = number("a probability from 0 to 1", lambda value: 0 <= value <= 1)
 INSIDE = number("a number between 0 and 1", lambda value: 0 < value < 1)
-BELOW_ONE = number("0 up to but not 1", lambda value: 0 <= value < 1)
+BELOW_ONE = number("at least 0 and below 1", lambda value: 0 <= value < 1)
 UP_TO_ONE = number("a number over 0, at most 1", lambda value: 0 < value <= 1)
 UP_TO_HALF = number("a fraction over 0, at most 0.5", lambda value: 0 < value <= 0.5)
 FINEST = number("1 or 2", lambda value: value in (1, 2))
@@ -492,7 +492,7 @@ def differences(a: Config, b: Config) -> list[str]:
 def conflicts(a: Config, b: Config, *free: str) -> list[str]:
     """The `differences` of all settings but MAY_CHANGE and `free`.
 
-    Epochs that follow from the same `train.presentations` are no difference either.
+    Different epochs are no difference if both follow from the same `train.presentations`.
     """
     allowed = (*MAY_CHANGE, *free)
     if a.train.presentations and a.train.presentations == b.train.presentations:

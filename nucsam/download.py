@@ -79,7 +79,7 @@ def _transfer(url: str, partial: Path, size: int) -> None:
         OSError, HTTPException: the transfer fails.
         ValueError: the server announces or sends another number of bytes than `size`, if known.
     """
-    # a file of the whole size has failed its checksum
+    # a partial file of the whole size failed its checksum: start again
     start = partial.stat().st_size % size if size else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:

@@ -70,7 +70,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def stale_partials(folder: Path) -> dict[Path, Path]:
-    """Temporary files of `atomic` whose process does not run here, and what each stands for.
+    """Temporary files of `atomic` whose process no longer runs here, and the file each was to be.
 
     Those in subfolders are left out. A temporary file may itself be written by `atomic`.
     """
@@ -111,7 +111,7 @@ def read_json(text: str | bytes, source: str, form: Any = dict) -> dict[str, Any
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not JSON ({error})") from None
-    if not isinstance(document, dict):  # its kind says more than the start of a long list
+    if not isinstance(document, dict):  # naming the type says more than the start of a long list
         raise UserError(f"{source}: found a {type(document).__name__}, expected a dict")
     return check_form(document, form, source)
 
@@ -126,7 +126,7 @@ class Leaf(NamedTuple):
 TEXT = Leaf("a string", lambda value: isinstance(value, str))
 FLAG = Leaf("true or false", lambda value: isinstance(value, bool))
 COUNT = Leaf("a whole number from 0", lambda value: type(value) is int and 0 <= value < 1e15)
-# of a size that a result can have; not NaN, not a bool
+# any plausible result; neither NaN nor a bool
 NUMBER = Leaf("a number", lambda value: type(value) in (int, float) and abs(value) < 1e15)
 SHARE = Leaf("0 to 1 or null", lambda v: v is None or (NUMBER.holds(v) and 0 <= v <= 1) or v != v)
 
@@ -188,7 +188,7 @@ def shortened(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-# controls but line end and tab; invisible marks, which may turn the writing; single surrogates
+# control characters except line end and tab; invisible marks of direction; lone surrogates
 _OBEYED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 )

@@ -30,10 +30,10 @@ def find_model(name: str | Path) -> tuple[Path, str]:
             `Path` is always a path.
 
     Returns:
-        The path, and a name for good: "starter", hf:USER/NAME@COMMIT, or the path as given.
+        The path, and a lasting name: "starter", hf:USER/NAME@COMMIT, or the path as given.
 
     Raises:
-        UserError: the Hub has no such repository, revision or file, or there is no way to it.
+        UserError: the Hub has no such repository, revision or file, or cannot be reached.
     """
     if name == STARTER:
         return STARTER_FILE, STARTER
@@ -112,7 +112,7 @@ def push_model(name: str, model: Path, card: str) -> tuple[str, bool]:
         hf:USER/NAME@COMMIT, and whether the repository has kept its card.
 
     Raises:
-        UserError: no access token, no right to write there, or no way to it.
+        UserError: no access token, no right to write there, or the Hub cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 

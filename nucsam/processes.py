@@ -132,8 +132,8 @@ def allowed_cores() -> int:
 def idle_cores() -> int:
     """This process's share of the `allowed_cores` that no other program uses; at least 1.
 
-    A program counts if it runs now, for which this looks half a second. The load average would
-    count what ended a minute ago too, such as an installation.
+    It watches the cores for half a second, so that only programs that run now count. The load
+    average would also count what ended a minute ago, such as an installation.
     """
     cores = os.cpu_count() or 1
     busy = cores * psutil.cpu_percent(0.5) / 100

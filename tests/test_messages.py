@@ -83,7 +83,7 @@ $ download pannuke new  # a set that no program may fetch
 pannuke: no address serves it without a click; get it yourself, from https://warwick.ac.uk/..., and
 unpack it into new
 $ download nuinsseg new  # no network
-nuinsseg: https://zenodo.org/api/records/10518968 does not tell its files (URLError: ...); get them
+nuinsseg: https://zenodo.org/api/records/10518968 does not list its files (URLError: ...); get them
 yourself, from https://zenodo.org/records/10518968, and unpack it into new
 $ download cells new  # no such set
 name: found 'cells', expected one of nuinsseg, tnbc, monuseg, ...
@@ -526,7 +526,8 @@ warning: train.precision: fp16 needs a GPU; computing in fp32 on this CPU
 $ train plain TINY --out OUT/folder  # a folder as argument
 plain: 12 images; ...
 $ train PLAIN data.crop=96 instances.area=2000 --dry-run  # before a training
-images in 12 groups; about ... min, with ... s a step; ... GiB of memory; nothing is kept
+images in 12 groups; about ... min, with ... s a step; ... GiB of memory; this dry run
+keeps nothing
 data.inner: only 3 image(s) choose the epoch, partly by chance
 data.folds: only 4 image(s) are scored; nucsam folds scores every image once
 instances.area: 100% of the nuclei are under 2000 px and will be dropped

@@ -19,7 +19,7 @@ TILE = 256  # px: longest side of a tile of a contact sheet
 
 
 def contours(image: np.ndarray, label: np.ndarray, colour: Sequence[int] = TRUTH) -> np.ndarray:
-    """Outline every nucleus on its own side, so that two that touch keep a line each.
+    """Outline every nucleus inside its own edge, so that two that touch each keep a line.
 
     Args:
         image: uint8 (H, W, 3).

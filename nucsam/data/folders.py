@@ -57,14 +57,14 @@ class Record:
 def list_folder(folder: Path, *, folders_only: bool = False) -> list[Path]:
     """The sorted entries of a folder without hidden ones; none where there is no such folder.
 
-    What a system keeps at the root of a disk is hidden, too.
+    What a system keeps at the root of a disk counts as hidden.
 
     Raises:
         UserError: the folder cannot be listed.
     """
     try:
         with os.scandir(folder) as entries:  # no glob, because real names hold brackets
-            paths = [Path(entry) for entry in entries if not folders_only or _leads_on(entry)]
+            paths = [Path(entry) for entry in entries if not folders_only or _is_folder(entry)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -73,8 +73,8 @@ def list_folder(folder: Path, *, folders_only: bool = False) -> list[Path]:
     return sorted(path for path in paths if not path.name.startswith(HIDDEN))
 
 
-def _leads_on(entry: os.DirEntry) -> bool:
-    """Whether an entry is a folder or a link to one; asks the disk of links alone."""
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder or a link to one; only for a link it asks the disk."""
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and Path(entry).is_dir())
 
 

@@ -23,7 +23,7 @@ def median_area(labels: Sequence[np.ndarray]) -> float:
 
 
 def not_instances(label: np.ndarray, high: int | None = None) -> str:
-    """What a label map seems to be instead of a map of instances; "" where nothing speaks for it.
+    """What a label map seems to be instead of a map of instances; "" where it looks like one.
 
     Many separate (8-connected) components with few values are remarked on: a binary mask, a map of
     classes, and a map that was clipped at the largest value of its type. A nucleus may be in

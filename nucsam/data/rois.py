@@ -28,8 +28,8 @@ MOST_BYTES = 2**31  # of a file, and of what a compressed one holds
 ROI_BYTES = 2**26  # most of one ROI in a zip file
 NUCLEUS = 64  # px: a detection in pieces is one nucleus up to this side
 NEAR = 2  # px: farthest that the pieces of one nucleus lie apart
-PIECES = 8  # most pieces of a nucleus that no other rule calls one
-GRID = 16  # points a side that say whether a shape lies in another
+PIECES = 8  # most pieces that are one nucleus where no other rule says so
+GRID = 16  # points a side of a grid that tests whether a shape lies in another
 CORE = 0.1  # least share of a cell's area that its nucleus has
 CONTEXT = 64  # px around a region that are read with it
 
@@ -230,10 +230,10 @@ def read_imagej(path: str | Path) -> tuple[list[Shape], Counter]:
 def read_aperio(path: str | Path) -> tuple[list[Shape], Counter]:
     """Read the annotation layers of Aperio's ImageScope, as MoNuSeg was drawn.
 
-    A vertex names a pixel, whose centre is meant: so drawn, MoNuSeg's files agree best with the
-    label maps in use. The class is the name of the layer, or its description, or the name of its
-    attribute (MoNuSAC), or the region's text. A negative region is an unsure area. An ellipse is
-    given by the corners of its box, and a rectangle may be.
+    A vertex means the centre of the pixel it names: drawn this way, MoNuSeg's files agree best with
+    the label maps in use. The class is the name of the layer, or its description, or the name of
+    its attribute (MoNuSAC), or the region's text. A negative region is an unsure area. An ellipse
+    is given by the corners of its box, and a rectangle may be.
 
     Returns:
         The shapes, and the numbers of regions without an area.

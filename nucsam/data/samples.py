@@ -36,7 +36,7 @@ class Sample:
     image: np.ndarray  # uint8 (H, W, 3)
     label: np.ndarray  # int32 (H, W), 0 = background, ids 1..n without gaps
     vague: np.ndarray | None  # bool (H, W), True where the annotators were unsure
-    partial: bool = False  # whether `vague` is also what was not annotated, which no score counts
+    partial: bool = False  # whether `vague` also covers what nobody annotated; no score counts it
     problem: str = ""  # why the label seems to be no map of instances
 
     def counted(self, label: np.ndarray) -> np.ndarray:
@@ -156,8 +156,8 @@ def _count_regions(record: Record) -> int:
 def read_sample(record: Record) -> Sample:
     """Read and check the files of one record.
 
-    Where outlines have regions, or unsure areas, `vague` has the rest too, and the label map has no
-    nucleus that lies in the rest alone.
+    If outlines mark regions, or unsure areas, `vague` also covers what was not annotated, and
+    nuclei that lie there entirely are removed.
 
     Raises:
         UserError: a file is bad, sizes differ, or a side is under MIN_SIDE px.
@@ -301,26 +301,17 @@ class Samples:
 
     def __init__(self, records: Sequence[Record], *, memory_gib: float = 8.0):
         self.records = list(records)
-        self.sizes = []  # (H, W) of each image
-        self.partial = []  # of each sample
-        self.digests: list[str] = []
-        self.areas: list[float] = []
-        self.mpps: list[float | None] = []
         self.kept = True
         self._planes: list[Planes] = []
-        problems, remarks = [], []
         self.kept_bytes = 0
+        facts, problems, remarks = [], [], []
         results = read_each(_read_whole, self.records, "Decoding images")
         for record, result in zip(self.records, results):
             if isinstance(result, UserError):
                 problems.append(str(result))
                 continue
-            planes, partial, sha256, area, mpp, texts = result
-            self.sizes.append(planes[1].shape)
-            self.partial.append(partial)
-            self.digests.append(sha256)
-            self.areas.append(area)
-            self.mpps.append(mpp)
+            planes, *known, texts = result
+            facts.append((planes[1].shape, *known))
             remarks.append((record.image, texts))
             self.kept_bytes += sum(plane.nbytes for plane in planes if plane is not None)
             self.kept &= self.kept_bytes <= memory_gib * 2**30
@@ -329,6 +320,8 @@ class Samples:
             else:
                 self._planes.clear()
         raise_problems(f"{len(self.records)} images", problems)
+        # (H, W), whether it is partial, digest, area and microns per px of each image
+        self.sizes, self.partial, self.digests, self.areas, self.mpps = map(list, zip(*facts))
         for remark in summed_remarks(remarks):
             warnings.warn(remark, stacklevel=2)
 
@@ -350,7 +343,7 @@ class Samples:
 
 
 def by_nuclei(area: float, nucleus_area: float) -> float:
-    """Px of an image per px of the run, of which the median nucleus has `nucleus_area` px.
+    """Px of an image per px of the run, so that its median nucleus has `nucleus_area` px there.
 
     Args:
         area: median area of the image's nuclei, px; 0 = not known.
@@ -374,7 +367,7 @@ class Crops:
     """A map-style data set of square crops.
 
     A key (epoch, index) fixes everything random, so that batch size, loader workers and processes
-    change nothing. A place that is vague all over is drawn again, up to TRIES times. An image
+    change nothing. A place that is entirely vague is drawn again, up to TRIES times. An image
     smaller than the window lies somewhere in the crop, reflected around its edges. Where the
     magnification of an image differs from that of the run by over 5 %, its crop is resampled to
     that of the run, as prediction does.

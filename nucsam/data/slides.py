@@ -3,8 +3,8 @@
 Which decoder reads a file follows from its suffix alone, so pixels never depend on what else is
 installed. OpenSlide is the extra `slides`; it reads no file that tifffile reads.
 
-A value of 16 bits becomes the top 8 of its 8, 10, 12, 14 or 16 used bits: the fewest that hold all
-but 1 in 1000 values of the image, and at least as many as the file declares.
+A value of 16 bits becomes the top 8 of its used bits. These are the fewest of 8, 10, 12, 14 or 16
+that hold 99.9 % of the image's values, and at least as many as the file declares.
 """
 
 import logging

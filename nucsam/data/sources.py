@@ -103,7 +103,7 @@ def _zenodo_archives(name: str, advice: str) -> list[Archive]:
         reason = "found no .zip file in the record"
     except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-    raise UserError(f"{name}: {url} does not tell its files ({reason}); get them yourself{advice}")
+    raise UserError(f"{name}: {url} does not list its files ({reason}); get them yourself{advice}")
 
 
 def _unpack(path: Path) -> None:

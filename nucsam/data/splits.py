@@ -97,7 +97,7 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
       alphabetical order: how a model does on an organ, or a source, that it never saw.
     - `fold = "all"` tests on nothing.
     - `images` is how many of the others are used. They are drawn from (seed, fold), spread over the
-      groups; a smaller number takes some of what a larger one takes.
+      groups; a smaller number takes a part of what a larger one takes.
     - The inner split is one part of round(1 / inner) of the training images, stratified by organ
       and drawn from (seed, fold). It is never empty where there are two groups.
 
@@ -205,7 +205,7 @@ def find_split(data: Data, root: str = "") -> tuple[list[Record], Split]:
 
 
 def with_epochs(config: Config, processes: int = 1) -> Config:
-    """The configuration with the whole epochs, at least one, nearest to `train.presentations`.
+    """The configuration with the number of epochs, from 1, nearest to `train.presentations`.
 
     So runs on different numbers of images train equally long. 0 presentations change nothing.
 

@@ -1,10 +1,10 @@
 """The model of a run, or of an adapter file and its base, as one file.
 
 - safetensors: the base's tensors with LoRA merged, the head's tensors, and as metadata what
-  prediction needs. nucsam predicts with it, or trains on from it.
+  prediction needs. nucsam predicts with it, or trains it further.
 - sam: the base's tensors alone, in the form of its published file, which the stock code of the base
-  loads with strict=True. Call `.eval()` after loading: stock TinyViT keeps the attention biases of
-  the moment of that call. It is a torch file, or safetensors by its suffix.
+  loads with strict=True. Call `.eval()` after loading: stock TinyViT caches its attention biases at
+  that call. It is a torch file, or safetensors by its suffix.
 - onnx: `graph.Graph`, LoRA merged.
 - adapter: what was trained alone, with the metadata of safetensors.
 
@@ -52,7 +52,7 @@ SUFFIXES = {  # of a file -> formats that it may have, the first one without bei
     ".safetensors": ("safetensors", "sam", "adapter"),
 }
 
-# What a training must set as the export's did, to take its weights at its scale.
+# Settings that a training must share with the export whose weights it takes.
 SHAPE = ("model.encoder", "model.head", "model.width", "model.finest", "data.scale")
 
 
@@ -175,13 +175,7 @@ def model_card(name: str, metadata: dict[str, Any]) -> str:
 
 
 def _check(
-    source: Path,
-    out: Path,
-    format: str,
-    base: str,
-    half: bool,
-    adapt: float | None,
-    force: bool,
+    source: Path, out: Path, format: str, base: str, half: bool, adapt: float | None, force: bool
 ) -> None:
     """Refuse what can be refused before the model is read."""
     if format not in FORMATS:

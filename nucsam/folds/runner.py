@@ -110,8 +110,7 @@ class Board:
 
 def _failures(job: Job) -> int:
     """How many attempts at a job have failed: counted, because a clock can be set back."""
-    failures = job.note().get("failures")
-    return failures if isinstance(failures, int) else 0
+    return job.note().get("failures", 0)
 
 
 def _failure(job: Job, note: dict[str, Any]) -> str:
@@ -164,7 +163,7 @@ def cross_validate(
     for variant in by_label.values():
         config.check_effect(named, variant)
     jobs = plan(by_label, out)
-    # What every fold of a variant would refuse is refused before the first one.
+    # A split that every fold would refuse is refused before the first one starts.
     for job in {job.variant: job for job in jobs if job.scores() is None}.values():
         find_split(job.config.data)
     board = run_jobs(jobs, base, out)

@@ -11,17 +11,15 @@ images, L tokens of a tile, K keys that they see, A attention heads, D channels 
 and column in a window.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 from nucsam.model.frozen import derived
-from nucsam.model.pixels import Features, Pixels
+from nucsam.model.pixels import Features, Pixels, run_block
 
 # On a GPU: the fused kernel that takes a bias, and what PyTorch has where that cannot run.
 _KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -93,7 +91,7 @@ class Encoder(nn.Module):
         maps += [s2, s4]
         for stage in self.layers[1:]:
             for block in stage.blocks:
-                x = self._run(_attention_block, block, x)
+                x = run_block(_attention_block, block, x, self.checkpoint)
             maps.append(x)
             if stage.downsample is not None:
                 x = _patch_merging(stage.downsample, x)
@@ -122,7 +120,7 @@ class Encoder(nn.Module):
         s2 = _gelu(_conv_bn(first, x_BHWC))
         x = _conv_bn(second, s2)
         for block in self.layers[0].blocks:
-            x = self._run(_mbconv, block, x)
+            x = run_block(_mbconv, block, x, self.checkpoint)
         return s2, x, _patch_merging(self.layers[0].downsample, x)
 
     def _stem_is_fixed(self) -> bool:
@@ -130,13 +128,6 @@ class Encoder(nn.Module):
         parameters = [*self.patch_embed.parameters(), *self.layers[0].parameters()]
         trains = any(parameter.requires_grad for parameter in parameters)
         return not trains and not self.patch_embed.seq[0].bn.training
-
-    def _run(
-        self, function: Callable[[nn.Module, Tensor], Tensor], block: nn.Module, x: Tensor
-    ) -> Tensor:
-        if self.checkpoint:
-            return checkpoint(function, block, x, use_reentrant=False, preserve_rng_state=False)
-        return function(block, x)
 
 
 def _eager_cpu(x: Tensor) -> bool:
@@ -164,7 +155,7 @@ def _conv_bn(module: nn.Module, x_BHWC: Tensor) -> Tensor:
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         return conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
 
-    # Training does not tell that it moves the statistics, but it counts its batches.
+    # Training moves the statistics without raising their version, but it counts its batches.
     sources = [conv.weight, *norm.parameters(), *norm.buffers()]
     weight, bias = derived(module, sources, fold)
     if conv.kernel_size == (1, 1):

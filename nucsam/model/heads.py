@@ -25,7 +25,7 @@ NUCLEUS_WEIGHT = 3.0  # of a nucleus pixel in the distance loss; a background pi
 STRIDES = (16, 8, 4, 2, 1)  # of the levels of the instance head, down to `finest`
 EIGHTHS = (8, 6, 4, 2, 1)  # of the width, at those strides
 SURE = 0.9  # probability from which `loss.unlabelled` takes a pixel for a nucleus
-NEAR = 8  # px; an outline that is drawn this much too tight is no nucleus that was missed
+NEAR = 8  # px; what is sure this close to a label is a tight outline, not a missed nucleus
 
 
 class Norm(nn.BatchNorm2d):

@@ -28,7 +28,7 @@ import skimage
 from nucsam.config import Instances
 from nucsam.data.labels import FEWEST
 
-FOREGROUND_POWER, CONFIDENCE_POWER = 8, 3  # of the share of the usual certainty, in `lenient`
+FOREGROUND_POWER, CONFIDENCE_POWER = 8, 3  # of certainty / usual certainty, in `lenient`
 
 
 class Nuclei(NamedTuple):

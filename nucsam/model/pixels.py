@@ -1,7 +1,10 @@
 """What every encoder begins with: normalised pixels."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nucsam.errors import UserError
 
@@ -37,3 +40,12 @@ class Pixels(nn.Module):
             )
         images = (images - self.mean) / self.std
         return images.contiguous(memory_format=torch.channels_last)
+
+
+def run_block(
+    function: Callable[[nn.Module, Tensor], Tensor], block: nn.Module, x: Tensor, recompute: bool
+) -> Tensor:
+    """`function(block, x)`; with `recompute`, the backward pass computes its activations again."""
+    if recompute:
+        return checkpoint(function, block, x, use_reentrant=False, preserve_rng_state=False)
+    return function(block, x)

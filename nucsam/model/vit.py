@@ -11,9 +11,8 @@ tokens of a tile, A attention heads, D channels of a head.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from nucsam.model.pixels import Features, Pixels
+from nucsam.model.pixels import Features, Pixels, run_block
 
 STRIDE = 16
 DEPTHS = 4  # maps, evenly spaced over the blocks, as CellViT takes them (arXiv 2306.15350)
@@ -51,12 +50,7 @@ class ViT(nn.Module):
         x_BHWC = x_BHWC + self._positions(*x_BHWC.shape[1:3])
         features = [image]
         for i, block in enumerate(self.blocks, 1):
-            if self.checkpoint:
-                x_BHWC = checkpoint(
-                    _block, block, x_BHWC, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x_BHWC = _block(block, x_BHWC)
+            x_BHWC = run_block(_block, block, x_BHWC, self.checkpoint)
             if i % (len(self.blocks) // DEPTHS) == 0:
                 features.append(x_BHWC.permute(0, 3, 1, 2))
         return tuple(features)

@@ -23,7 +23,7 @@ from nucsam.model.stock import import_builders
 from nucsam.names import default_cache
 
 _DECODER = ("prompt_encoder.", "mask_decoder.")
-# Seed and encoder -> the untouched model of a check, for the next caller, whom it saves time.
+# (seed, encoder) -> an unchanged model that a check has built; the next caller takes it.
 _SPARE: dict[tuple[int, str], nn.Module] = {}
 
 

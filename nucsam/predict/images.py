@@ -45,6 +45,7 @@ from nucsam.run.directory import RunDirectory
 POLL = 0.5  # s between looks at the images that other processes hold
 RECORD = "predict.json"  # file of the settings in a folder of results
 SAMPLES, SAMPLE = 16, 2**16  # parts of an image file, and bytes of each, by which it is known
+OPTIONS = ("nucleus_area", "tile", "overlap", "tta", "adapt", "certainty")  # of a predictor
 UNRECORDED = ("nucsam", "model")  # entries of predict.json that may differ from run to run
 
 
@@ -218,12 +219,7 @@ def _settings(model: str, predictor: Predictor, mpp: float | None) -> dict[str, 
         "scale": predictor.scale / (predictor.ratio or 1.0),
         "mpp_trained": predictor.mpp,
         "mpp": mpp,
-        "nucleus_area": predictor.nucleus_area,
-        "tile": predictor.tile,
-        "overlap": predictor.overlap,
-        "tta": predictor.tta,
-        "adapt": predictor.adapt,
-        "certainty": predictor.certainty,
+        **{name: getattr(predictor, name) for name in OPTIONS},
         "instances": thresholds,
     }
 

@@ -89,7 +89,8 @@ def load(
     sizes = {"tile": tile, "overlap": overlap, "batch": batch}
     _check_numbers(scale, **sizes)
     ratio = config.data.scale / scale if scale else None
-    check_ratio(ratio or 1.0)
+    if ratio:
+        check_ratio(ratio)
     if lenient is not None:
         config = replace(config, instances=replace(config.instances, lenient=lenient))
     if auto_scale is None:

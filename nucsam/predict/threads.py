@@ -14,7 +14,7 @@ def in_threads(
 ) -> Iterator[Any]:
     """The result of the call with each job's arguments, in order.
 
-    Up to `threads` calls run while the next job is made; memory is that of a few jobs. Where the
+    Up to `threads` calls run while the next job is made; only a few jobs are in memory. Where the
     consumer stops early, calls that have not begun are dropped.
     """
     running: deque[Future] = deque()

@@ -187,7 +187,7 @@ TABLES = {
 
 
 class LabelBlocks:
-    """A label map of any size in a file, as compressed blocks: memory is that of `RECENT` blocks.
+    """A label map of any size in a file, as compressed blocks; only `RECENT` of them are in memory.
 
     Args:
         size: height and width, px.
@@ -231,7 +231,7 @@ class LabelBlocks:
 
         Args:
             window: the window.
-            nuclei: of its outer place; their ids go on from `count` here.
+            nuclei: of its outer place; their ids continue from `count` here.
 
         Returns:
             What was added, ids 1, 2, ...

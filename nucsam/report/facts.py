@@ -11,7 +11,7 @@ from nucsam.run.directory import RunRecord
 from nucsam.score.tables import COLUMNS, FEWEST, HEADLINE, over_folds, percent
 
 SHOWN = {name: COLUMNS[name] for name in HEADLINE}
-POINT = 0.01  # of AJI: scores without error bars must differ by more to be spoken of
+POINT = 0.01  # of AJI: scores without error bars must differ by more to be mentioned
 
 Row = dict[str, Any]  # one scored image of `RunRecord.rows`
 
@@ -113,7 +113,7 @@ def _share(count: int, total: int) -> str:
 
 
 def differs(differences: Sequence[float]) -> bool:
-    """Whether the mean over images is more than two standard errors from 0; of few images, no."""
+    """Whether the mean over images is more than two standard errors from 0; False of few images."""
     n = len(differences)
     return n >= FEWEST and abs(fmean(differences)) > 2 * stdev(differences) / math.sqrt(n)
 

@@ -81,7 +81,7 @@ def write_report(
 
 
 def finish(folder: Path, figures: Path | None = None) -> str:
-    """Write the page after a training, which it never fails, and return a line that says so.
+    """Write the page after a training, which an error here never fails; return a line about it.
 
     Args:
         folder, figures: as of `write_report`.

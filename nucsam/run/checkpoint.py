@@ -25,7 +25,7 @@ from nucsam.names import find_model, is_hub_name, is_lasting
 from nucsam.run.directory import RunDirectory
 from nucsam.run.metadata import check_metadata
 
-# What shapes do not tell of an adapter, as `differences` writes it.
+# Settings of an adapter that shapes do not reveal, as `differences` writes them.
 FIXED = (
     *("model.encoder:", "model.train:", "model.rank:", "model.alpha:", "model.pattern:"),
     *(f"data.{key}:" for key in (*SPLIT, "nucleus_area")),

@@ -36,7 +36,6 @@ SCORES = {
     ],
 }
 EPOCH = {"epoch": COUNT}
-CERTAINTY = Leaf("0 to 1, or null", lambda value: value is None or SHARE.holds(value))
 IMAGES = {str: {"organ": TEXT, "group": TEXT, "part": TEXT, "sha256": TEXT}}
 
 
@@ -63,5 +62,5 @@ def check_metadata(path: Path, metadata: dict[str, Any]) -> Config:
         if name in metadata:
             check_form(metadata[name], form, f"{source}: {name}")
     if "certainty" in metadata.get("selected", {}):
-        check_form(metadata["selected"]["certainty"], CERTAINTY, f"{source}: certainty")
+        check_form(metadata["selected"]["certainty"], SHARE, f"{source}: certainty")
     return Config.from_dict(metadata["config"], f"{path}: configuration")

@@ -77,7 +77,7 @@ def _starts_of_runs(truth: np.ndarray, pred: np.ndarray) -> np.ndarray:
     changes[:1] = True
     np.not_equal(truth[1:], truth[:-1], out=changes[1:])
     changes[1:] |= pred[1:] != pred[:-1]
-    # Words of eight first: where few values are true, NumPy takes long for each.
+    # Eight bytes at a time first: NumPy is slow for each true value of a sparse mask.
     found = np.flatnonzero(words != 0)
     bits = np.flatnonzero(words[found].view(bool))
     return (found[bits >> 3] << 3) + (bits & 7)

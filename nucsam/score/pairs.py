@@ -72,7 +72,7 @@ def _label_files(folder: Path, suffixes: Sequence[str]) -> dict[str, _File]:
 
 
 def _by_any_name(files: dict[str, _File]) -> dict[str, _File]:
-    """File by its name, by ORGAN_STEM, which the other folder may need, and without `_masks`."""
+    """Files by name, by ORGAN_STEM, which the other folder may use, and without `_masks`."""
     bare = {name: folders.bare_stem(name) for name in files}
     alike = Counter(bare.values())
     short = {bare[name]: file for name, file in files.items() if alike[bare[name]] == 1}
@@ -166,7 +166,9 @@ def score_pair(
     return rows
 
 
-def protocols_for(protocol: str, *, vague: bool = False, **changes: Any) -> list[Protocol]:
+def protocols_for(
+    protocol: str = "nuinsseg", *, vague: bool = False, **changes: Any
+) -> list[Protocol]:
     """The named protocol and, where vague areas are known, its variant without them.
 
     Args:

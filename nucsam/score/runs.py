@@ -27,8 +27,6 @@ from nucsam.score.metrics import score_maps
 from nucsam.score.pairs import protocols_for
 from nucsam.score.tables import HEADLINE, image_row, percent, scored
 
-PROTOCOL = "nuinsseg"
-
 
 def score_images(
     net: nn.Module,
@@ -65,7 +63,7 @@ def score_images(
     """
     share = np.array_split(indices, accelerator.num_processes)[accelerator.process_index].tolist()
     vague = any(samples.records[i].vague for i in indices)
-    protocols = protocols_for(**{"protocol": PROTOCOL, **rules}, vague=vague)
+    protocols = protocols_for(**rules, vague=vague)
     was_training = net.training
     net.eval()
     rows = []
@@ -134,7 +132,7 @@ def score_run(
         UserError: a file is missing or damaged, or the images are not those of the training.
     """
     pattern = compiled("organ", organ)
-    protocols = protocols_for(**{"protocol": PROTOCOL, **rules})
+    protocols = protocols_for(**rules)
     net, config, base, metadata = open_run(path)
     if untrained:
         net = build_model(config.model, base, seed=config.train.seed)
@@ -152,7 +150,7 @@ def score_run(
     unfinished = "" if run.is_trained(config) else run.progress(config)
     state = {"certainty": certainty, "untrained": untrained, "unfinished": unfinished}
     scores = describe_scores(results, metadata, of=of, **state)
-    changed = untrained or organ or protocols != protocols_for(PROTOCOL)
+    changed = untrained or organ or protocols != protocols_for()
     if not changed and run.is_trained(config):
         run.write_scores(scores)
     return scores

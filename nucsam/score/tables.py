@@ -32,7 +32,7 @@ COLUMNS = {  # F1 is DQ
 }
 
 DRAWS = 2000  # bootstrap samples
-FEWEST = 6  # images: of fewer, resampling gives little but their least and largest score
+FEWEST = 6  # images: with fewer, resampling shows little beyond the least and the largest score
 
 AGGREGATES = {  # each answers another question; they differ by points
     "mean": "image mean",

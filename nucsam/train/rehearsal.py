@@ -52,7 +52,7 @@ def rehearse(config: Config) -> dict[str, Any]:
     groups = len({record.group for record in training.samples.records})
     seconds = f"about {facts['minutes']:.0f} min, with {facts['step_seconds']:.1f} s a step"
     cost = f"{seconds}; {facts['memory_gib']:.1f} GiB of memory"
-    console.print(f"images in {groups} groups; {cost}; nothing is kept of this dry run")
+    console.print(f"images in {groups} groups; {cost}; this dry run keeps nothing")
     for problem in facts["problems"]:
         print_warning(problem)
     return facts

@@ -44,7 +44,8 @@ class StopSignals(ExitStack):
         Args:
             accelerator: of the training.
             due: whether this process is to save.
-            wait: whether processes may wait for their GPUs to ask each other. If not, they go on.
+            wait: whether processes may wait for their GPUs to ask each other. If not, they
+                continue.
         """
         asked = [self._received > 0, due]
         if accelerator.num_processes > 1:

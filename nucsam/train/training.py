@@ -26,14 +26,7 @@ from nucsam import __version__
 from nucsam.config import Config, Data, Train
 from nucsam.data.augment import window
 from nucsam.data.folders import taken
-from nucsam.data.samples import (
-    SAME_SCALE,
-    Crops,
-    EpochBatches,
-    Samples,
-    by_nuclei,
-    is_resampled,
-)
+from nucsam.data.samples import SAME_SCALE, Crops, EpochBatches, Samples, by_nuclei, is_resampled
 from nucsam.data.splits import find_split, inventory, with_epochs
 from nucsam.errors import UserError
 from nucsam.files import check_form
@@ -196,7 +189,7 @@ class Training:
         self.net = build(self.config.model, self.base, seed=t.seed, checkpoint=t.checkpoint)
         self.ddp = accelerator.prepare(self.net)
         if t.compile:
-            # The head's norms ask the other processes, which no graph holds.
+            # The head's norms talk to the other processes, which no full graph can hold.
             self.ddp = torch.compile(self.ddp, fullgraph=accelerator.num_processes == 1)
         # After `prepare`, which replaces the buffers of processes on CPUs.
         self.weights: dict[str, Tensor] = self.net.trainable()
@@ -210,10 +203,10 @@ class Training:
         }
 
     def _write_start(self) -> None:
-        """Write what stands in a run directory before the first step, and print it."""
+        """Write the files that a run directory has before the first step, and print the facts."""
         accelerator = self.accelerator
         random_base = self.config.model.weights == "none"
-        accelerator.wait_for_everyone()  # no process may take what is written now for an older run
+        accelerator.wait_for_everyone()  # a slower one would take the new files for an older run's
         if accelerator.is_main_process:
             epochs = self.config.train.epochs
             if self.run.exists() and (before := self.run.read_config().train.epochs) != epochs:
@@ -226,11 +219,11 @@ class Training:
             if random_base:
                 checkpoint.save_random_base(self.run, self.base)
         accelerator.wait_for_everyone()
-        if random_base:  # the main process's: calibration differs in the last bit between machines
+        if random_base:  # that of the main process: machines differ in the last bit
             self.base = checkpoint.run_base(self.run, self.config)
         if accelerator.is_main_process:
             facts = self._environment()
-            with suppress(UserError):  # of a damaged file; that of the start names the settings
+            with suppress(UserError):  # a damaged file is replaced
                 before = self.run.read_environment()
                 facts |= {name: before[name] for name in ("command", "directory") if name in before}
             self.run.write_environment(facts)
