@@ -388,7 +388,7 @@ def test_another_configuration_is_refused_before_anything_runs(launch, monkeypat
     assert run_command([*same, "--grid", "model.rank=[8]"]) == 0 and len(started()) == 5
     # but not by what it holds already, which a report would count twice
     assert run_command([*same, "--grid", "model.rank=[4, 8]"]) == 2 and started() == []
-    assert re.search(r"runs/fold\d has the settings of", capsys.readouterr().err)
+    assert re.search(r"found runs/fold\d, which has the settings of", capsys.readouterr().err)
     assert run_command([*same, "model.rank=2", "--grid", "model.rank=[2]"]) == 2
     assert "model.rank among the overrides too" in capsys.readouterr().err
 

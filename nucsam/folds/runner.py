@@ -306,7 +306,7 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
 
 
 def _check_repeats(out: Path, jobs: Sequence[Job]) -> None:
-    """Refuse jobs that runs of another grid in `out` have done: they would count twice."""
+    """Refuse jobs whose settings another run in `out` has: a report would count them twice."""
     folders = {job.run for job in jobs}
     others = [path for path in [*out.glob("*/"), *out.glob("*/*/")] if path not in folders]
     others = [path for path in others if RunDirectory(path).exists()]
@@ -315,8 +315,8 @@ def _check_repeats(out: Path, jobs: Sequence[Job]) -> None:
         for job in jobs:
             same_root = other.data.root == job.config.data.root
             if same_root and not config.conflicts(other, job.config):
-                found = f"{path} has the settings of {job.name} in this grid"
-                raise UserError(f"out: {found}; expected others, or another folder")
+                found = f"found {path}, which has the settings of {job.name}"
+                raise UserError(f"out: {found}; expected one run of them, or another folder")
 
 
 def _changed(path: Path, wanted: Config, free: tuple[str, ...] = ()) -> list[str]:
