@@ -16,6 +16,7 @@ from nucsam.data.samples import by_region, read_each, read_sample, summed_remark
 from nucsam.errors import UserError
 
 EXAMPLES = 24  # images on the contact sheet
+WIDTH = 80  # characters of a table
 
 
 class Contents(NamedTuple):
@@ -119,10 +120,10 @@ COLUMNS = {
     "images": "images",
     "groups": "groups",
     "nuclei": "nuclei",
-    "per\nimage": "nuclei_per_image",
+    "per image": "nuclei_per_image",
     "empty": "images_without",
-    "area\npx": "median_area_px",
-    "vague\n%": "vague_percent",
+    "area px": "median_area_px",
+    "vague %": "vague_percent",
     "µm/px": "microns_per_px",
     "size px": "sizes",
 }
@@ -148,6 +149,24 @@ def _cell(value: object) -> str:
     return str(value)
 
 
+def _widths(columns: dict[str, list[str]]) -> tuple[dict[str, int], int]:
+    """Width of each column, by heading, and the gap between two, in characters.
+
+    A column holds its longest word. What is left of WIDTH goes to those that would wrap, organs
+    first.
+    """
+    texts = {heading: [heading, *cells] for heading, cells in columns.items()}
+    widths = {heading: max(map(len, " ".join(text).split())) for heading, text in texts.items()}
+    spare = WIDTH - sum(widths.values()) - len(widths)
+    gap = 1 if spare >= len(widths) else 0
+    spare -= gap * len(widths)
+    for heading in sorted(widths, key=lambda heading: heading != "organ"):
+        more = min(max(map(len, texts[heading])) - widths[heading], max(0, spare))
+        widths[heading] += more
+        spare -= more
+    return widths, gap
+
+
 def summary_table(summary: dict):
     """The rows of a summary as a rich Table for 80 columns, without its problems and remarks.
 
@@ -163,14 +182,11 @@ def summary_table(summary: dict):
     if all(row["groups"] == row["images"] for row in rows):
         del columns["groups"]
     columns = {heading: cells for heading, cells in columns.items() if {*cells} - {"-"}}
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for heading in columns:
+    widths, gap = _widths(columns)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), show_edge=False)
+    for heading, width in widths.items():
         justify = "left" if heading in ("organ", "size px") else "right"
-        wraps = heading in ("organ", "µm/px", "size px")
-        most = 6 if heading == "µm/px" else None
-        table.add_column(
-            heading, justify=justify, no_wrap=not wraps, overflow="fold", max_width=most
-        )
+        table.add_column(heading, justify=justify, width=width)
     for cells in zip(*columns.values()):
         table.add_row(*cells)
     return table
