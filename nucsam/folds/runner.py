@@ -35,7 +35,7 @@ from nucsam.folds.jobs import Job, child_environment, device_of, plan, variants
 from nucsam.folds.methods import methods_section
 from nucsam.folds.table import cross_validation, table_csv, table_latex, table_rows, table_sections
 from nucsam.processes import ask_to_stop, child_options, handled, is_first, is_launched
-from nucsam.run.directory import RunDirectory
+from nucsam.run.directory import RunDirectory, run_folders
 from nucsam.run.learning import learnt_nothing
 from nucsam.score.tables import COLUMNS, percent, write_json
 
@@ -308,9 +308,7 @@ def _prepare(out: Path, base: Config, jobs: Sequence[Job]) -> None:
 def _check_repeats(out: Path, jobs: Sequence[Job]) -> None:
     """Refuse jobs whose settings another run in `out` has: a report would count them twice."""
     folders = {job.run for job in jobs}
-    others = [path for path in [*out.glob("*/"), *out.glob("*/*/")] if path not in folders]
-    others = [path for path in others if RunDirectory(path).exists()]
-    for path in others:
+    for path in (path for path in run_folders(out) if path not in folders):
         other = RunDirectory(path).read_config()
         for job in jobs:
             same_root = other.data.root == job.config.data.root

@@ -266,6 +266,12 @@ class RunRecord:
         return [{**image, "organ": printable(image["organ"]), **place} for image in images]
 
 
+def run_folders(folder: Path) -> list[Path]:
+    """The run directories in the folder of a cross-validation, also in those of its variants."""
+    inside = [*folder.glob("*/"), *folder.glob("*/*/")]
+    return [path for path in inside if RunDirectory(path).exists()]
+
+
 def read_runs(folder: Path) -> list[RunRecord]:
     """The run in `folder`, or the runs of a cross-validation, sorted by variant and fold.
 
@@ -277,8 +283,7 @@ def read_runs(folder: Path) -> list[RunRecord]:
     """
     if RunDirectory(folder).exists():
         return [RunRecord.read(folder)]
-    inside = [*folder.glob("*/"), *folder.glob("*/*/")]
-    runs = [RunRecord.read(path) for path in inside if RunDirectory(path).exists()]
+    runs = [RunRecord.read(path) for path in run_folders(folder)]
     if not runs:
         found = f"found no {RunDirectory(folder).config_file.name} in it or in its sub-folders"
         expected = "expected a run of nucsam train or the folder of nucsam folds"
