@@ -1,11 +1,18 @@
 """Shared by the tests: one thread, a tiny data set, and the configuration of a run of seconds."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # also where there is a GPU
 
 import pytest
+
+PATHS = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+# What tests start draws no report, because that takes longer than a tiny training.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent / "no_report"), *PATHS])
+)
 
 TINY = {
     "data": {"crop": 64, "scale": 1.0, "workers": 0, "folds": 3, "inner": 0.3},
@@ -49,6 +56,14 @@ def snapshot(folder):
 def same_tensors(a, b):
     """Whether two states hold the same tensors under the same names, bit for bit."""
     return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def all_cores_idle():
+    """A training in this process does not watch the cores first, which takes half a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nucsam.processes.psutil.cpu_percent", lambda seconds: 0.0)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -112,9 +127,15 @@ def published(base, tmp_path_factory):
         yield path
 
 
+@pytest.fixture
+def report_drawn(monkeypatch):
+    """What the test starts draws its report."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(PATHS))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_report(request):
-    """Only the report's own tests draw it, because it takes longer than a tiny training."""
+    """Only the report's own tests draw it."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ != "test_report":
             patch.setattr(

@@ -39,7 +39,7 @@ def test_bars_are_redrawn_in_terminals_only(notebook, monkeypatch):
     assert not notebook or text.count("\n") == 3
 
 
-def test_the_notebook_runs(tmp_path):
+def test_the_notebook_runs(report_drawn, tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     codes = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs for cell in codes)

@@ -20,6 +20,7 @@ from test_train import history, same
 from nucsam.config import to_toml
 from nucsam.errors import UserError
 from nucsam.run import checkpoint
+from nucsam.run.directory import RunDirectory
 from nucsam.score.runs import score_run
 from nucsam.train.loop import fit
 
@@ -187,8 +188,10 @@ def test_a_full_disk_is_an_error_and_the_last_good_state_is_usable(whole, tmp_pa
 
 SIGNALLED = """
 import os, runpy, signal
+from nucsam.train import training
 from test_resume import in_write
 
+training.uses_gpu = lambda: True  # only beside a GPU do processes load images
 in_write("last.safetensors", 2, lambda _: os.killpg(0, signal.SIGTERM))()
 runpy.run_module("nucsam.train", run_name="__main__")
 """
@@ -200,7 +203,7 @@ def test_sigterm_to_the_whole_process_group_leaves_the_workers_until_all_is_save
     run = tmp_path / "run"
     arguments = ["workers.toml", "--out", "run", "--resume"]
     paths = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen(
             [sys.executable, "-c", SIGNALLED, *arguments],
             cwd=tmp_path,
@@ -211,6 +214,7 @@ def test_sigterm_to_the_whole_process_group_leaves_the_workers_until_all_is_save
         _, error = process.communicate(timeout=120)
         assert process.returncode == 128 + signal.SIGTERM, error.decode()
         assert b"Traceback" not in error
+    assert RunDirectory(run).read_environment()["loader_processes"] > 0
     assert not (run / "scores.json").exists()
     rerun = [sys.executable, "-m", "nucsam.train", *arguments]
     assert subprocess.run(rerun, cwd=tmp_path, timeout=300).returncode == 0

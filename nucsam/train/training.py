@@ -219,7 +219,8 @@ class Training:
             if random_base:
                 checkpoint.save_random_base(self.run, self.base)
         accelerator.wait_for_everyone()
-        if random_base:  # that of the main process: machines differ in the last bit
+        if random_base and accelerator.num_processes > 1:
+            # That of the main process: machines differ in the last bit.
             self.base = checkpoint.run_base(self.run, self.config)
         if accelerator.is_main_process:
             facts = self._environment()
