@@ -422,6 +422,8 @@ $ export headless --out m.pt  # scores of something else
 headless/scores.json: found no images_of, expected one
 $ synth plain  # synthetic images over others
 plain: found files there, expected a new or empty folder
+$ synth page.pt/set  # synthetic images under a file
+page.pt: expected a folder (...exists...)
 """
 
 # A call on a file or an argument, what is wrong with it, and the message.

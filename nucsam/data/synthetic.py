@@ -16,6 +16,7 @@ from nucsam.data.draw import write_png
 from nucsam.data.images import write_label
 from nucsam.data.samples import MIN_SIDE
 from nucsam.errors import UserError
+from nucsam.files import make_folder
 
 # Optical density of hematoxylin and eosin in R, G, B (the reference of Macenko et al. 2009)
 STAINS = np.array([[0.5626, 0.7201, 0.4062], [0.2159, 0.8012, 0.5581]])
@@ -54,7 +55,7 @@ def write_dataset(out: str | Path, *, images: int, size: int, seed: int) -> None
     empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not empty:
         raise UserError(f"{out}: found files there, expected a new or empty folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with tempfile.TemporaryDirectory(prefix=".synth-", dir=out if empty else out.parent) as partial:
         root = Path(partial) / "data"
         root.mkdir()

@@ -248,7 +248,7 @@ class _Stop:
 
 def _work(job: Job, claim: Claim, environment: dict[str, str], stop: _Stop, board: Board) -> None:
     """Run a claimed job's child to its end, and note how it ended."""
-    job.run.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(job.run.parent)
     settings = job.run.with_name(f"{job.run.name}.toml")
     write_text(settings, config.to_toml(job.config))
     where = f"{socket.gethostname()} {environment['CUDA_VISIBLE_DEVICES'] or 'CPU'}"

@@ -15,7 +15,7 @@ from typing import Any
 from nucsam.config import Config, differences
 from nucsam.data.draw import overlay, write_png
 from nucsam.errors import UserError, check_packages
-from nucsam.files import printable, write_text
+from nucsam.files import make_folder, printable, write_text
 from nucsam.report import facts
 from nucsam.report.charts import Chart, grid_chart, run_charts, svg, write_chart
 from nucsam.report.gallery import SHAPES, make_gallery, picks, scaled
@@ -161,7 +161,7 @@ def _write_figures(
     folder: Path, charts: Mapping[str, Chart], pictures: Sequence[dict[str, Any]]
 ) -> list[Path]:
     """Write every chart and every picture of the gallery."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     paths = []
     for name, chart in charts.items():
         paths += write_chart(chart, folder / name)
