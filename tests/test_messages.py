@@ -272,6 +272,8 @@ $ evaluate edited  # a run whose settings were edited
 edited/adapter.safetensors: trained with other ... edited/config.toml says: model.alpha: 8.0 -> 4.0
 $ evaluate moved  # data that has moved
 nowhere: found no data set ...; if the images have moved, name their folder
+$ train --out moved --resume  # data that has moved, to train on
+nowhere: found no data set ...; if the images have moved, data.root=FOLDER says where they are
 $ evaluate run --data fewer  # other data
 fewer: found other images than run was split on, so that ... removed: mouse_liver_1...
 $ folds data.fold=1 --out f  # a fold for all folds

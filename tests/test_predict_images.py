@@ -251,7 +251,7 @@ def names(folder):
 
 @pytest.fixture(scope="module")
 def anything(tmp_path_factory):
-    """Images of all kinds: 16 px, grey, alpha, 16 bits, JPEG, tiles; and two bad ones."""
+    """Images of all kinds: 16 px, grey, alpha, 16 bits, JPEG, tiles; and four bad ones."""
     out = tmp_path_factory.mktemp("images")
     image, _ = discs(420)
     part = image[:100, :130]
@@ -267,19 +267,22 @@ def anything(tmp_path_factory):
         offset = tiff.pages[0].dataoffsets[-1]
     torn[offset : offset + 20] = b"\x07" * 20
     (out / "torn.tif").write_bytes(torn)
+    for link, target in (("lost.png", "nowhere.png"), ("loop.png", "loop.png")):
+        (out / link).symlink_to(target)
     (out / "notes.txt").write_text("not an image")
     (out / ".hidden.png").write_text("not an image")
     return out
 
 
 def test_bad_images_leave_the_good_ones(anything, tmp_path, colour, capsys, monkeypatch):
-    """One cannot be opened, one is torn in its last tile."""
+    """One cannot be opened, one is torn in its last tile, and two are links to nothing."""
     monkeypatch.setattr(images, "WHOLE", 50_000)
     out = tmp_path / "out"
     assert predict(anything, "--out", out, "--formats", "labels,geojson,csv,overlay") == 1
     errors = " ".join(capsys.readouterr().err.split())
-    assert "cut.png: cannot be read" in errors and "torn.tif: cannot be read" in errors
-    assert "6 image(s)" in errors and "2 failed" in errors
+    for name in ("cut.png", "torn.tif", "lost.png", "loop.png"):
+        assert f"{name}: cannot be read" in errors
+    assert "6 image(s)" in errors and "4 failed" in errors
     stems = ("alpha", "deep", "grey", "large", "photo", "tiny")
     kinds = ["{}.csv", "{}.geojson", "{}.tif", "overlays/{}.png"]
     expected = [kind.format(stem) for stem in stems for kind in kinds]

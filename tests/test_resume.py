@@ -22,6 +22,7 @@ from nucsam.errors import UserError
 from nucsam.run import checkpoint
 from nucsam.run.directory import RunDirectory
 from nucsam.score.runs import score_run
+from nucsam.train import loop
 from nucsam.train.loop import fit
 
 fork = multiprocessing.get_context("fork")  # a child has everything imported already
@@ -136,6 +137,19 @@ def test_killed_ten_times_at_random_points(whole, tmp_path):
         process.join()
         assert process.exitcode == -signal.SIGKILL, f"the run ended after {kills} kills"
         assert_readable(run)
+    fit(config, run, resume=True)
+    assert_equal(run, whole[1])
+
+
+def test_killed_in_a_validation(whole, tmp_path, monkeypatch):
+    """Which may take longer than a launcher waits after its SIGTERM."""
+    config = replace(whole[0], train=replace(whole[0].train, save_minutes=5.0))
+    run = tmp_path / "run"
+    process = start(lambda: monkeypatch.setattr(loop, "validate", kill), config, run)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    progress = checkpoint.read_tensors(run / "state" / "last.safetensors")[1]["progress"]
+    assert progress["step"] == 6 and len(progress["history"]) == 1  # one epoch lacks its line
     fit(config, run, resume=True)
     assert_equal(run, whole[1])
 
@@ -256,6 +270,11 @@ def test_a_run_is_scored_only_on_its_own_split_and_kept_only_at_its_end(whole, t
     assert not (run / "scores.json").exists()
     (run / "metrics.jsonl").write_text("".join(lines))
     assert score_run(run)["unfinished"] == "" and (run / "scores.json").exists()
+    (run / "scores.json").unlink()
+    (run / "scores.json").mkdir()  # in the way, as a file system is that can only be read
+    with pytest.warns(UserWarning, match="scores.json: .*; the scores are not kept in the run"):
+        assert score_run(run)["headline"]
+    (run / "scores.json").rmdir()
     text = (run / "config.toml").read_text()
     for old, new in (
         ("fold = 0", "fold = 1"),

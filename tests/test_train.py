@@ -143,7 +143,7 @@ def test_resuming_within_an_epoch_skips_every_accumulated_batch(tiny, tmp_path, 
     assert history(tmp_path / "whole") == history(tmp_path / "run")
 
 
-def test_the_state_is_saved_every_save_minutes_and_after_an_epoch(tiny, tmp_path, monkeypatch):
+def test_the_state_is_saved_every_save_minutes_and_around_a_validation(tiny, tmp_path, monkeypatch):
     clock = SimpleNamespace(seconds=0.0, monotonic=lambda: clock.seconds)
     saved = []
 
@@ -160,7 +160,7 @@ def test_the_state_is_saved_every_save_minutes_and_after_an_epoch(tiny, tmp_path
     monkeypatch.setattr(loop, "step", step)
     monkeypatch.setattr(Training, "save", save)
     fit(tiny("train.batch=1", "train.epochs=1", "train.save_minutes=1"), tmp_path / "run")
-    assert saved == [2, 4, 5]
+    assert saved == [2, 4, 5, 5]  # before the validation, and after it
 
 
 def test_an_epoch_that_was_interrupted_counts_all_its_time(tiny, tmp_path, monkeypatch):

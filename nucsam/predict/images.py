@@ -86,7 +86,7 @@ def predict_files(
     images = find_image_files([Path(path) for path in paths])
     files = {path: writers.output_files(out, stem_of(path), formats) for path in images}
     _check_files(files, out)
-    largest_first = sorted(images, key=lambda path: path.stat().st_size, reverse=True)
+    largest_first = sorted(images, key=_size, reverse=True)
     files = {path: files[path] for path in largest_first}
     outlines = _read_rois(roi, files) if roi else {}
     path, name = find_model(model)
@@ -172,7 +172,12 @@ def _inside(folder: Path) -> str:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGES and path.is_file()
+    lost = path.is_symlink() and not path.exists()  # reading it says so, beside the other images
+    return path.suffix.lower() in IMAGES and (path.is_file() or lost)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _check_files(files: Mapping[Path, dict[str, Path]], out: Path) -> None:
@@ -188,7 +193,7 @@ def _check_files(files: Mapping[Path, dict[str, Path]], out: Path) -> None:
                 raise UserError(f"{path}: has the stem of {owner}, {expected}")
     folders = {out.resolve(), *(result.parent.resolve() for result in owners)}
     for path in files:
-        if folders & {path.parent.resolve(), path.resolve().parent}:
+        if folders & {path.parent.resolve(), Path(os.path.realpath(path)).parent}:
             found = "lies in a folder of results, which could overwrite it"
             raise UserError(f"{path}: {found}; expected another out")
 

@@ -1,5 +1,6 @@
 """Scores of a model on images of its data set: in training, and of a finished run."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -152,7 +153,10 @@ def score_run(
     scores = describe_scores(results, metadata, of=of, **state)
     changed = untrained or organ or protocols != protocols_for()
     if not changed and run.is_trained(config):
-        run.write_scores(scores)
+        try:
+            run.write_scores(scores)
+        except UserError as error:  # such as in a folder of somebody else
+            warnings.warn(f"{error}; the scores are not kept in the run", stacklevel=2)
     return scores
 
 

@@ -112,15 +112,18 @@ def epoch(training: Training, bar: Bar, stop: StopSignals) -> None:
     batches.set_epoch(number, skip=done * t.accumulate)
     micro_batches = iter(training.loader)
     began = time.monotonic() - progress.seconds
+    validated = (number + 1) % t.validate_every == 0 or number + 1 == t.epochs
     for _ in range(done, batches.steps):
         step(training, micro_batches)
         speed = (bar.task.speed or 0) * _step_images(training)
         text = f"epoch {number + 1}/{t.epochs}, step {progress.step}/{training.steps}"
         bar.show(f"{text}, {speed:.3g} images/s", progress.step)
-        check = progress.step % CHECK_STEPS == 0 or progress.step % batches.steps == 0
+        last = progress.step % batches.steps == 0
+        check = progress.step % CHECK_STEPS == 0 or last
         if check:
             training.check_losses()
         due = time.monotonic() - training.saved_at > 60 * t.save_minutes
+        due |= last and validated  # whoever stops a run may not wait for the end of a validation
         stopped, due = stop.agreed(accelerator, due, check)
         if stopped or due:
             progress.seconds = time.monotonic() - began
@@ -134,7 +137,6 @@ def epoch(training: Training, bar: Bar, stop: StopSignals) -> None:
     line["lr"] = peak * rate(progress.step - 1, training.steps, batches.steps, t)
     images = batches.steps * _step_images(training)
     line |= epoch_speed(accelerator.device, seconds, images)
-    validated = (number + 1) % t.validate_every == 0 or number + 1 == t.epochs
     if validated:
         line |= validate(training)
     training.log(line, validated=validated)

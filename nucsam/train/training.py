@@ -101,7 +101,13 @@ class Training:
     def _load_images(self, resume: bool) -> None:
         """Samples and their split."""
         d = self.config.data
-        records, split = find_split(d)
+        try:
+            records, split = find_split(d)
+        except UserError as error:
+            if not (resume and self.run.exists()):
+                raise
+            hint = "if the images have moved, data.root=FOLDER says where they are"
+            raise UserError(f"{error}; {hint}") from error
         on_test = d.select == "test"
         self.train = split.train + split.inner if on_test else split.train
         self.select = split.test if on_test else split.inner
