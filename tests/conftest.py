@@ -8,11 +8,11 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # also where there is a GPU
 
 import pytest
 
-PATHS = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 # What tests start draws no report, because that takes longer than a tiny training.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(Path(__file__).parent / "no_report"), *PATHS])
-)
+NO_REPORT = str(Path(__file__).parent / "no_report")
+PATHS = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+PATHS = [path for path in PATHS if path not in ("", NO_REPORT)]  # pytest-xdist hands it on
+os.environ["PYTHONPATH"] = os.pathsep.join([NO_REPORT, *PATHS])
 
 TINY = {
     "data": {"crop": 64, "scale": 1.0, "workers": 0, "folds": 3, "inner": 0.3},
