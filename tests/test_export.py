@@ -15,7 +15,6 @@ from conftest import whole_scores
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.special import expit
-from skimage.segmentation import find_boundaries
 
 import nucsam
 from nucsam import __version__
@@ -342,14 +341,13 @@ def label_maps(file: Path, image: np.ndarray = IMAGE, **options) -> tuple[np.nda
     return maps, p.predict(image, mpp=mpp)
 
 
-@pytest.mark.parametrize("options", [{"batch": 3}, {"tta": True, "image": IMAGE[:99, :107]}])
+@pytest.mark.parametrize("options", [{"batch": 3}, {"tta": True, "image": IMAGE[:107, :107]}])
 def test_onnx_gives_the_same_tiles_and_nuclei(run, onnx, options):
     """Of an image whose sides are no multiple of the graph's."""
     (maps, label), (same, again) = (label_maps(file, **options) for file in (run, onnx[0]))
     np.testing.assert_allclose(same, maps, atol=1e-5)
     assert label.max() > 20 and maps[0].std() > 0.003
-    # By their outlines, since a nucleus at a threshold renumbers all that follow.
-    assert (find_boundaries(again) != find_boundaries(label)).mean() < 1e-3
+    assert (again != label).mean() < 1e-3
 
 
 def test_onnx_has_the_share_that_it_was_exported_with(run, onnx):

@@ -217,7 +217,7 @@ def test_sigterm_to_the_whole_process_group_leaves_the_workers_until_all_is_save
     run = tmp_path / "run"
     arguments = ["workers.toml", "--out", "run", "--resume"]
     paths = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    for _ in range(2):
+    for _ in range(3):
         process = subprocess.Popen(
             [sys.executable, "-c", SIGNALLED, *arguments],
             cwd=tmp_path,

@@ -172,12 +172,17 @@ def _inside(folder: Path) -> str:
 
 
 def _is_image(path: Path) -> bool:
-    lost = path.is_symlink() and not path.exists()  # reading it says so, beside the other images
-    return path.suffix.lower() in IMAGES and (path.is_file() or lost)
+    if path.suffix.lower() not in IMAGES:
+        return False
+    # Reading a link to nothing says what is wrong, beside the results of the other images.
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    try:
+        return path.stat().st_size
+    except OSError:  # a link to nothing
+        return 0
 
 
 def _check_files(files: Mapping[Path, dict[str, Path]], out: Path) -> None:
