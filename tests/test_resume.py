@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import tifffile
+import torch
 from test_train import history, same
 
 from nucsam.config import to_toml
@@ -26,6 +27,8 @@ from nucsam.train import loop
 from nucsam.train.loop import fit
 
 fork = multiprocessing.get_context("fork")  # a child has everything imported already
+# No child could compute gradients if this process did so first after an export to ONNX.
+torch.ones(1, requires_grad=True).backward()
 
 
 @pytest.fixture(scope="module")
