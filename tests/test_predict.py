@@ -1,5 +1,6 @@
 """Images of any size and scale to maps and nuclei, with models whose maps are known."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -256,6 +257,33 @@ def test_forward_pass_runs_in_the_asked_precision():
 def test_what_is_no_image(shape, dtype):
     with pytest.raises(UserError, match=f"image: found {dtype}"):
         predictor().predict(np.zeros(shape, dtype))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_what_cannot_become_an_array(mode):
+    closed = Image.new(mode, (64, 64))
+    closed.close()
+    tensor = torch.zeros(64, 64, 3, requires_grad=True)
+    for image, found in (
+        (closed, "Image .*closed"),
+        (tensor, "Tensor .*grad"),
+        ([[0], []], "list"),
+    ):
+        with pytest.raises(UserError, match=rf"image: found {found}.*, expected uint8 \(H, W, 3\)"):
+            predictor().predict(image)
+
+
+def test_one_image_where_a_list_is_expected():
+    for image, kind in (("a.png", "str"), (Image.new("RGB", (64, 64)), "Image")):
+        with pytest.raises(UserError, match=f"images: found one {kind}, expected a list"):
+            list(predictor().predict_many(image))
+
+
+@pytest.mark.parametrize("mpp", ["0.25", 9.0, float("nan"), [0.25]])
+def test_what_is_no_number_of_microns(mpp):
+    found = f"mpp: found {mpp!r}, expected 0.05 to 4".replace("9.0", "9")
+    with pytest.raises(UserError, match=re.escape(found)):
+        predictor().predict(picture(64, 64), mpp=mpp)
 
 
 # ---- windows ----

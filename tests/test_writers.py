@@ -1,9 +1,12 @@
 """The files of an image, written window by window."""
 
 import csv
+import errno
 import json
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from tempfile import TemporaryFile
 
 import geopandas
@@ -164,6 +167,23 @@ def test_all_files_or_none(scene, tmp_path, before):
         writers.write_files(files, image, torn())
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == (["a.tif"] if before else [])
     assert not before or files["labels"].read_text() == before
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_full_disk_is_not_blamed_on_one_file(scene, tmp_path, monkeypatch, name):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files = writers.output_files(tmp_path, "a", ALL)
+    image, label = scene
+    if name in writers.TABLES:
+        monkeypatch.setitem(writers.TABLES, name, contextmanager(full))
+    else:
+        place = {"labels": "tifffile.imwrite", "overlay": "nucsam.data.draw.write_png"}[name]
+        monkeypatch.setattr(place, full)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}: \[Errno 28\] No space"):
+        writers.write_files(files, image, in_windows(label))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("mpp", [None, 0.5])

@@ -10,6 +10,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from importlib import import_module
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -278,8 +279,10 @@ def check_mpp(mpp: float | None) -> None:
     Raises:
         UserError: they are not between FINEST and COARSEST.
     """
-    if mpp is not None and not FINEST <= mpp <= COARSEST:
-        raise UserError(f"mpp: found {mpp:g}, expected {FINEST:g} to {COARSEST:g} microns per px")
+    if mpp is None or (isinstance(mpp, Real) and FINEST <= mpp <= COARSEST):
+        return
+    found = f"{mpp:g}" if isinstance(mpp, Real) else repr(mpp)
+    raise UserError(f"mpp: found {found}, expected {FINEST:g} to {COARSEST:g} microns per px")
 
 
 def read_metadata(path: Path) -> tuple[float | None, list[str]]:

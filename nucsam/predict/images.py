@@ -481,8 +481,8 @@ class Batch:
             for done, window in enumerate(labels, 1):
                 yield window
                 self._show(done / len(tiles.windows))
-            if tiles.failed:
-                raise tiles.failed
+            if tiles.failed:  # an OSError would be taken for one of the files written
+                raise UserError(str(tiles.failed)) from tiles.failed
 
         try:
             files = {name: file for name, file in self.files[path].items() if name != "tissue"}

@@ -355,9 +355,13 @@ def _opened(image: Picture, mpp: float | None) -> tuple[np.ndarray, float | None
     check_mpp(mpp)
     if isinstance(image, str | Path):
         return read_image(image), mpp or read_mpp(image)
-    if isinstance(image, Image) and image.mode in ("L", "LA", "P", "RGBA", "YCbCr", "HSV"):
-        image = image.convert("RGB")
-    pixels = np.asarray(image)
+    try:
+        if isinstance(image, Image) and image.mode in ("L", "LA", "P", "RGBA", "YCbCr", "HSV"):
+            image = image.convert("RGB")
+        pixels = np.asarray(image)
+    except (OSError, RuntimeError, ValueError) as error:  # a closed file, a tensor with a gradient
+        found = f"{type(image).__name__} ({error})"
+        raise UserError(f"image: found {found}, expected uint8 (H, W, 3)") from None
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         found = f"{pixels.dtype} of shape {pixels.shape}"
         raise UserError(f"image: found {found}, expected uint8 (H, W, 3)")
@@ -369,6 +373,8 @@ def _opened(image: Picture, mpp: float | None) -> tuple[np.ndarray, float | None
 def _all_opened(
     images: Iterable[Picture], mpps: Iterable[float | None]
 ) -> Iterator[tuple[np.ndarray, float | None]]:
+    if isinstance(images, str | Path | Image):
+        raise UserError(f"images: found one {type(images).__name__}, expected a list of images")
     values = iter(mpps)
     for image in images:
         try:

@@ -21,6 +21,7 @@ from skimage.segmentation import find_boundaries
 from nucsam.data import draw, geojson
 from nucsam.data.folders import OVERLAYS
 from nucsam.data.slides import segments_under
+from nucsam.errors import UserError
 from nucsam.files import atomic
 from nucsam.model.instances import Nuclei
 from nucsam.predict.measure import measure
@@ -73,17 +74,35 @@ def write_files(
 
     Returns:
         The number of nuclei.
+
+    Raises:
+        UserError: a file cannot be written.
     """
     folder = next(iter(files.values())).parent
     with ExitStack() as stack:
         paths = {name: stack.enter_context(atomic(file)) for name, file in files.items()}
+        try:
+            return _write(paths, folder, image, windows, mpp)
+        except OSError as error:  # `atomic` would name the last file, whichever has no room
+            raise UserError(f"{folder}: {error}; what was there before is unharmed") from error
+
+
+def _write(
+    paths: Mapping[str, Path],
+    folder: Path,
+    image: Any,
+    windows: Iterable[tuple[Window, Nuclei]],
+    mpp: float | None,
+) -> int:
+    """`write_files` into temporary files, with another one in `folder`."""
+    with ExitStack() as stack:
         labels = LabelBlocks(image.shape[:2], stack.enter_context(TemporaryFile(dir=folder)))
         dot = np.zeros((1, 1, 3), np.uint8)
         names = measure(dot[..., 0], dot, mpp, confidence=np.zeros(0))  # columns without rows
         tables = [
-            stack.enter_context(TABLES[name](paths[name], names)) for name in files.keys() & TABLES
+            stack.enter_context(TABLES[name](paths[name], names)) for name in paths.keys() & TABLES
         ]
-        outlined = files.keys() & OUTLINED
+        outlined = paths.keys() & OUTLINED
 
         def encoded(window: Window, nuclei: Nuclei, before: int) -> list[Any]:
             """What each table takes of a window."""
@@ -103,9 +122,9 @@ def write_files(
         for parts in in_threads(encoded, jobs()):
             for (_, write), part in zip(tables, parts):
                 write(part)
-        if "labels" in files:
+        if "labels" in paths:
             labels.write(paths["labels"], mpp)
-        if "overlay" in files:
+        if "overlay" in paths:
             draw.write_png(paths["overlay"], draw_overlay(image, labels))
     return labels.count
 
