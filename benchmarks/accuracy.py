@@ -719,7 +719,7 @@ def _section(
 
 def _differences(a: Config, b: Config) -> str:
     """`table.key = value` of b, without the path of the images."""
-    lines = [line for line in config.differences(a, b) if not line.startswith("data.root:")]
+    lines = [text for name, text in config.differences(a, b).items() if name != "data.root"]
     return ", ".join(f"`{line.replace(': ', ' ', 1)}`" for line in lines) or "nothing"
 
 

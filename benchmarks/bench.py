@@ -332,7 +332,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
     }
     if "config" in values:
-        values["config"] = differences(Config(), args.config)
+        values["config"] = [*differences(Config(), args.config).values()]
     return values
 
 

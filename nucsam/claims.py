@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nucsam.errors import UserError
-from nucsam.processes import handled
+from nucsam.processes import signals_handled
 
 try:
     import fcntl
@@ -126,7 +126,7 @@ def folder_of_claims(folder: Path) -> Iterator[None]:
         if presence:
             presence.release()
             # SIGTERM waits: a launcher whose first process has failed ends the others by it.
-            with handled(lambda *_: None, signal.SIGTERM), suppress(FileNotFoundError):
+            with signals_handled(lambda *_: None, signal.SIGTERM), suppress(FileNotFoundError):
                 _remove_unused(folder)
 
 

@@ -22,7 +22,7 @@ Rule = Callable[[Any], str]  # value -> what was expected instead, "" where the 
 
 
 def number(expected: str, holds: Callable[[float], bool]) -> Rule:
-    """A rule that a finite number keeps where `holds` is true; integers must fit in 32 bits."""
+    """A rule for a finite number: `holds` must be true of it; integers must fit in 32 bits."""
 
     def rule(value: float) -> str:
         most = 2**31 - 1 if isinstance(value, int) else sys.float_info.max
@@ -478,18 +478,18 @@ def setting_rows(config: Config, word: str = "") -> list[tuple[str, ...]]:
     return rows
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`name: old value -> new value` of each name in `new` whose value differs."""
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> "name: old value -> new value", of each name in `new` whose value differs."""
     both = [(name, old.get(name), value) for name, value in new.items()]
-    return [f"{name}: {before!r} -> {after!r}" for name, before, after in both if before != after]
+    return {n: f"{n}: {before!r} -> {after!r}" for n, before, after in both if before != after}
 
 
-def differences(a: Config, b: Config) -> list[str]:
-    """`table.key: a's value -> b's value` for every setting that differs."""
+def differences(a: Config, b: Config) -> dict[str, str]:
+    """Name -> "table.key: a's value -> b's value", of every setting that differs."""
     return changes(a.flat(), b.flat())
 
 
-def conflicts(a: Config, b: Config, *free: str) -> list[str]:
+def conflicts(a: Config, b: Config, *free: str) -> dict[str, str]:
     """The `differences` of all settings but MAY_CHANGE and `free`.
 
     Different epochs are no difference if both follow from the same `train.presentations`.
@@ -497,7 +497,7 @@ def conflicts(a: Config, b: Config, *free: str) -> list[str]:
     allowed = (*MAY_CHANGE, *free)
     if a.train.presentations and a.train.presentations == b.train.presentations:
         allowed += ("train.epochs",)
-    return [line for line in differences(a, b) if line.partition(":")[0] not in allowed]
+    return {name: text for name, text in differences(a, b).items() if name not in allowed}
 
 
 def parse_value(text: str) -> Any:

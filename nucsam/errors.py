@@ -1,4 +1,4 @@
-"""The one exception for what the user can mend."""
+"""The one exception for what the user can fix."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend.
+    """A mistake that the user can fix.
 
     The message names the file or argument, what was found and what was expected. The command line
     prints it without a traceback and exits with status 2. Every other exception is a bug of nucsam

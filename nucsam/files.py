@@ -28,7 +28,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the file cannot be written; `path` still holds what it held before.
     """
-    check_no_device(path)  # replacing one would remove it
+    check_regular_file(path)  # replacing one would remove it
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def make_folder(path: Path) -> None:
         raise UserError(f"{path}: expected a folder ({error})") from error
 
 
-def check_no_device(path: Path) -> None:
+def check_regular_file(path: Path) -> None:
     """Check that a path is a file or nothing: reading a pipe, for example, would block."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: found a folder or device, expected a file")
@@ -102,7 +102,7 @@ def read_json(text: str | bytes, source: str, form: Any = dict) -> dict[str, Any
     Args:
         text: the document.
         source: its file, for messages.
-        form: as of `check_form`.
+        form: as in `check_form`.
 
     Raises:
         UserError: the text is not JSON, or has another form.

@@ -30,7 +30,7 @@ def find_model(name: str | Path) -> tuple[Path, str]:
             `Path` is always a path.
 
     Returns:
-        The path, and a lasting name: "starter", hf:USER/NAME@COMMIT, or the path as given.
+        The path, and a permanent name: "starter", hf:USER/NAME@COMMIT, or the path as given.
 
     Raises:
         UserError: the Hub has no such repository, revision or file, or cannot be reached.
@@ -51,7 +51,7 @@ def is_model_name(text: str) -> bool:
     return text == STARTER or is_hub_name(text)
 
 
-def is_lasting(text: str) -> bool:
+def is_permanent(text: str) -> bool:
     """Whether a text of `find_model` is a name, which means the same model everywhere."""
     return text == STARTER or bool(re.fullmatch(rf"{PREFIX}[^@]+@[0-9a-f]{{40}}", text))
 
@@ -76,7 +76,7 @@ def default_cache() -> Path:
 
 
 def _fetch(name: str) -> tuple[Path, str]:
-    """The model file of a repository, downloaded unless it is in the cache; its lasting name."""
+    """The model file of a repository, downloaded unless it is in the cache; its permanent name."""
     from huggingface_hub import hf_hub_download
 
     repository, at, revision = name.removeprefix(PREFIX).partition("@")

@@ -70,7 +70,9 @@ def launch_time() -> float:
 
 
 @contextmanager
-def handled(handler: Callable[[int, FrameType | None], Any], *signals: int) -> Iterator[None]:
+def signals_handled(
+    handler: Callable[[int, FrameType | None], Any], *signals: int
+) -> Iterator[None]:
     """Context in which signals call `handler`.
 
     Python sets signal handlers in the main thread only; elsewhere this changes nothing.
@@ -90,7 +92,7 @@ def handled(handler: Callable[[int, FrameType | None], Any], *signals: int) -> I
 
 def exit_on_sigterm() -> AbstractContextManager[None]:
     """Context that turns SIGTERM into SystemExit, which removes partial files on its way out."""
-    return handled(lambda number, _: sys.exit(128 + number), signal.SIGTERM)
+    return signals_handled(lambda number, _: sys.exit(128 + number), signal.SIGTERM)
 
 
 def child_options(descriptor: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from nucsam.cli import run_command
 from nucsam.config import override
-from nucsam.data.folders import find_records, list_folder, scan_folder, taken
+from nucsam.data.folders import describe_records, find_records, list_folder, scan_folder
 from nucsam.data.samples import read_sample
 from nucsam.errors import UserError
 from nucsam.predict.images import find_image_files
@@ -76,9 +76,9 @@ def test_an_image_finds_its_label(tmp_path, picture, labels):
 
 def test_one_line_says_what_is_taken(tmp_path):
     make(tmp_path, "images/a.png|images/b.png", "labels/a_cp_masks.tif|labels/b_cp_masks.tif")
-    assert taken(find_records(tmp_path)) == "2 images; labels: labels/NAME_cp_masks.tif"
+    assert describe_records(find_records(tmp_path)) == "2 images; labels: labels/NAME_cp_masks.tif"
     make(tmp_path, "images/P1/c.png", "masks/P1/c.png")
-    assert taken(find_records(tmp_path)) == (
+    assert describe_records(find_records(tmp_path)) == (
         "3 images; labels: labels/NAME_cp_masks.tif (2), P1/NAME.png (1)"
     )
 

@@ -424,7 +424,7 @@ OME = (
 @pytest.mark.parametrize(
     ("mpp", "text"),
     [
-        # one of two images has this size, as of a slide and its label
+        # one of two images has this size, like a slide and its label
         (0.25, OME.format("PhysicalSizeX='0.25' PhysicalSizeXUnit='&#181;m'")),
         # https://github.com/scifio/scifio/issues/318
         (0.108333, OME.format('PhysicalSizeX="108.333" PhysicalSizeXUnit="nm"')),

@@ -232,7 +232,7 @@ the loss {...} is not finite at or before step ... Lower ... continues from the 
 $ BARE export run --out m.onnx  # the packages are not installed
 found no onnx, onnxscript, onnxruntime: pip install 'nucsam[onnx]' installs it
 $ BARE report run  # the packages are not installed
-found no matplotlib, jinja2: pip install 'nucsam[report]' installs it
+found no matplotlib: pip install 'nucsam[report]' installs it
 $ predict foreign.safetensors flat --out p  # tensors of another program
 foreign.safetensors: found no `nucsam` metadata, expected a file that nucsam wrote
 $ export run/state/last.safetensors --out m.pt  # a state for an adapter
@@ -579,7 +579,7 @@ def without_torch(name: str, *_: object) -> object:
 
 
 def without_extras(name: str, *_: object) -> object:
-    extras = ("onnx", "onnxscript", "onnxruntime", "matplotlib", "jinja2", "pyarrow", "shapely")
+    extras = ("onnx", "onnxscript", "onnxruntime", "matplotlib", "pyarrow", "shapely")
     return None if name in extras else FIND_SPEC(name)
 
 

@@ -295,8 +295,8 @@ def test_a_name_is_no_file_and_a_path_is_no_name(tmp_path, monkeypatch):
     assert find_model("starter") == (STARTER_FILE, "starter")
     assert find_model("./starter") == (Path("starter"), "./starter")
     assert find_model(Path("starter"))[0] == Path("starter")
-    assert names.is_lasting("starter") and names.is_lasting(f"hf:ann/nuclei@{COMMIT}")
-    assert not names.is_lasting("./starter") and not names.is_lasting("hf:ann/nuclei@main")
+    assert names.is_permanent("starter") and names.is_permanent(f"hf:ann/nuclei@{COMMIT}")
+    assert not names.is_permanent("./starter") and not names.is_permanent("hf:ann/nuclei@main")
 
 
 def test_a_card_says_what_the_file_says(run, monkeypatch, capsys):

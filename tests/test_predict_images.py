@@ -36,13 +36,15 @@ from nucsam.errors import UserError
 from nucsam.export.merged import export_run
 from nucsam.files import write_text
 from nucsam.predict import images as predict_images
+from nucsam.predict.devices import autocast_dtype
 from nucsam.run import checkpoint
+from nucsam.run.metadata import known_certainty
 from nucsam.score.runs import (
     headline,
-    open_predictor,
     score_images,
     score_run,
     scoring_accelerator,
+    scoring_predictor,
     usual_certainty,
 )
 from nucsam.train import loop
@@ -162,7 +164,6 @@ def test_the_usual_certainty_is_that_of_the_images_that_chose_the_epoch(
     expected = 0.2 + np.quantile([c for c in certainties if c], 0.25)
     assert 0.25 < expected < 1
     assert nucsam.load(run, **options).certainty == pytest.approx(expected, abs=1e-6)
-    assert open_predictor(run).certainty == nucsam.load(run, **options).certainty
     export_run(run, tmp_path / "a.safetensors")
     assert nucsam.load(tmp_path / "a.safetensors", **options).certainty == pytest.approx(expected)
     assert nucsam.load(run, lenient=False, **options).certainty == 0
@@ -211,13 +212,17 @@ def trained_on(run):
 def test_a_run_is_scored_as_it_predicts(tiny, tmp_path):
     """In the same tiles, too: their size changes what a model finds."""
     fit(tiny("train.epochs=1", "data.nucleus_area=300", "model.adapt=0.5"), tmp_path / "run")
-    scores, predicts = open_predictor(tmp_path / "run"), nucsam.load(tmp_path / "run", device="cpu")
+    net, config, _, metadata = checkpoint.open_run(tmp_path / "run")
+    known = {"mpp": metadata.get("mpp"), "certainty": known_certainty(config, metadata)}
+    scores = scoring_predictor(net, config, **known)
+    predicts = nucsam.load(tmp_path / "run", device="cpu")
     document = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert document["tile"] == predicts.tile
     names = ("scale", "instances", "mpp", "nucleus_area", "tile", "overlap", "core", "margin")
     for name in (*names, "certainty"):
         assert getattr(scores, name) == getattr(predicts, name)
-    assert scores.ratio is predicts.ratio is None and scores.autocast is predicts.autocast
+    assert scores.ratio is predicts.ratio is None
+    assert predicts.autocast is autocast_dtype(metadata["precision"], torch.device("cpu"))
     image = np.kron(some_image(20, 40), np.ones((16, 16, 1), np.uint8))
     once = [replace(p, nucleus_area=0.0) for p in (scores, predicts)]
     maps, same = (next(maps_of(p, [image])) for p in once)

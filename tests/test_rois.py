@@ -186,13 +186,13 @@ def test_the_outside_of_a_region_is_unsure(tmp_path):
     (record,) = find_records(root)
     with pytest.warns(UserWarning, match="1 annotation around others"):
         plain = read_sample(record)
-    assert plain.label.max() == 3 and plain.vague is None and not plain.partial
+    assert plain.label.max() == 3 and plain.vague is None and not plain.partly_annotated
     (record,) = by_region([record], "ROI")
     sample = read_sample(record)
     assert np.bincount(sample.label.ravel())[1:].tolist() == [100, 100]
     expected = np.ones((SIDE, SIDE), bool)
     expected[:50, :50] = False
-    assert np.array_equal(sample.vague, expected) and sample.partial
+    assert np.array_equal(sample.vague, expected) and sample.partly_annotated
     assert (sample.counted(sample.label) > 0).sum() == 150
     item = Crops(Samples([record]), window=SIDE, seed=0)[0, 0]
     assert np.array_equal(item["counted"].numpy(), ~expected)

@@ -160,7 +160,7 @@ def test_a_resampled_window_has_the_edges_of_the_window(tmp_path):
 
 
 class Canvas(openslide.ImageSlide):
-    """A canvas as of MRXS: transparent where nothing was scanned."""
+    """A canvas like those of MRXS: transparent where nothing was scanned."""
 
     @property
     def properties(self):

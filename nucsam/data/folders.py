@@ -384,7 +384,7 @@ def find_records(root: str | Path, *, layout: str = "auto", group: str = "") -> 
     return scan.records
 
 
-def taken(records: Sequence[Record]) -> str:
+def describe_records(records: Sequence[Record]) -> str:
     """One line on what makes up a data set: images, and the folders and names of the labels."""
     kinds = Counter()
     for record in records:

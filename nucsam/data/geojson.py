@@ -18,7 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from nucsam.data.rois import MOST_BYTES, Outlines, Polygon, Shape, check_bytes, closed, read_bytes
+from nucsam.data.rois import (
+    MOST_BYTES,
+    Outlines,
+    Polygon,
+    Shape,
+    check_bytes,
+    closed_ring,
+    read_bytes,
+)
 from nucsam.errors import UserError, reading
 from nucsam.files import atomic
 
@@ -70,7 +78,7 @@ def features(
     same in every run.
 
     Args:
-        outlines: as of `geometries`.
+        outlines: as in `geometries`.
         measurements: columns of numbers, one row per nucleus; a value that is not finite is left
             out.
     """
@@ -107,14 +115,14 @@ def read(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
     more.
 
     Args:
-        path: as of `read_shapes`.
+        path: as in `read_shapes`.
         shape: (H, W) of the image, px; what lies outside is cut off.
 
     Returns:
         int32 (H, W): 0 = background, ids 1, 2, ... in the order of the file.
 
     Raises:
-        UserError: as of `read_shapes`; or no nucleus meets the image.
+        UserError: as in `read_shapes`; or no nucleus meets the image.
     """
     return Outlines(path, *read_shapes(path)).label(shape)
 
@@ -321,9 +329,9 @@ def _parse_polygons(geometry: Any, unused: Counter) -> list[Polygon]:
 
 
 def _parse_ring(ring: Any) -> np.ndarray | None:
-    """A ring as of `closed`."""
+    """A ring as `closed_ring` returns it."""
     try:
         points = [(float(x), float(y)) for x, y, *_ in ring]
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"found a ring that is no list of points [x, y] ({error})") from None
-    return closed(points)
+    return closed_ring(points)

@@ -19,7 +19,7 @@ import tifffile
 from nucsam.data import published, slides
 from nucsam.data.slides import SCANNERS, TIFF, Windows, check_size, decoding, turned
 from nucsam.errors import UserError
-from nucsam.files import atomic, check_no_device
+from nucsam.files import atomic, check_regular_file
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 IMAGES = (*PICTURES, *TIFF, *SCANNERS)
@@ -54,7 +54,7 @@ def read_image(path: str | Path) -> np.ndarray:
         uint8 (H, W, 3), 0..255.
 
     Raises:
-        UserError: the file is damaged, has other values or another shape, or over MOST px.
+        UserError: the file is damaged, has other values, another shape or more than MOST px.
     """
     path = Path(path)
     if published.is_slice(path):
@@ -76,13 +76,13 @@ def open_image(path: str | Path) -> np.ndarray | Windows:
     """Read an image, or open it by windows: a slide, and a TIFF with a pyramid or over WHOLE px.
 
     Args:
-        path: as of `read_image`.
+        path: as in `read_image`.
 
     Returns:
         uint8 (H, W, 3), or an object that is sliced like it.
 
     Raises:
-        UserError: as of `read_image`.
+        UserError: as in `read_image`.
     """
     path = Path(path)
     if published.is_slice(path) or _suffix(path, IMAGES) in PICTURES:
@@ -106,8 +106,8 @@ def read_label(path: str | Path) -> np.ndarray:
         int32 (H, W): 0 = background, one id per nucleus, gaps allowed. 0 where alpha is 0.
 
     Raises:
-        UserError: the file is damaged, is RGB or a stack, has no pixels or over MOST px, or has ids
-            that int32 cannot hold.
+        UserError: the file is damaged, is RGB or a stack, has no pixels or more than MOST px, or
+            has ids that int32 cannot hold.
     """
     path = Path(path)
     label, alpha = _stored(path, LABELS)
@@ -167,7 +167,7 @@ def _suffix(path: Path, suffixes: Sequence[str]) -> str:
     suffix = path.suffix.lower()
     if suffix not in suffixes:
         raise UserError(f"{path}: found {suffix or 'no'} suffix, expected {', '.join(suffixes)}")
-    check_no_device(path)
+    check_regular_file(path)
     return suffix
 
 
@@ -268,7 +268,8 @@ def read_mpp(path: str | Path) -> float | None:
         path: an image file.
 
     Returns:
-        Microns per px. None where the file has none between FINEST and COARSEST, as of a printer.
+        Microns per px. None where the file has none, or, like a printer's file, some that are not
+        between FINEST and COARSEST.
     """
     return read_metadata(Path(path))[0]
 

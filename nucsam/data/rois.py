@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from nucsam.errors import UserError, reading
-from nucsam.files import check_no_device
+from nucsam.files import check_regular_file
 
 SUFFIXES = (".geojson", ".json", ".geojson.gz", ".zip", ".roi", ".xml")
 FARTHEST = 1e9  # px: no image reaches this far
@@ -142,7 +142,7 @@ class Outlines:
         """Draw what was not annotated: the outside of the regions, and unsure areas.
 
         Args:
-            size, place: as of `label`.
+            size, place: as in `label`.
             region: count this region alone, from 0.
 
         Returns:
@@ -187,7 +187,7 @@ def read_bytes(path: str | Path, expected: str) -> bytes:
         UserError: there is no such file, or it cannot be read.
     """
     with reading(path, expected, (OSError, ValueError)):  # ValueError: a null byte in the name
-        check_no_device(Path(path))
+        check_regular_file(Path(path))
         check_bytes(Path(path).stat().st_size)
         return Path(path).read_bytes()
 
@@ -219,7 +219,7 @@ def read_imagej(path: str | Path) -> tuple[list[Shape], Counter]:
             if roi.roitype not in flat or roi.subtype in marks:
                 unused[f"{roi.roitype.name.lower()} ROI"] += 1
                 continue
-            rings = map(closed, roi.coordinates(multi=True))
+            rings = map(closed_ring, roi.coordinates(multi=True))
             if rings := [ring for ring in rings if ring is not None]:
                 shapes.append(Shape([rings], "roi", roi.name or ""))
             else:
@@ -262,7 +262,7 @@ def read_aperio(path: str | Path) -> tuple[list[Shape], Counter]:
     return shapes, unused
 
 
-def closed(points: Iterable[Sequence[float]]) -> np.ndarray | None:
+def closed_ring(points: Iterable[Sequence[float]]) -> np.ndarray | None:
     """A closed ring, float (n, 2), of its points; None where they lie on one line.
 
     Raises:
@@ -300,7 +300,7 @@ def _aperio_ring(region: ElementTree.Element) -> np.ndarray | None:
         points = (low + high + (high - low) * np.stack([np.cos(turn), np.sin(turn)], 1)) / 2
     elif kind == "1" and len(points) == 2:
         points = np.array([low, (high[0], low[1]), high, (low[0], high[1])])
-    return closed(points + 0.5)
+    return closed_ring(points + 0.5)
 
 
 # What contains what

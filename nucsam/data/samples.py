@@ -36,12 +36,13 @@ class Sample:
     image: np.ndarray  # uint8 (H, W, 3)
     label: np.ndarray  # int32 (H, W), 0 = background, ids 1..n without gaps
     vague: np.ndarray | None  # bool (H, W), True where the annotators were unsure
-    partial: bool = False  # whether `vague` also covers what nobody annotated; no score counts it
+    # whether `vague` also covers what nobody annotated; no score counts it
+    partly_annotated: bool = False
     problem: str = ""  # why the label seems to be no map of instances
 
     def counted(self, label: np.ndarray) -> np.ndarray:
         """A label map (H, W) of the image without the pixels that no score counts."""
-        return np.where(self.vague, 0, label) if self.partial else label
+        return np.where(self.vague, 0, label) if self.partly_annotated else label
 
 
 READERS = {
@@ -56,7 +57,7 @@ def read_outlines(path: Path, region_class: str = "") -> Outlines | None:
 
     Args:
         path: a file of a type in `rois.SUFFIXES`, or a label file, also one of a public data set.
-        region_class: as of `Outlines`.
+        region_class: as in `Outlines`.
 
     Raises:
         UserError: names the file that cannot be read.
@@ -71,7 +72,7 @@ def read_nuclei(
     """Read a label map, or draw outlines.
 
     Args:
-        path, region_class: as of `read_outlines`.
+        path, region_class: as in `read_outlines`.
         size: (H, W) of the image, which outlines need.
         region: number of the region to draw alone, from 0; None = the whole image.
 
@@ -125,7 +126,7 @@ def by_region(
 
     Args:
         records: of `find_records`.
-        region_class: as of `Outlines`.
+        region_class: as in `Outlines`.
         connected: each connected component of a label map is a nucleus.
 
     Returns:
@@ -185,7 +186,7 @@ def read_sample(record: Record) -> Sample:
         label = np.where(counted[label], label, 0)
         vague = rest if vague is None else rest | vague
     label = relabel_sequential(label)[0]
-    return Sample(image, label, vague, partial=rest is not None, problem=problem)
+    return Sample(image, label, vague, partly_annotated=rest is not None, problem=problem)
 
 
 def _read_files(record: Record) -> tuple[np.ndarray, ...]:
@@ -280,7 +281,13 @@ def _read_whole(record: Record) -> tuple:
     """Everything that `Samples` keeps of a record, so that its threads do all the work."""
     sample = read_instances(record)
     area = median_area([sample.label])
-    return _planes(sample), sample.partial, digest(sample), area, *read_metadata(record.image)
+    return (
+        _planes(sample),
+        sample.partly_annotated,
+        digest(sample),
+        area,
+        *read_metadata(record.image),
+    )
 
 
 class Samples:
@@ -320,8 +327,10 @@ class Samples:
             else:
                 self._planes.clear()
         raise_problems(f"{len(self.records)} images", problems)
-        # (H, W), whether it is partial, digest, area and microns per px of each image
-        self.sizes, self.partial, self.digests, self.areas, self.mpps = map(list, zip(*facts))
+        # (H, W), whether it is partly annotated, digest, area and microns per px of each image
+        self.sizes, self.partly_annotated, self.digests, self.areas, self.mpps = map(
+            list, zip(*facts)
+        )
         for remark in summed_remarks(remarks):
             warnings.warn(remark, stacklevel=2)
 
@@ -339,7 +348,7 @@ class Samples:
     def __getitem__(self, index: int) -> Sample:
         image, label, vague = self.planes(index)
         image = np.ascontiguousarray(image.transpose(1, 2, 0))
-        return Sample(image, label.astype(np.int32), vague, self.partial[index])
+        return Sample(image, label.astype(np.int32), vague, self.partly_annotated[index])
 
 
 def by_nuclei(area: float, nucleus_area: float) -> float:

@@ -132,7 +132,7 @@ def open_tiff(path: Path) -> tuple[tifffile.TiffFile, tifffile.TiffPageSeries]:
 
 
 def decoding(path: Path) -> AbstractContextManager[None]:
-    """Context of reading an image or a label, as of `reading`."""
+    """Context of reading an image or a label, as in `reading`."""
     expected = f"a whole {path.suffix} file"
     if path.suffix.lower() in (*SCANNERS, ".svs"):
         expected += "; if the scanner's own program opens it, convert it to TIFF"
@@ -465,7 +465,7 @@ def open_slide(path: Path):
     """An `openslide.OpenSlide`.
 
     Raises:
-        UserError: as of `ScannerWindows`.
+        UserError: as in `ScannerWindows`.
     """
     try:
         openslide = import_module("openslide")

@@ -31,7 +31,7 @@ DEPTH = 3  # folders between the one that is unpacked into and the data set
 
 
 class Archive(NamedTuple):
-    """A zip file at one or more addresses; checksum and size as of `nucsam.download.fetch`."""
+    """A zip file at one or more addresses; checksum and size as in `nucsam.download.fetch`."""
 
     name: str
     urls: tuple[str, ...]

@@ -97,7 +97,7 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
       alphabetical order: how a model does on an organ, or a source, that it never saw.
     - `fold = "all"` tests on nothing.
     - `images` is how many of the others are used. They are drawn from (seed, fold), spread over the
-      groups; a smaller number takes a part of what a larger one takes.
+      groups; a smaller number uses a subset of what a larger one uses.
     - The inner split is one part of round(1 / inner) of the training images, stratified by organ
       and drawn from (seed, fold). It is never empty where there are two groups.
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nucsam.data import draw
-from nucsam.data.folders import Record, format_size, scan_folder, taken
+from nucsam.data.folders import Record, describe_records, format_size, scan_folder
 from nucsam.data.images import read_metadata
 from nucsam.data.labels import areas
 from nucsam.data.samples import by_region, read_each, read_sample, summed_remarks
@@ -66,7 +66,7 @@ def inspect_folder(
 
     Args:
         root, layout, group: as for `nucsam.data.find_records`.
-        region_class: as of `nucsam.data.rois.Outlines`.
+        region_class: as in `nucsam.data.rois.Outlines`.
         connected: each connected component of a label map is a nucleus.
 
     Returns:
@@ -95,7 +95,7 @@ def inspect_folder(
     summary = {
         "root": str(root),
         "layout": scan.layout,
-        "taken": taken(scan.records),
+        "taken": describe_records(scan.records),
         "rows": rows,
         "bad": problems,
         "remarks": scan.remarks + summed_remarks(remarks),

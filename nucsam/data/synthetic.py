@@ -86,7 +86,7 @@ def make_image(size: int, seed: int | Sequence[int], *, organ: str) -> tuple[np.
 
     Args:
         size: side of the image, px.
-        seed: as of `numpy.random.default_rng`.
+        seed: as in `numpy.random.default_rng`.
         organ: a key of ORGANS.
 
     Returns:
@@ -152,7 +152,7 @@ class _Tissue:
         return window, np.hypot(u, v) / (radius * (1 + sum(waves)))
 
     def add_distractors(self) -> None:
-        """Add red blood cells, and pale blobs as of mucin, cytoplasm and nuclei out of focus."""
+        """Add red blood cells, and pale blobs like mucin, cytoplasm and nuclei out of focus."""
         rng, size = self.rng, self.size
         for _ in range(rng.poisson(1.2 * size**2 / 1e4)):
             window, away = self.blob(rng.uniform(0, size, 2), rng.uniform(4, 6), 0.03)

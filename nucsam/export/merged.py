@@ -129,7 +129,7 @@ def push_run(
     """Upload the model of a finished run, with a card, to the Hugging Face Hub.
 
     Args:
-        source, base, half, adapt: as of `export_run`.
+        source, base, half, adapt: as in `export_run`.
         name: USER/NAME of the repository, which is made if need be. A card that is there stays.
         format: safetensors or adapter; "" = safetensors.
 
@@ -137,7 +137,7 @@ def push_run(
         A sentence with the name that predicts and trains.
 
     Raises:
-        UserError: as of `export_run`, or the Hub refuses.
+        UserError: as in `export_run`, or the Hub refuses.
     """
     name = check_repository(name)
     if format not in ("", "safetensors", "adapter"):

@@ -67,7 +67,10 @@ def methods_section(jobs: Sequence[Job], *, nuinsseg: bool) -> str:
         powers=(FOREGROUND_POWER, CONFIDENCE_POWER),
         inventory=list(next(iter(done)).directory.read_images().values()),
         environments=environments,
-        alike=all(_made(environment) == _made(environments[0]) for environment in environments),
+        alike=all(
+            _settings_of(environment) == _settings_of(environments[0])
+            for environment in environments
+        ),
         batches=[step_images * environment.get("processes", 1) for environment in environments],
         counts=[environment.get("images", {}) for environment in environments],
         done={job.fold: document for job, document in done.items()},
@@ -79,7 +82,7 @@ def methods_section(jobs: Sequence[Job], *, nuinsseg: bool) -> str:
     return printable("\n\n".join(filter(None, paragraphs)) + "\n")
 
 
-def _made(environment: dict[str, Any]) -> list[Any]:
+def _settings_of(environment: dict[str, Any]) -> list[Any]:
     """On what a run was trained."""
     keys = ("precision", "device", "processes", "nucsam", "packages")
     return [environment.get(key) for key in keys]

@@ -34,7 +34,7 @@ from nucsam.files import expanded, make_folder, printable, write_text
 from nucsam.folds.jobs import Job, child_environment, device_of, plan, variants
 from nucsam.folds.methods import methods_section
 from nucsam.folds.table import cross_validation, table_csv, table_latex, table_rows, table_sections
-from nucsam.processes import ask_to_stop, child_options, handled, is_first, is_launched
+from nucsam.processes import ask_to_stop, child_options, is_first, is_launched, signals_handled
 from nucsam.run.directory import RunDirectory, run_folders
 from nucsam.run.learning import learnt_nothing
 from nucsam.score.tables import COLUMNS, percent, write_json
@@ -136,7 +136,7 @@ def cross_validate(
         path: the configuration file.
         overrides: texts 'table.key=value'.
         out: folder of the runs, and of table.json, .md, .csv and .tex, and of methods.md.
-        grid: as of `variants`.
+        grid: as in `variants`.
 
     Returns:
         The exit status: 1 on the first process if a job has failed.
@@ -202,13 +202,13 @@ def run_jobs(jobs: Sequence[Job], base: Config, out: Path) -> Board:
         out: folder of the runs.
 
     Raises:
-        UserError, SystemExit: as of `cross_validate`.
+        UserError, SystemExit: as in `cross_validate`.
     """
     environment = child_environment(os.environ, device_of(os.environ))
     board = Board(jobs, shown=is_first())
     _prepare(out, base, jobs)
     stop = _Stop()
-    with handled(stop.ask, signal.SIGTERM, signal.SIGINT):
+    with signals_handled(stop.ask, signal.SIGTERM, signal.SIGINT):
         while not stop() and not board.ended():
             if claimed := board.claim():
                 _work(*claimed, environment, stop, board)
@@ -321,8 +321,8 @@ def _changed(path: Path, wanted: Config, free: tuple[str, ...] = ()) -> list[str
     """A line for a configuration file that differs in what may not change."""
     if not path.is_file():
         return []
-    lines = config.conflicts(config.load_config(path), wanted, *free)
-    return [f"{path}: {'; '.join(lines)}"] if lines else []
+    changed = config.conflicts(config.load_config(path), wanted, *free)
+    return [f"{path}: {'; '.join(changed.values())}"] if changed else []
 
 
 def check_images(jobs: Sequence[Job]) -> None:

@@ -1,4 +1,4 @@
-"""What every encoder begins with: normalised pixels."""
+"""What the encoders share: normalised pixels, the form of their maps, recomputed blocks."""
 
 from collections.abc import Callable
 

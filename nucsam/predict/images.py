@@ -252,11 +252,11 @@ def _record(
         known = check_form(before.get("inputs", {}), {str: [str]}, str(record))
         changed = changes(before | {name: settings[name] for name in UNRECORDED}, settings)
         if before.get("roi") and "inputs" not in before:  # by a version without checksums
-            changed.append(f"roi: {before['roi']!r} -> checksums")
+            changed["roi"] = f"roi: {before['roi']!r} -> checksums"
         names = writers.FILES.values() if changed else ()
         results = [path for name in names for path in record.parent.glob(name.format("*"))]
         if results and not force:
-            found = f"the results beside it have other settings: {'; '.join(changed)}"
+            found = f"the results beside it have other settings: {'; '.join(changed.values())}"
             raise UserError(f"{record}: {found}; expected another out, or force")
         others = _results_of_others(record.parent, known, inputs)
         if others and not force:

@@ -59,7 +59,7 @@ class Predictor:
             second time at the magnification at which its nuclei have that area; 0 = once.
         batch: tiles of one size that go through the model together.
         tta: average the maps over the eight flips and quarter turns.
-        adapt: share of a tile's own statistics in the head's norms; the model has it.
+        adapt: share of a tile's own statistics in the head's norms, as the model already has it.
         certainty: usual certainty of the nuclei of a window. Below it the thresholds fall; see
             `nucsam.model.instances.lenient`. 0 = they stay.
         trained: what training it had, for the message that it finds nothing.
@@ -129,7 +129,7 @@ class Predictor:
     def predict_nuclei(self, image: Picture, *, mpp: float | None = None) -> dict[str, Any]:
         """Predict one image as a table of its nuclei.
 
-        Args and errors as of `predict`.
+        Args and errors as in `predict`.
 
         Returns:
             Columns with one row per nucleus: those of `measure`, and confidence, 0..1, the mean
@@ -143,7 +143,7 @@ class Predictor:
     def predict_many(
         self, images: Iterable[Picture], mpps: Iterable[float | None] = repeat(None)
     ) -> Iterator[np.ndarray]:
-        """Label maps of images, in order. Args and errors as of `nuclei_many`."""
+        """Label maps of images, in order. Args and errors as in `nuclei_many`."""
         return (nuclei.label for nuclei in self.nuclei_many(images, mpps))
 
     def nuclei_many(
@@ -154,11 +154,11 @@ class Predictor:
         Nuclei are extracted while the next tiles are on the device.
 
         Args:
-            images: as of `predict`, or `Windows` of large ones.
-            mpps: microns per px of each, as of `predict`.
+            images: as in `predict`, or `Windows` of large ones.
+            mpps: microns per px of each, as in `predict`.
 
         Raises:
-            UserError: as of `predict`, or fewer numbers than images.
+            UserError: as in `predict`, or fewer numbers than images.
         """
         grids = (self.grid(image, mpp=mpp) for image, mpp in _all_opened(images, mpps))
         results = self.extract(grids)

@@ -81,7 +81,7 @@ def open_weights(
         adapt: in place of the `model.adapt` of its configuration; None = keep it.
 
     Raises:
-        UserError: as of `open_model`, no such device, or no head that adapts.
+        UserError: as in `open_model`, no such device, or no head that adapts.
     """
     where = find_device(device, per_device)
     model, config, metadata = open_model(path)

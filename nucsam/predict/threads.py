@@ -1,4 +1,4 @@
-"""Threads that read tiles, run the model, and extract, measure and outline nuclei."""
+"""A function in threads, its results in order: to read, run, extract, measure and outline."""
 
 import os
 from collections import deque

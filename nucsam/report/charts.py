@@ -131,21 +131,19 @@ def grid_chart(runs: Sequence[RunRecord]) -> Chart | None:
     axis = next((key for key in varied if type(SETTINGS[key].default) in (int, float)), None)
     if axis is None:
         return None
-    places = {}  # number in the setting -> where it is drawn
-    series = defaultdict(lambda: defaultdict(list))
+    # number in the setting -> where it is drawn
+    places = {flat[axis]: flat[axis] for flat in flats}
+    if axis == "data.images":
+        places = {flat[axis]: _images_used(run) for run, flat in zip(scored, flats)}
+    points = defaultdict(lambda: defaultdict(list))
     for run, flat in zip(scored, flats):
         headline = run.scores["headline"]
         label = ", ".join(f"{key}={flat[key]}" for key in varied if key != axis)
         lines = {label: "aji"} if label else {title: metric for metric, title in SHOWN.items()}
         for line, metric in lines.items():
             if headline[metric] is not None:
-                series[line][flat[axis]].append(headline[metric])
-        places[flat[axis]] = _images_used(run) if axis == "data.images" else flat[axis]
+                points[line][places[flat[axis]]].append(headline[metric])
     title = f"Test {'AJI' if len(varied) > 1 else 'scores'} by {axis}"
-    points = {line: defaultdict(list) for line in series}
-    for line, by_value in series.items():
-        for value, scores in by_value.items():
-            points[line][places[value]] += scores
     return against(points, title, axis) if points else None
 
 

@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from nucsam.data import geojson
 from nucsam.data.folders import Record
 from nucsam.data.images import read_mpp
 from nucsam.data.samples import read_sample
 from nucsam.data.splits import find_split
 from nucsam.errors import UserError
+from nucsam.predict.models import load
 from nucsam.predict.predictor import Predictor
 from nucsam.run.directory import RunRecord
 from nucsam.score.metrics import OUTCOMES, Protocol, score_maps
-from nucsam.score.runs import open_predictor
 
 PICTURE = 1536  # px: a larger image is shown smaller
 TOLERANCE = 0.005  # of AJI, between the scores of a run and the image predicted again
@@ -71,7 +72,7 @@ def make_gallery(
         UserError: weights or images are missing or damaged.
     """
     scored = {row["run"].folder: row["run"] for *_, row in picked}
-    predictors = {folder: open_predictor(folder) for folder in scored}
+    predictors = {folder: load(folder) for folder in scored}
     found = {folder: find_split(run.config.data, root)[0] for folder, run in scored.items()}
     records = {folder: {r.name: r for r in records} for folder, records in found.items()}
     pictures = []
@@ -162,16 +163,13 @@ def outlines(label: np.ndarray) -> dict[int, list[np.ndarray]]:
     Args:
         label: (H, W) int, 0 = background.
     """
-    from scipy.ndimage import find_objects
-    from skimage.measure import approximate_polygon, find_contours
+    from skimage.measure import approximate_polygon
 
     result = {}
-    for number, window in enumerate(find_objects(label), 1):
-        if window is not None:
-            mask = np.pad(label[window] == number, 1).astype(np.float32)
-            start = np.array([window[1].start, window[0].start]) - 0.5  # centre of a padded pixel
-            lines = find_contours(mask, 0.5)
-            result[number] = [approximate_polygon(line, 0.4)[:, ::-1] + start for line in lines]
+    for number, shape in zip(np.unique(label[label > 0]).tolist(), geojson.geometries(label)):
+        pieces = shape["coordinates"] if shape["type"] == "MultiPolygon" else [shape["coordinates"]]
+        rings = [np.array(ring, float) for rings in pieces for ring in rings]
+        result[number] = [approximate_polygon(ring, 0.75) for ring in rings]
     return result
 
 

@@ -1,7 +1,7 @@
 """The page of a run or of a cross-validation, which needs no network to be read.
 
 Its numbers come from the run directories; only the images of the gallery are predicted again. Needs
-the extra `report` (matplotlib, jinja2).
+the extra `report` (matplotlib).
 """
 
 import os
@@ -47,7 +47,7 @@ def write_report(
     Raises:
         UserError: a package is missing, `folder` holds no run, or a file of a run is damaged.
     """
-    check_packages("report", "matplotlib", "jinja2")
+    check_packages("report", "matplotlib")
     all_runs = read_runs(folder)
     variants = [list(runs) for _, runs in groupby(all_runs, attrgetter("variant"))]
     runs = max(variants, key=lambda runs: facts.summary(runs)["mean"]["aji"] or -1)
@@ -84,7 +84,7 @@ def finish(folder: Path, figures: Path | None = None) -> str:
     """Write the page after a training, which an error here never fails; return a line about it.
 
     Args:
-        folder, figures: as of `write_report`.
+        folder, figures: as in `write_report`.
     """
     try:
         page = write_report(folder, figures=figures)[0]
@@ -119,7 +119,7 @@ def _contents(
         "rows": rows,
         "places": places,
         "cost": facts.training_cost(runs),
-        "changed": differences(Config(), runs[0].config),
+        "changed": differences(Config(), runs[0].config).values(),
         "toml": RunDirectory(runs[0].folder).config_file.read_text("utf-8", "surrogateescape"),
         "pages": [RunDirectory(run.folder).report_file.relative_to(folder) for run in all_runs],
     }

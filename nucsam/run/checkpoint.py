@@ -21,14 +21,14 @@ from nucsam.files import atomic, read_json
 from nucsam.model import lora
 from nucsam.model.network import Nucsam, build_model
 from nucsam.model.weights import Base, load_base, misfit, read_safetensors, state_sha256
-from nucsam.names import find_model, is_hub_name, is_lasting
+from nucsam.names import find_model, is_hub_name, is_permanent
 from nucsam.run.directory import RunDirectory
 from nucsam.run.metadata import check_metadata
 
-# Settings of an adapter that shapes do not reveal, as `differences` writes them.
+# Settings of an adapter that shapes do not reveal.
 FIXED = (
-    *("model.encoder:", "model.train:", "model.rank:", "model.alpha:", "model.pattern:"),
-    *(f"data.{key}:" for key in (*SPLIT, "nucleus_area")),
+    *("model.encoder", "model.train", "model.rank", "model.alpha", "model.pattern"),
+    *(f"data.{key}" for key in (*SPLIT, "nucleus_area")),
 )
 _START_AGAIN = "delete it to start the run again"
 
@@ -119,7 +119,7 @@ def open_adapter(path: Path, weights: str = "") -> tuple[Nucsam, Config, Base, d
     if not weights and named.startswith("none"):
         expected = "expected that run directory, or the base"
         raise UserError(f"{path}: trained on random base weights, which its run holds; {expected}")
-    base = open_base(weights or (named if is_lasting(named) else "auto"), config.model.encoder)
+    base = open_base(weights or (named if is_permanent(named) else "auto"), config.model.encoder)
     net = build_model(config.model, base, seed=config.train.seed)
     load_adapter(path, net, base)
     return net.eval(), config, base, metadata
@@ -157,7 +157,7 @@ def open_base(spec: str, encoder: str = "mobile_sam") -> Base:
         encoder: a name in `BASES`.
 
     Raises:
-        UserError: as of `load_base`, `find_model` and `open_adapter`; an adapter of another
+        UserError: as in `load_base`, `find_model` and `open_adapter`; an adapter of another
             encoder.
     """
     if spec in ("auto", "none"):
@@ -238,7 +238,7 @@ def open_run(path: Path) -> tuple[Nucsam, Config, Base, dict[str, Any]]:
     net = build_model(config.model, base, seed=config.train.seed)
     metadata = load_adapter(run.adapter_file, net, base)
     trained = Config.from_dict(metadata["config"], f"{run.adapter_file}: configuration")
-    changes = [line for line in differences(trained, config) if line.startswith(FIXED)]
+    changes = [text for name, text in differences(trained, config).items() if name in FIXED]
     if changes:
         raise UserError(
             f"{run.adapter_file}: trained with other settings than {run.config_file} says: "

@@ -103,7 +103,7 @@ class RunDirectory:
             longer = config.train.epochs > before.train.epochs
             more = ["train.epochs", "train.presentations"] if longer else []
             if changed := conflicts(before, config, *more):
-                found = f"another configuration: {'; '.join(changed)} (found -> wanted)"
+                found = f"another configuration: {'; '.join(changed.values())} (found -> wanted)"
                 advice = "Give the run's own settings, or another out for a new run"
                 raise UserError(f"{self.config_file}: cannot resume with {found}. {advice}")
         elif self.path.exists() and any(
@@ -200,7 +200,7 @@ class RunDirectory:
         scored = wanted | {f"data.{key}": value for key, value in split.items()}
         if changed := changes(scored, wanted):
             found = f"found scores of another split than {self.config_file} has"
-            raise UserError(f"{self.scores_file}: {found}: {'; '.join(changed)}")
+            raise UserError(f"{self.scores_file}: {found}: {'; '.join(changed.values())}")
         return scores
 
     def trained_scores(self, untrained: dict[str, Any]) -> dict[str, Any] | None:
@@ -291,8 +291,7 @@ def read_runs(folder: Path) -> list[RunRecord]:
     folds = [run for run in runs if run.config.data.fold != "all"]
     runs = folds or runs
     first = runs[0].config
-    lines = [line for run in runs for line in conflicts(first, run.config, "data.fold")]
-    differing = {line.partition(":")[0] for line in lines}
+    differing = {name for run in runs for name in conflicts(first, run.config, "data.fold")}
     if len({run.digests for run in runs if run.digests}) > 1:
         # not one data set that lies in several places
         places = ("data.root", "data.test")
@@ -303,13 +302,9 @@ def read_runs(folder: Path) -> list[RunRecord]:
     def varied(run: RunRecord) -> dict[str, Any]:
         return {key: value for key, value in run.config.flat().items() if key in differing}
 
-    def order(run: RunRecord) -> tuple:
-        return [*varied(run).values()], run.config.data.fold
-
-    def variant(run: RunRecord) -> str:
-        return ", ".join(f"{key}={value}" for key, value in varied(run).items())
-
-    runs = [replace(run, variant=variant(run)) for run in sorted(runs, key=order)]
+    runs.sort(key=lambda run: ([*varied(run).values()], run.config.data.fold))
+    variants = [", ".join(f"{key}={value}" for key, value in varied(run).items()) for run in runs]
+    runs = [replace(run, variant=variant) for run, variant in zip(runs, variants)]
     for run, following in pairwise(runs):
         if (run.variant, run.name) == (following.variant, following.name):
             found = f"{run.folder} and {following.folder}: found two runs of {run.name}"

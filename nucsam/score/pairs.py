@@ -149,7 +149,7 @@ def score_pair(
     pred = read_label(pair.pred)
     truth, rest, _ = read_nuclei(pair.truth, pred.shape, region_class)
     vague = read_vague(pair.vague, pred.shape, pair.pred)
-    if rest is not None:  # as of `samples.Sample.counted`
+    if rest is not None:  # as in `samples.Sample.counted`
         vague = rest if vague is None else rest | vague
         truth, pred = np.where(vague, 0, truth), np.where(vague, 0, pred)
     rows = []
@@ -203,10 +203,10 @@ def score_folders(
     """Score a folder of predicted label maps against a folder of true ones.
 
     Args:
-        truth, pred, vague, organ: as of `find_pairs`.
-        protocol, changes: as of `protocols_for`.
-        connected: as of `score_maps`.
-        region_class: as of `nucsam.data.rois.Outlines`.
+        truth, pred, vague, organ: as in `find_pairs`.
+        protocol, changes: as in `protocols_for`.
+        connected: as in `score_maps`.
+        region_class: as in `nucsam.data.rois.Outlines`.
         workers: processes; 0 = one for each core, at most 8, and only one for a few images.
 
     Returns:

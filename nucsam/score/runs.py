@@ -54,7 +54,7 @@ def score_images(
         accelerator: of this launch.
         mpp: microns per px of the run; each image is scored at that magnification, as in
             `nucsam predict`. None = not known.
-        certainty: as of `Predictor`.
+        certainty: as in `Predictor`.
         tta: average over the eight flips and turns.
         overlays: folder for one PNG per image, with contours of ground truth and prediction.
         rules: protocol and changes of `protocols_for`.
@@ -121,7 +121,7 @@ def score_run(
         path: run directory.
         untrained: score the model as it was before the first step.
         root: folder of the images, if it has moved.
-        overlays: as of `score_images`.
+        overlays: as in `score_images`.
         organ: regular expression searched in an image's name; its first group, or else the whole
             match, is the organ.
         rules: protocol and changes of `protocols_for`.
@@ -237,7 +237,7 @@ def scoring_predictor(
     certainty: float = 0.0,
     tta: bool = False,
 ) -> TorchPredictor:
-    """The predictor that scores a run, in the tiles of `nucsam predict`. Args as of `Predictor`."""
+    """The predictor that scores a run, in the tiles of `nucsam predict`. Args as in `Predictor`."""
     tile, overlap = usual_tiles(config.data.crop)
     return TorchPredictor(
         net,
@@ -251,17 +251,3 @@ def scoring_predictor(
         certainty=certainty,
         tta=tta,
     )
-
-
-def open_predictor(path: Path) -> TorchPredictor:
-    """The predictor that scored the run in `path`, in the precision of its training.
-
-    Raises:
-        UserError: a file of the run is missing or damaged.
-    """
-    net, config, _, metadata = open_run(path)
-    device = find_device("auto")
-    known = {"mpp": metadata.get("mpp"), "certainty": known_certainty(config, metadata)}
-    predictor = scoring_predictor(net.to(device), config, **known)
-    predictor.autocast = autocast_dtype(metadata.get("precision"), device)
-    return predictor

@@ -189,7 +189,7 @@ def step(training: Training, micro_batches: Iterator[dict[str, Tensor]]) -> None
 def validate(training: Training) -> dict[str, float | None]:
     """Mean Dice, AJI and PQ of the weights to keep on the selecting images, 0 to 1.
 
-    And the usual certainty, as of `usual_certainty`.
+    The usual certainty is there too: see `usual_certainty`.
     """
     current = {name: p.detach().clone() for name, p in training.weights.items()}
     put_weights(training.net, training.average or current, training.run.path)

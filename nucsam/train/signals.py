@@ -9,7 +9,7 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
-from nucsam.processes import handled, is_first
+from nucsam.processes import is_first, signals_handled
 
 
 class StopSignals(ExitStack):
@@ -21,7 +21,7 @@ class StopSignals(ExitStack):
 
     def __enter__(self) -> "StopSignals":
         self._received = 0  # number of the signal
-        self.enter_context(handled(self._receive, signal.SIGTERM, signal.SIGINT))
+        self.enter_context(signals_handled(self._receive, signal.SIGTERM, signal.SIGINT))
         return self
 
     def _receive(self, number: int, _: FrameType | None) -> None:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from nucsam import __version__
 from nucsam.config import Config, Data, Train
 from nucsam.data.augment import window
-from nucsam.data.folders import taken
+from nucsam.data.folders import describe_records
 from nucsam.data.samples import SAME_SCALE, Crops, EpochBatches, Samples, by_nuclei, is_resampled
 from nucsam.data.splits import find_split, inventory, with_epochs
 from nucsam.errors import UserError
@@ -234,7 +234,7 @@ class Training:
                 before = self.run.read_environment()
                 facts |= {name: before[name] for name in ("command", "directory") if name in before}
             self.run.write_environment(facts)
-            console.say(f"{self.config.data.root}: {taken(self.samples.records)}")
+            console.say(f"{self.config.data.root}: {describe_records(self.samples.records)}")
             print_start(facts, accelerator.device, self.config.train.precision)
 
     def _environment(self) -> dict[str, Any]:
@@ -274,7 +274,7 @@ class Training:
         return self.batches.steps * self.config.train.epochs
 
     def score_samples(self, indices: Sequence[int], certainty: float = 0.0) -> list[dict[str, Any]]:
-        """The scores of some of the samples, by the weights in `net`; as of `score_images`."""
+        """The scores of some of the samples, by the weights in `net`; as in `score_images`."""
         known = {"mpp": self.mpp, "certainty": certainty}
         return score_images(self.net, self.config, self.samples, indices, self.accelerator, **known)
 
