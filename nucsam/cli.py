@@ -16,7 +16,7 @@ from typer import Argument, Option
 
 from nucsam import __version__
 from nucsam.errors import UserError
-from nucsam.files import printable
+from nucsam.files import expanded, printable
 
 app = typer.Typer(
     rich_markup_mode="markdown",  # a single line end in a docstring is a space
@@ -55,7 +55,7 @@ def run_command(arguments: list[str]) -> int:
         if hasattr(stream, "reconfigure"):  # not where a notebook has replaced it
             stream.reconfigure(errors="replace")  # a terminal may lack a character
     try:
-        app(arguments, prog_name="nucsam")
+        app([_with_home(text) for text in arguments], prog_name="nucsam")
     except SystemExit as exit:
         if isinstance(getattr(exit.__context__, "__cause__", None), KeyboardInterrupt):
             print("nucsam: stopped by Ctrl-C", file=sys.stderr)  # typer says nothing
@@ -75,6 +75,16 @@ def run_command(arguments: list[str]) -> int:
         print(printable(f"nucsam: {error}"), file=sys.stderr)
         return 2
     return 0
+
+
+def _with_home(argument: str) -> str:
+    """`--option=~/path` with the home folder for the `~`, which a shell leaves there."""
+    option, _, value = argument.partition("=")
+    return (
+        f"{option}={expanded(value)}"
+        if argument.startswith("--") and value[:1] == "~"
+        else argument
+    )
 
 
 def _print_version(asked: bool) -> None:
@@ -223,7 +233,7 @@ def evaluate_command(
     organ: Annotated[str, Option(help="Regular expression on the stem, gives the organ.")] = "",
     region_class: RegionClass = "",
     workers: Annotated[int | None, Option(help="Processes; by default up to 8.")] = None,
-    csv: Annotated[Path | None, Option(help="File with a line per image.")] = None,
+    csv: Annotated[str, Option(help="File with a line per image; - prints them.")] = "",
     as_json: Annotated[str, Option("--json", help="File of all scores; - prints them.")] = "",
 ) -> None:
     """Score a run's test images, or --pred against --truth: label maps with the same stems.
@@ -235,7 +245,7 @@ def evaluate_command(
     from nucsam.console import PlainConsole
     from nucsam.score import pairs, tables
 
-    console = PlainConsole(stderr=as_json == "-")
+    console = PlainConsole(stderr="-" in (as_json, csv))
     strict = False if at_least else None
     rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone, "organ": organ}
     maps = {"vague": vague, "connected": connected, "region_class": region_class}
@@ -259,7 +269,9 @@ def evaluate_command(
         print(tables.to_json(results))
     elif as_json:
         tables.write_json(as_json, results)
-    if csv:
+    if csv == "-":
+        print(tables.image_csv(results), end="")
+    elif csv:
         tables.write_csv(csv, results)
     for remark in remarks:
         console.print(remark, style="bold" if run is not None else "yellow")
@@ -311,7 +323,9 @@ def predict_command(
 
     With --auto-scale, each image is looked at first, in up to 4 windows of 1,024 px. If at least 10
     nuclei are found, it is predicted at the magnification that gives them the median area of those
-    trained on, up to 3 times more or less. Models trained with data.nucleus_area do so anyway.
+    trained on, up to 3 times more or less. Models trained with data.nucleus_area do so anyway. It
+    fails where nuclei have over twice the length of those trained on: they are found in pieces, and
+    magnified further. Give --mpp or --scale for such images.
 
     With --roi, only nuclei inside the regions of a file are predicted, such as QuPath exports.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from nucsam.errors import UserError
+from nucsam.files import expanded
 
 Rule = Callable[[Any], str]  # value -> what was expected instead, "" where the value is fine
 
@@ -399,9 +400,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the file cannot be read, or the configuration is not valid.
     """
-    path = Path(path)
+    path = expanded(path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        # Editors on Windows write a mark at the beginning.
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        if text.startswith(("\udcff\udcfe", "\udcfe\udcff")):
+            raise ValueError("found UTF-16, expected UTF-8")
+        tables = tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except (ValueError, RecursionError, OSError) as error:

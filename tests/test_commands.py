@@ -208,6 +208,19 @@ def test_evaluate_scores_folders_of_label_maps(folder, tmp_path, capsys):
     assert capsys.readouterr().err.count("nucsam: evaluate: ") == 2
 
 
+def test_scores_of_images_are_printed_as_they_are_written(folder, tmp_path, capsys, monkeypatch):
+    """Also into the home folder, for which a shell leaves the ~ after a =."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    truth = str(min(folder.glob("*/label masks modify")))
+    score = ["evaluate", "--truth", truth, "--pred", truth]
+    assert run_command([*score, "--csv=~/s.csv"]) == 0
+    capsys.readouterr()
+    assert run_command([*score, "--csv", "-"]) == 0
+    assert capsys.readouterr().out == (tmp_path / "s.csv").read_bytes().decode()
+    assert [path.name for path in tmp_path.iterdir()] == ["s.csv"]
+
+
 def test_settings_name_this_files_differences(capsys):
     assert run_command(["settings", str(ROOT / "configs/quickstart.toml"), "lr_"]) == 0
     words = capsys.readouterr().out.split()

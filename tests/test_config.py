@@ -119,6 +119,12 @@ def test_a_shipped_configuration_sets_no_default(stem):
     assert changed <= {f"{table}.{key}" for table, values in tables.items() for key in values}
 
 
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_file_of_an_editor_on_windows_is_read(tmp_path, ends):
+    (tmp_path / "a.toml").write_bytes(f"\ufeff[data]{ends}folds = 4{ends}".encode())
+    assert load_config(tmp_path / "a.toml").data.folds == 4
+
+
 def test_a_folder_for_a_file_is_named(tmp_path):
     with pytest.raises(UserError, match=re.escape(f"{tmp_path}: ")):
         load_config(tmp_path)

@@ -260,6 +260,37 @@ def test_organs_that_share_a_stem(tmp_path):
     assert (missing, extra) == (["fat_1"], [])
 
 
+def test_a_stem_in_another_organ_is_another_image(tmp_path):
+    """Of predictions and of vague areas; tools may name the folders of organs otherwise."""
+    for organ, numbers in (("liver", "123"), ("kidney", "45")):
+        for number in numbers:
+            write(tmp_path / "truth" / organ / f"{number}.tif", maps(int(number))[0])
+    for file in ("liver/1", "liver/2", "kidney/3", "kidney/4"):
+        write(tmp_path / "pred" / f"{file}.tif", maps(int(file[-1]))[0])
+    write(tmp_path / "vague" / "kidney" / "1.png", np.full((64, 64), 255, np.uint8))
+    write(tmp_path / "vague" / "liver" / "2.png", np.full((64, 64), 255, np.uint8))
+    vague = tmp_path / "vague"
+    pairs, missing, extra = find_pairs(tmp_path / "truth", tmp_path / "pred", vague)
+    assert [pair.name for pair in pairs] == ["1", "2", "4"]
+    assert [pair.vague and pair.vague.stem for pair in pairs] == [None, "2", None]
+    assert (missing, extra) == (["3", "5"], ["3"])
+    (tmp_path / "pred" / "liver").rename(tmp_path / "pred" / "Leber")
+    (tmp_path / "pred" / "kidney").rename(tmp_path / "pred" / "Niere")
+    pairs, missing, extra = find_pairs(tmp_path / "truth", tmp_path / "pred")
+    assert [pair.name for pair in pairs] == ["1", "2", "3", "4"]
+
+
+def test_of_results_of_a_prediction_the_label_maps_are_the_truth(tmp_path):
+    truth, _ = maps(0)
+    for folder in ("first", "second"):
+        write(tmp_path / folder / "a.tif", truth)
+        (tmp_path / folder / "predict.json").write_text("{}")
+        for name in ("a.geojson", "a.geojson.gz", "a.tissue.geojson", "a.csv"):
+            (tmp_path / folder / name).write_text("no label map")
+    (pair,), *others = find_pairs(tmp_path / "first", tmp_path / "second")
+    assert (pair.truth.name, pair.pred.name, others) == ("a.tif", "a.tif", [[], []])
+
+
 def test_an_organ_is_found_in_the_name(folders):
     root, _ = folders
     for pattern in (r"^\w+ (\w+)_", r"(?<= )\w+(?=_)"):

@@ -108,6 +108,12 @@ $ train data.root=few TINY data.folds=2  # too few images
 data.root: found 2 images in few, of which 1 are left to ... epoch by; expected at least one of each
 $ train PLAIN data.folds=20  # more folds than images
 data.folds: found 20, expected at most one per group in ...: 12
+$ train PLAIN TINY data.images=1  # one image alone
+data.images: found 12 images in plain, of which 1 are left ... expected at least one of each
+$ folds data.root=few TINY data.folds=2 --out f  # too few images, before the first of them
+data.root: found 2 images in few, of which 1 are left to ... epoch by; expected at least one of each
+$ train PLAIN model.weights=run  # a run for its weights
+model.weights: found the folder run, expected a file; nucsam export makes one of a run directory
 $ folds PLAIN data.folds=20 --out f  # more folds than images, before the first of them
 data.folds: found 20, expected at most one per group in ...: 12
 $ folds PLAIN --out plain  # runs among the images
@@ -163,6 +169,8 @@ $ train mine.toml  # no such configuration
 mine.toml: no such configuration file
 $ train yaml.toml  # YAML
 yaml.toml: not a readable TOML file: ...
+$ train wide.toml  # a TOML file of two bytes a character
+wide.toml: not a readable TOML file: found UTF-16, expected UTF-8
 $ train a.toml b.toml  # two configurations
 found 2 configurations (a.toml, b.toml), expected one
 $ train PLAIN model.weights=sam.pth  # weights that are not there
@@ -716,6 +724,7 @@ def make_files() -> None:
         "nan.pt": {"weight": tensor / 0 * 0},
     }.items():
         torch.save(content, name)
+    Path("wide.toml").write_text("[data]\nfolds = 4\n", encoding="utf-16")
     values = [onnx.helper.make_tensor_value_info(name, 1, [1]) for name in "ab"]
     node = onnx.helper.make_node("Identity", ["a"], ["b"])
     graph = onnx.helper.make_graph([node], "graph", values[:1], values[1:])

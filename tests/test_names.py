@@ -23,10 +23,11 @@ from nucsam import names
 from nucsam.cli import run_command
 from nucsam.errors import UserError
 from nucsam.export.merged import export_run, model_card
+from nucsam.model.bases import BASES
 from nucsam.model.weights import load_base, state_sha256
 from nucsam.names import STARTER_FILE, find_model
 from nucsam.predict.models import load
-from nucsam.run.checkpoint import open_base, read_tensors
+from nucsam.run.checkpoint import open_base, read_tensors, write_tensors
 from nucsam.run.directory import RunDirectory
 from nucsam.train.loop import fit
 
@@ -240,6 +241,17 @@ def test_an_adapter_in_half_precision_predicts_as_its_run(run, adapter):
     assert not torch.equal(half, whole)
 
 
+def test_an_adapter_on_a_base_without_a_name_says_how_to_merge_it(adapter, tmp_path):
+    weights, metadata = read_tensors(adapter)
+    metadata["base"] = {"sha256": "7" * 64, "source": "my_base.safetensors"}
+    write_tensors(tmp_path / "a.safetensors", weights, metadata)
+    merges = "a.safetensors --base FILE --out merged.safetensors merges it with its own$"
+    with pytest.raises(UserError, match=f"7777.*my_base.*found the base.*nucsam export .*{merges}"):
+        load(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"found the base \w{12} \([^()]*\)$"):
+        export_run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", base="auto")
+
+
 def test_a_base_of_an_adapter_is_what_its_export_merges(adapter, base, tmp_path):
     export_run(adapter, tmp_path / "merged.safetensors")
     merged, own = load_base(tmp_path / "merged.safetensors"), open_base(str(adapter))
@@ -333,3 +345,7 @@ def test_the_caches_are_listed(published, capsys, monkeypatch):
     for name in ("mobile_sam", "hf:a/b@c"):
         (line,) = [line for line in printed.splitlines() if line.split()[:1] == [name]]
         assert size in line and str(published) in line
+    damaged = replace(BASES["mobile_sam"], size=published.stat().st_size + 1)
+    monkeypatch.setitem(BASES, "mobile_sam", damaged)
+    assert run_command(["models"]) == 0
+    assert "mobile_sam" not in {line.split(" ")[0] for line in capsys.readouterr().out.splitlines()}

@@ -267,6 +267,7 @@ def test_what_cannot_become_an_array(mode):
     for image, found in (
         (closed, "Image .*closed"),
         (tensor, "Tensor .*grad"),
+        (torch.zeros(64, 64, 3, device="meta"), "Tensor .*meta"),
         ([[0], []], "list"),
     ):
         with pytest.raises(UserError, match=rf"image: found {found}.*, expected uint8 \(H, W, 3\)"):
@@ -448,6 +449,21 @@ def test_an_array_a_file_and_a_pillow_image_are_predicted_alike(tmp_path):
         predictor().predict(tmp_path / "b.png")
     with pytest.raises(UserError, match="image: found uint16"):
         predictor().predict(Image.fromarray(np.zeros((64, 64), np.uint16)))
+
+
+def test_a_pillow_image_is_turned_and_converted_as_its_file_is(tmp_path, monkeypatch):
+    image = discs(100)[0][:, :70]
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    Image.fromarray(image).save(tmp_path / "turned.png", exif=tag)
+    Image.fromarray(image).convert("CMYK").save(tmp_path / "print.jpg")
+    for name, shape in (("turned.png", (70, 100)), ("print.jpg", (100, 70))):
+        label = predictor().predict(tmp_path / name)
+        assert label.shape == shape
+        with Image.open(tmp_path / name) as opened:
+            np.testing.assert_array_equal(predictor().predict(opened), label)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.testing.assert_array_equal(predictor().predict("~/print.jpg"), label)
 
 
 def test_a_files_microns_set_the_scale_and_the_table(tmp_path):

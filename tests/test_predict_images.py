@@ -407,6 +407,58 @@ def test_results_are_skipped_or_replaced(anything, tmp_path, colour, capsys):
     assert [p.tiles_done for p in colour] == [2, 1, 2, 2]
 
 
+def test_files_of_somebody_else_are_never_taken_or_replaced(tmp_path, colour, capsys):
+    """Beside no predict.json; as the regions to predict in; and edited after the prediction."""
+    Image.fromarray(some_image(200, 300)).save(tmp_path / "a.png")
+    region = json.dumps([drawing(polygon(square(0, 0, 60)))])
+    mine = tmp_path / "mine" / "a.geojson"
+    mine.parent.mkdir()
+    mine.write_text(region)
+    paths = [tmp_path / "a.png", "--out", mine.parent, "--formats"]
+    for formats in ("geojson", "geojson,csv"):
+        assert predict(*paths, formats) == 2
+        assert f"{mine}: found a file that predict.json does not know" in capsys.readouterr().err
+        assert predict(*paths, formats, "--roi", mine.parent, "--force") == 2
+        assert "roi: " in capsys.readouterr().err
+    assert mine.read_text() == region and names(mine.parent) == ["a.geojson"]
+    assert predict(*paths, "geojson,tissue", "--force") == 0
+    predicted = mine.read_text()
+    assert predicted != region
+    mine.write_text(region)
+    tissue = mine.with_name("a.tissue.geojson")
+    tissue.write_text(region)
+    assert predict(*paths, "geojson,csv,tissue") == 1
+    assert f"{mine}: found other content than the results have" in capsys.readouterr().err
+    assert mine.read_text() == tissue.read_text() == region
+    assert names(mine.parent) == ["a.geojson", "a.tissue.geojson", "predict.json"]
+    mine.write_text(predicted)
+    assert predict(*paths, "geojson,csv,tissue") == 0 and tissue.read_text() == region
+    assert predict(*paths, "geojson,csv,tissue", "--force") == 0 and tissue.read_text() != region
+
+
+def test_label_maps_beside_their_images_are_no_images(tmp_path, colour, capsys):
+    for name in ("a", "a_mask", "b", "b-labels", "c_mask"):
+        Image.fromarray(some_image(64, 64)).save(tmp_path / f"{name}.png")
+    labels = ["--out", tmp_path / "out", "--formats", "labels"]
+    assert predict(tmp_path, *labels) == 0
+    assert "a_mask.png: found 2 label map(s)" in " ".join(capsys.readouterr().err.split())
+    assert names(tmp_path / "out") == ["a.tif", "b.tif", "c_mask.tif", "predict.json"]
+    assert predict(tmp_path, tmp_path / "a_mask.png", *labels) == 0
+    assert (tmp_path / "out" / "a_mask.tif").is_file()
+
+
+def test_regions_without_an_area_are_named(tmp_path, colour, capsys):
+    Image.fromarray(some_image(64, 64)).save(tmp_path / "a.png")
+    point = drawing({"type": "Point", "coordinates": [3, 3]})
+    for name, features, found in (("none", [], "drew, "), ("point", [point], "drew (1 Point), ")):
+        (tmp_path / f"{name}.geojson").write_text(json.dumps(features))
+        roi = ["--roi", tmp_path / f"{name}.geojson"]
+        assert predict(tmp_path / "a.png", "--out", tmp_path / "out", *roi) == 2
+        expected = f"{name}.geojson: found no area that somebody {found}expected polygons"
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_results_of_another_image_of_the_same_name_are_not_taken(tmp_path, colour, capsys):
     for folder, side in (("fa", 200), ("fb", 210)):
         (tmp_path / folder).mkdir()

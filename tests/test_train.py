@@ -276,6 +276,9 @@ def test_auto_is_the_fast_precision_unless_a_launcher_or_the_run_says_another(
     assert training_module._precision("auto", False, run) == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert training_module._precision("auto", False, run) == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UserError, match="ACCELERATE_MIXED_PRECISION: found 'fp8', expected fp16,"):
+        training_module._precision("auto", False, run)
 
     numbers = {"parameters_trainable": 1, "parameters": 2, "processes": 1, "epochs": 1, "steps": 9}
     numbers |= {"threads": 1, "loader_processes": 0, "idle_cores": 2}

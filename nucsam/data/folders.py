@@ -30,6 +30,7 @@ from nucsam.files import expanded
 
 KNOWN_LABELS = (*LABELS, *rois.SUFFIXES, ".mat")
 OVERLAYS = "overlays"  # folder of pictures in a folder of label maps
+PREDICTIONS = "predict.json"  # file in a folder of results of nucsam predict: their settings
 HIDDEN = (".", "lost+found", "System Volume Information", "$RECYCLE.BIN")  # how names begin
 MASK_SUFFIX = re.compile(
     r"[-_ .](cp_)?(mask|label|labell?ed|seg|segmentation|instance|inst|gt|annotation)s?$", re.I

@@ -32,6 +32,25 @@ class Split:
     test: tuple[int, ...]
 
 
+def training_images(
+    data: Data, records: Sequence[Record], split: Split
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Indices of the images to train on, and of those that choose the epoch.
+
+    Raises:
+        UserError: there is none of them.
+    """
+    on_test = data.select == "test"
+    train = split.train + split.inner if on_test else split.train
+    select = split.test if on_test else split.inner
+    if not train or not select:
+        left = f"{len(train)} are left to train on and {len(select)} to choose the epoch by"
+        found = f"found {len(records)} images in {data.root}, of which {left}"
+        key = "data.images" if data.images else "data.root"
+        raise UserError(f"{key}: {found}; expected at least one of each")
+    return train, select
+
+
 def _stratified(organs: np.ndarray, sizes: np.ndarray, parts: int, seed: int | tuple) -> np.ndarray:
     """The part of each group, 0 to parts - 1.
 

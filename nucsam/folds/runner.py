@@ -28,7 +28,7 @@ from nucsam.config import Config
 from nucsam.console import PlainConsole
 from nucsam.data.folders import Record, raise_problems
 from nucsam.data.samples import read_digest, read_each
-from nucsam.data.splits import find_split, inventory
+from nucsam.data.splits import find_split, inventory, training_images
 from nucsam.errors import UserError
 from nucsam.files import expanded, make_folder, printable, write_text
 from nucsam.folds.jobs import Job, child_environment, device_of, plan, variants
@@ -165,7 +165,7 @@ def cross_validate(
     jobs = plan(by_label, out)
     # A split that every fold would refuse is refused before the first one starts.
     for job in {job.variant: job for job in jobs if job.scores() is None}.values():
-        find_split(job.config.data)
+        training_images(job.config.data, *find_split(job.config.data))
     board = run_jobs(jobs, base, out)
     if not is_first():
         return 0  # the first one reports; a launcher would end the others on any other status

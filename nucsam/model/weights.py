@@ -57,6 +57,9 @@ def load_base(spec: str | Path, encoder: str = "mobile_sam", *, seed: int = 0) -
         return random_base(seed, encoder)
     base = BASES[encoder]
     path = _published(base) if spec == "auto" else expanded(spec)
+    if path.is_dir():
+        found = f"found the folder {path}, expected a file"
+        raise UserError(f"model.weights: {found}; nucsam export makes one of a run directory")
     if not path.is_file():
         expected = "a path, 'auto', 'none', 'starter' or hf:USER/NAME"
         raise UserError(f"model.weights: no such file: {path}; expected {expected}")
@@ -167,7 +170,7 @@ def _published(base: Published) -> Path:
             f"model.weights: found 'auto', but no address serves {base.name}'s {base.file}, "
             "expected its path, or 'none' for random weights"
         )
-    if not path.exists():
+    if not path.is_file():
         checksum = f"sha256:{base.sha256}"
         advice = (
             f"; elsewhere, curl -L -o {base.file} {base.urls[0]} fetches it. NUCSAM_CACHE names "

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain, groupby, repeat, takewhile
@@ -24,14 +24,29 @@ from nucsam import __version__
 from nucsam.claims import Claim, folder_of_claims, lock_file, read_note
 from nucsam.config import changes
 from nucsam.console import Bar, PlainConsole
-from nucsam.data.folders import is_data_set, list_folder, scan_folder, stem_of
+from nucsam.data.folders import (
+    PREDICTIONS,
+    bare_stem,
+    is_data_set,
+    list_folder,
+    scan_folder,
+    stem_of,
+)
 from nucsam.data.geojson import read_shapes, write_geojson
 from nucsam.data.images import IMAGES, check_mpp, open_image, read_metadata
 from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
 from nucsam.download import file_checksum
 from nucsam.errors import UserError, check_packages
-from nucsam.files import check_form, make_folder, read_json, shortened, stale_partials, write_text
+from nucsam.files import (
+    check_form,
+    expanded,
+    make_folder,
+    read_json,
+    shortened,
+    stale_partials,
+    write_text,
+)
 from nucsam.names import find_model, is_model_name
 from nucsam.predict import writers
 from nucsam.predict.models import load
@@ -43,7 +58,6 @@ from nucsam.processes import exit_on_sigterm, is_first, launch_time, process_cou
 from nucsam.run.directory import RunDirectory
 
 POLL = 0.5  # s between looks at the images that other processes hold
-RECORD = "predict.json"  # file of the settings in a folder of results
 SAMPLES, SAMPLE = 16, 2**16  # parts of an image file, and bytes of each, by which it is known
 OPTIONS = ("nucleus_area", "tile", "overlap", "tta", "adapt", "certainty")  # of a predictor
 UNRECORDED = ("nucsam", "model")  # entries of predict.json that may differ from run to run
@@ -81,14 +95,14 @@ def predict_files(
         UserError: a mistake that concerns more than one image; nothing has been written.
     """
     paths = [paths] if isinstance(paths, str | Path) else paths
-    out = Path(out)
+    out = expanded(out)
     _check_options(formats, options.get("scale"), mpp)
-    images = find_image_files([Path(path) for path in paths])
+    images = find_image_files(list(map(expanded, paths)))
     files = {path: writers.output_files(out, stem_of(path), formats) for path in images}
-    _check_files(files, out)
-    largest_first = sorted(images, key=_size, reverse=True)
-    files = {path: files[path] for path in largest_first}
-    outlines = _read_rois(roi, files) if roi else {}
+    regions = _roi_files(expanded(roi), images) if roi else {}
+    _check_files(files, out, regions.values())
+    files = {path: files[path] for path in sorted(images, key=_size, reverse=True)}
+    outlines = {path: _read_roi(file) for path, file in regions.items()}
     path, name = find_model(model)
     predictor = load(path, **options)
     if path.is_dir() and is_first():
@@ -97,8 +111,8 @@ def predict_files(
     claims = out / ".claims" if process_count() > 1 else None
     make_folder(out)
     with exit_on_sigterm(), folder_of_claims(claims) if claims else nullcontext():
-        with lock_file(out / f".{RECORD}.lock"):  # single processes may run side by side, too
-            _record(out / RECORD, settings, files, outlines, force)
+        with lock_file(out / f".{PREDICTIONS}.lock"):  # single processes may run side by side, too
+            _record(out / PREDICTIONS, settings, files, outlines, force)
         batch = Batch(predictor, files, out, mpp, force, claims, outlines, tissue)
         try:
             return batch.run()
@@ -129,7 +143,8 @@ def _check_options(formats: Sequence[str], scale: float | None, mpp: float | Non
 def find_image_files(paths: Sequence[Path]) -> list[Path]:
     """The image files among `paths` and in the folders among them, each once.
 
-    Subfolders and hidden files are left out.
+    Subfolders and hidden files are left out; so are label maps, which have the names of images
+    beside them with `_mask` and the like.
 
     Raises:
         UserError: names every path that is no image and every folder without one.
@@ -138,8 +153,8 @@ def find_image_files(paths: Sequence[Path]) -> list[Path]:
     problems = []
     for path in paths:
         suffix = path.suffix.lower()
-        inside = list(filter(_is_image, list_folder(path)))
-        if (path / RECORD).is_file():
+        inside = _without_labels(list(filter(_is_image, list_folder(path))))
+        if (path / PREDICTIONS).is_file():
             problems.append(f"{path}: found results of nucsam predict, expected images")
         elif path.is_dir() and not inside:
             problems.append(f"{path}: found no image, expected {', '.join(IMAGES)}{_inside(path)}")
@@ -153,6 +168,16 @@ def find_image_files(paths: Sequence[Path]) -> list[Path]:
     if problems:
         raise UserError("\n  ".join(problems))
     return one_file_each(list(images))
+
+
+def _without_labels(images: list[Path]) -> list[Path]:
+    stems = {stem_of(path) for path in images}
+    bare = {path: bare_stem(stem_of(path)) for path in images}
+    labels = [path for path in images if bare[path] != stem_of(path) and bare[path] in stems]
+    if labels and is_first():
+        found = f"{labels[0]}: found {len(labels)} label map(s) beside their images, left out"
+        PlainConsole(stderr=True).say(f"{found}; name such a file itself to predict it")
+    return [path for path in images if path not in labels]
 
 
 def _inside(folder: Path) -> str:
@@ -185,8 +210,13 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _check_files(files: Mapping[Path, dict[str, Path]], out: Path) -> None:
-    """Refuse results that would overwrite those of another image, or lie beside the images."""
+def _check_files(
+    files: Mapping[Path, dict[str, Path]], out: Path, regions: Collection[Path]
+) -> None:
+    """Refuse results that would overwrite those of another image, or lie beside the images.
+
+    Also those that would overwrite the files of the regions to predict in.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"out: {out} is a file, expected a folder")
     owners: dict[Path, Path] = {}
@@ -196,6 +226,11 @@ def _check_files(files: Mapping[Path, dict[str, Path]], out: Path) -> None:
             if owner is not path:
                 expected = "expected another stem or another out"
                 raise UserError(f"{path}: has the stem of {owner}, {expected}")
+    results = {result.resolve() for result in owners}
+    for path in regions:
+        if path.resolve() in results:
+            found = "the results would replace this file of regions"
+            raise UserError(f"roi: {path}: {found}; expected another out")
     folders = {out.resolve(), *(result.parent.resolve() for result in owners)}
     for path in files:
         if folders & {path.parent.resolve(), Path(os.path.realpath(path)).parent}:
@@ -203,19 +238,25 @@ def _check_files(files: Mapping[Path, dict[str, Path]], out: Path) -> None:
             raise UserError(f"{path}: {found}; expected another out")
 
 
-def _read_rois(roi: Path, images: Iterable[Path]) -> dict[Path, Outlines]:
-    """The regions to predict in, of each image."""
-    images = list(images)
+def _roi_files(roi: Path, images: Sequence[Path]) -> dict[Path, Path]:
+    """The file of the regions to predict in, of each image."""
     if roi.is_dir():
         regions = {stem_of(p): p for p in list_folder(roi) if p.suffix.lower() == ".geojson"}
         stems = {path: stem_of(path) for path in images}
-        files = {path: regions.get(s, roi / f"{s}.geojson") for path, s in stems.items()}
-    elif len(images) == 1:
-        files = {images[0]: roi}
-    else:
-        expected = "one image, or a folder with a GeoJSON file for each"
-        raise UserError(f"roi: found {roi} for {len(images)} images, expected {expected}")
-    return {path: Outlines(file, *read_shapes(file)) for path, file in files.items()}
+        return {path: regions.get(s, roi / f"{s}.geojson") for path, s in stems.items()}
+    if len(images) == 1:
+        return {images[0]: roi}
+    expected = "one image, or a folder with a GeoJSON file for each"
+    raise UserError(f"roi: found {roi} for {len(images)} images, expected {expected}")
+
+
+def _read_roi(file: Path) -> Outlines:
+    outlines = Outlines(file, *read_shapes(file))
+    if not outlines.areas:
+        others = ", ".join(f"{count} {kind}" for kind, count in outlines.unused.items())
+        found = f"found no area that somebody drew{others and f' ({others})'}"
+        raise UserError(f"roi: {file}: {found}, expected polygons to predict in")
+    return outlines
 
 
 def _settings(model: str, predictor: Predictor, mpp: float | None) -> dict[str, Any]:
@@ -246,6 +287,7 @@ def _record(
     If the old settings differ, `force` removes their results.
     """
     inputs = {stem_of(path): _known_by(path, rois.get(path)) for path in files}
+    known: dict[str, list[str]] = {}
     if record.is_file():
         absent = {"adapt": 0.0, "nucleus_area": 0.0, "certainty": 0.0}  # of earlier versions
         before = absent | read_json(record.read_bytes(), str(record))
@@ -254,7 +296,8 @@ def _record(
         if before.get("roi") and "inputs" not in before:  # by a version without checksums
             changed["roi"] = f"roi: {before['roi']!r} -> checksums"
         names = writers.FILES.values() if changed else ()
-        results = [path for name in names for path in record.parent.glob(name.format("*"))]
+        # once each: *.geojson is also *.tissue.geojson
+        results = sorted({path for name in names for path in record.parent.glob(name.format("*"))})
         if results and not force:
             found = f"the results beside it have other settings: {'; '.join(changed.values())}"
             raise UserError(f"{record}: {found}; expected another out, or force")
@@ -268,7 +311,12 @@ def _record(
             _remove_results(results, files)
         for path in chain.from_iterable(others.values()):
             path.unlink(missing_ok=True)
-        inputs = ({} if changed else known) | inputs
+        known = {} if changed else known
+    new = chain.from_iterable(files[path].values() for path in files if stem_of(path) not in known)
+    if not force and (unknown := next((file for file in new if file.exists()), None)):
+        found = f"found a file that {record.name} does not know, so that it may be yours"
+        raise UserError(f"{unknown}: {found}; expected another out, or force")
+    inputs = known | inputs
     write_text(record, json.dumps(settings | {"inputs": inputs}, indent=2) + "\n")
 
 
@@ -307,7 +355,7 @@ def _remove_results(results: Sequence[Path], files: Mapping[Path, dict[str, Path
         expected = "expected their images and formats too, or another out"
         raise UserError(f"{results[0].parent}: {found}; {expected}")
     for path in results:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 @dataclass(eq=False)
@@ -458,7 +506,7 @@ class Batch:
         if not (file or self.tissue):
             return None
         tissue = find_tissue(image, whole=file is not None)
-        if file:
+        if file and (self.force or not file.is_file()):
             write_geojson(file, tissue.features(image.shape[:2]))
         return tissue if self.tissue else None
 
@@ -486,7 +534,8 @@ class Batch:
 
         try:
             files = {name: file for name, file in self.files[path].items() if name != "tissue"}
-            nuclei = writers.write_files(files, tiles.image, windows(), self._mpp(path))
+            mpp = self._mpp(path)
+            nuclei = writers.write_files(files, tiles.image, windows(), mpp, replace=self.force)
         except (UserError, OSError) as error:
             self._fail(path, error)
         else:

@@ -148,6 +148,8 @@ def list_models() -> list[tuple[str, str, int, Path]]:
     """
     files = [(STARTER, "comes with nucsam", STARTER_FILE)]
     for name, base in BASES.items():
-        files.append((name, f"published {base.name}", default_cache() / base.file))
+        path = default_cache() / base.file
+        if path.is_file() and base.size in (0, path.stat().st_size):  # else it is damaged
+            files.append((name, f"published {base.name}", path))
     files += [(name, "Hugging Face Hub", path) for name, path in hub_models().items()]
     return [(name, origin, p.stat().st_size, p) for name, origin, p in files if p.is_file()]

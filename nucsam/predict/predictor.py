@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from PIL.Image import Image
+from PIL.ImageOps import exif_transpose
 
 from nucsam.config import Config, Instances
 from nucsam.data import geojson
@@ -21,6 +22,7 @@ from nucsam.data.labels import median_area
 from nucsam.data.samples import by_nuclei
 from nucsam.data.slides import Windows
 from nucsam.errors import UserError
+from nucsam.files import expanded
 from nucsam.model.instances import Nuclei, lenient, with_confidence
 from nucsam.predict.measure import measure
 from nucsam.predict.threads import in_threads
@@ -36,6 +38,7 @@ CORE = 1024  # px: longest side of a window's core
 MARGIN = 128  # px: farthest that a nucleus reaches from its centroid
 READERS = 2  # threads that read tiles
 RATIO = 8.0  # most that an image's magnification may differ from that of the training
+MODES = ("L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV")  # of Pillow images that become RGB
 LOOKS = 4  # windows of the first look at an image, which tells how large its nuclei are
 
 
@@ -113,7 +116,8 @@ class Predictor:
         """Predict one image.
 
         Args:
-            image: uint8 (H, W, 3), an image file, or a Pillow image of 8 bits a channel.
+            image: uint8 (H, W, 3), an image file, or a Pillow image of 8 bits a channel; an
+                orientation tag of either turns it.
             mpp: microns per px of the image, by default what its file says; used where those
                 trained on are known too.
 
@@ -354,12 +358,15 @@ def _opened(image: Picture, mpp: float | None) -> tuple[np.ndarray, float | None
     """The pixels uint8 (H, W, 3) of an image, and its microns per px."""
     check_mpp(mpp)
     if isinstance(image, str | Path):
+        image = expanded(image)
         return read_image(image), mpp or read_mpp(image)
     try:
-        if isinstance(image, Image) and image.mode in ("L", "LA", "P", "RGBA", "YCbCr", "HSV"):
-            image = image.convert("RGB")
+        if isinstance(image, Image):
+            image = exif_transpose(image)
+            image = image.convert("RGB") if image.mode in MODES else image
         pixels = np.asarray(image)
-    except (OSError, RuntimeError, ValueError) as error:  # a closed file, a tensor with a gradient
+    # a closed file; a tensor that needs a gradient, or is on a GPU
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         found = f"{type(image).__name__} ({error})"
         raise UserError(f"image: found {found}, expected uint8 (H, W, 3)") from None
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:

@@ -121,7 +121,13 @@ def open_adapter(path: Path, weights: str = "") -> tuple[Nucsam, Config, Base, d
         raise UserError(f"{path}: trained on random base weights, which its run holds; {expected}")
     base = open_base(weights or (named if is_permanent(named) else "auto"), config.model.encoder)
     net = build_model(config.model, base, seed=config.train.seed)
-    load_adapter(path, net, base)
+    try:
+        load_adapter(path, net, base)
+    except UserError as error:
+        if weights or base.sha256 == metadata["base"]["sha256"]:
+            raise
+        merges = f"nucsam export {path} --base FILE --out merged.safetensors merges it with its own"
+        raise UserError(f"{error}; {merges}") from None
     return net.eval(), config, base, metadata
 
 

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,8 +79,28 @@ def _by_any_name(files: dict[str, _File]) -> dict[str, _File]:
     return short | {file.long_name: file for file in files.values()} | files
 
 
+def _is_of_another_organ(
+    a: _File, b: _File, of_a: Mapping[str, _File], of_b: Mapping[str, _File]
+) -> bool:
+    """Whether files of one stem belong to two organs.
+
+    They do not where one lies in no organ's folder, or where both folders only have other names
+    for their organs.
+
+    Args:
+        a, b: the files.
+        of_a, of_b: all files beside each.
+    """
+    if not (a.organ and b.organ) or a.organ == b.organ:
+        return False
+    common = {file.organ for file in of_a.values()} & {file.organ for file in of_b.values()}
+    return bool(common & {a.organ, b.organ})
+
+
 def _truth_files(folder: Path) -> dict[str, _File]:
     """Name -> file, of a data set as `nucsam train` takes it or of a folder of label maps."""
+    if (folder / folders.PREDICTIONS).is_file():  # outlines lie there too, but are no labels
+        return _label_files(folder, LABELS)
     if folders.is_data_set(folder):
         records = folders.find_records(folder)
         return {r.name: _File(r.organ, r.name, r.label, r.vague) for r in records}
@@ -119,15 +139,16 @@ def find_pairs(
     for name, file in sorted(truths.items()):
         bare = folders.bare_stem(name)
         found = predicted.get(name) or (None if bare in truths else predicted.get(bare))
-        if found is None:
+        if found is None or _is_of_another_organ(file, found, truths, predictions):
             missing.append(name)
             continue
         first = used.setdefault(found, file.path)
         if first is not file.path:
             problems.append(f"{file.path}: found {first} for {found.path.name} too, expected one")
         place = folders.first_group(pattern, name) or file.organ
-        mask = unsure[name].path if name in unsure else file.vague
-        pairs.append(Pair(name, place, file.path, found.path, mask))
+        mask = unsure.get(name)
+        own = mask and not _is_of_another_organ(file, mask, truths, masks)
+        pairs.append(Pair(name, place, file.path, found.path, mask.path if own else file.vague))
     folders.raise_problems(truth, problems)
     extra = sorted(name for name, file in predictions.items() if file not in used)
     if not pairs:

@@ -211,7 +211,12 @@ def write_json(path: str | Path, results: dict) -> None:
 
 
 def write_csv(path: str | Path, results: dict) -> None:
-    """Write a line for each image and protocol, or leave what was there.
+    """Write `image_csv` as a file, or leave what was there."""
+    write_text(Path(path), image_csv(results))
+
+
+def image_csv(results: dict) -> str:
+    """A CSV document with a line for each image and protocol.
 
     Metrics are 0..1, empty where undefined; raw counts follow.
     """
@@ -225,4 +230,4 @@ def write_csv(path: str | Path, results: dict) -> None:
             line |= {"n_truth": row["n_truth"], "n_pred": row["n_pred"]}
             line |= {name: value for name, value in row["counts"].items() if name != "ap_tp"}
             lines.append(without_nan(line))
-    write_text(Path(path), to_csv([lines[0], *(line.values() for line in lines)]))
+    return to_csv([lines[0], *(line.values() for line in lines)])

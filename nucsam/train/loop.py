@@ -16,6 +16,7 @@ from nucsam.config import Config, Train, load_config
 from nucsam.console import Bar
 from nucsam.data.augment import augment
 from nucsam.errors import UserError
+from nucsam.files import expanded
 from nucsam.model.network import build_model
 from nucsam.processes import exit_on_sigterm, is_first
 from nucsam.run.checkpoint import load_adapter, put_weights
@@ -63,10 +64,11 @@ def fit(
     """
     if not isinstance(config, Config):
         config = load_config(config)
+    out = expanded(out)
     threads = torch.get_num_threads()
     try:
-        with RunDirectory(Path(out)).claim() if is_first() else nullcontext():
-            return _fit(config, Path(out), resume, build)
+        with RunDirectory(out).claim() if is_first() else nullcontext():
+            return _fit(config, out, resume, build)
     finally:
         torch.set_num_threads(threads)  # `Training` takes those of the idle cores
 

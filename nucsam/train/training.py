@@ -27,7 +27,7 @@ from nucsam.config import Config, Data, Train
 from nucsam.data.augment import window
 from nucsam.data.folders import describe_records
 from nucsam.data.samples import SAME_SCALE, Crops, EpochBatches, Samples, by_nuclei, is_resampled
-from nucsam.data.splits import find_split, inventory, with_epochs
+from nucsam.data.splits import find_split, inventory, training_images, with_epochs
 from nucsam.errors import UserError
 from nucsam.files import check_form
 from nucsam.model.network import calibrated
@@ -108,16 +108,9 @@ class Training:
                 raise
             hint = "if the images have moved, data.root=FOLDER says where they are"
             raise UserError(f"{error}; {hint}") from error
-        on_test = d.select == "test"
-        self.train = split.train + split.inner if on_test else split.train
-        self.select = split.test if on_test else split.inner
+        self.train, self.select = training_images(d, records, split)
         self.score = split.test or split.inner
         self.scored_split = "test" if split.test else "inner"
-        if not self.train or not self.select:
-            choose = f"{len(self.select)} to choose the epoch by"
-            left = f"{len(self.train)} are left to train on and {choose}"
-            found = f"found {len(records)} images in {d.root}, of which {left}"
-            raise UserError(f"data.root: {found}; expected at least one of each")
         self.samples = Samples(records, memory_gib=d.memory)
         self.images = inventory(records, split, self.samples.digests)
         if resume and self.run.exists():
@@ -423,6 +416,9 @@ def _precision(setting: str, on_gpu: bool, run: RunDirectory) -> str:
         began = run.read_environment().get("precision")
         name = began if began in PRECISIONS.values() else name
         name = os.environ.get("ACCELERATE_MIXED_PRECISION", name)
+        if name not in PRECISIONS.values():
+            expected = f"expected {', '.join(PRECISIONS.values())}"
+            raise UserError(f"ACCELERATE_MIXED_PRECISION: found {name!r}, {expected}")
     if name == "fp16" and not on_gpu:
         found = "fp16 needs a GPU; computing in fp32 on this CPU"
         warnings.warn(f"train.precision: {found}", stacklevel=5)
