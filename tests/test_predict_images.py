@@ -428,7 +428,7 @@ def test_files_of_somebody_else_are_never_taken_or_replaced(tmp_path, colour, ca
     tissue = mine.with_name("a.tissue.geojson")
     tissue.write_text(region)
     assert predict(*paths, "geojson,csv,tissue") == 1
-    assert f"{mine}: found other content than the results have" in capsys.readouterr().err
+    assert f"{mine}: found other content than the results" in capsys.readouterr().err
     assert mine.read_text() == tissue.read_text() == region
     assert names(mine.parent) == ["a.geojson", "a.tissue.geojson", "predict.json"]
     mine.write_text(predicted)

@@ -47,8 +47,8 @@ OUTLINED = ("geojson", "geojson.gz", "parquet")
 OVERLAY = 4096  # px: longest side of an overlay
 
 Columns = Mapping[str, np.ndarray]
-Outlines = list[dict[str, Any]]  # GeoJSON geometries
-Table = tuple[Callable[[Columns, Outlines], Any], Callable[[Any], Any]]  # encode, write
+Geometries = list[dict[str, Any]]  # GeoJSON geometries
+Table = tuple[Callable[[Columns, Geometries], Any], Callable[[Any], Any]]  # encode, write
 
 
 def output_files(folder: Path, stem: str, formats: Iterable[str]) -> dict[str, Path]:
@@ -89,7 +89,9 @@ def write_files(
             count = _write(paths, folder, image, windows, mpp)
             for name, file in files.items():
                 if not replace and file.is_file() and not cmp(paths[name], file, shallow=False):
-                    found = "found other content than the results have, as after an edit"
+                    found = (
+                        "found other content than the results: an edit, or those of another device"
+                    )
                     raise UserError(f"{file}: {found}; expected another out, or force")
             return count
         except OSError as error:  # `atomic` would name the last file, whichever has no room
@@ -148,7 +150,7 @@ def geojson_table(
 ) -> Iterator[Table]:
     """A GeoJSON file. `pack` compresses each window on its own: parts of gzip can be joined."""
 
-    def encode(columns: Columns, outlines: Outlines) -> bytes:
+    def encode(columns: Columns, outlines: Geometries) -> bytes:
         text = geojson.to_json(geojson.features(outlines, columns))
         return pack((text if columns["id"][0] == 1 else ",\n" + text).encode())
 
@@ -162,7 +164,7 @@ def geojson_table(
 def csv_table(path: Path, columns: Columns) -> Iterator[Table]:
     """A CSV file, with the names of the columns first."""
 
-    def encode(columns: Columns, _: Outlines) -> str:
+    def encode(columns: Columns, _: Geometries) -> str:
         rows = zip(*(column.tolist() for column in columns.values()))
         text = StringIO()
         csv.writer(text).writerows(
@@ -185,7 +187,7 @@ def parquet_table(path: Path, columns: Columns) -> Iterator[Table]:
     import shapely
     from pyarrow.parquet import ParquetWriter
 
-    def encode(columns: Columns, outlines: Outlines) -> pyarrow.Table:
+    def encode(columns: Columns, outlines: Geometries) -> pyarrow.Table:
         shapes = shapely.from_geojson([geojson.to_json([outline]) for outline in outlines])
         geometry = pyarrow.array(shapely.to_wkb(shapes).tolist(), pyarrow.binary())
         return pyarrow.table({**columns, "geometry": geometry})
