@@ -89,9 +89,7 @@ def write_files(
             count = _write(paths, folder, image, windows, mpp)
             for name, file in files.items():
                 if not replace and file.is_file() and not cmp(paths[name], file, shallow=False):
-                    found = (
-                        "found other content than the results: an edit, or those of another device"
-                    )
+                    found = "found other content than the results: an edit, or another device's"
                     raise UserError(f"{file}: {found}; expected another out, or force")
             return count
         except OSError as error:  # `atomic` would name the last file, whichever has no room
