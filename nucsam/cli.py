@@ -6,6 +6,7 @@ Commands import what they need when they run, so that `--help` is quick.
 import errno
 import importlib.util
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -26,6 +27,24 @@ app = typer.Typer(
 
 # An unknown option such as `--epochs 3` reaches `configuration`, which explains settings.
 LENIENT = {"ignore_unknown_options": True}
+
+# Options that name a file or a folder.
+PATHS = {
+    f"--{name}"
+    for name in [
+        "out",
+        "truth",
+        "pred",
+        "vague",
+        "overlays",
+        "csv",
+        "json",
+        "roi",
+        "sheet",
+        "data",
+        "figures",
+    ]
+}
 
 # Shared by several commands.
 Settings = Annotated[
@@ -78,13 +97,12 @@ def run_command(arguments: list[str]) -> int:
 
 
 def _with_home(argument: str) -> str:
-    """`--option=~/path` with the home folder for the `~`, which a shell leaves there."""
+    """`--out=~/folder` with the home folder for the `~`, which a shell leaves there."""
     option, _, value = argument.partition("=")
-    return (
-        f"{option}={expanded(value)}"
-        if argument.startswith("--") and value[:1] == "~"
-        else argument
-    )
+    return f"{option}={expanded(value)}" if _IN_HOME.match(argument) else argument
+
+
+_IN_HOME = re.compile("--(base|csv|data|figures|json|out|overlays|pred|roi|sheet|truth|vague)=~")
 
 
 def _print_version(asked: bool) -> None:
@@ -245,6 +263,8 @@ def evaluate_command(
     from nucsam.console import PlainConsole
     from nucsam.score import pairs, tables
 
+    if as_json == csv == "-":
+        raise UserError("evaluate: found - for --json and --csv, expected a file for one of them")
     console = PlainConsole(stderr="-" in (as_json, csv))
     strict = False if at_least else None
     rules = {"protocol": protocol, "iou": iou, "strict": strict, "zone_width": zone, "organ": organ}
@@ -270,7 +290,7 @@ def evaluate_command(
     elif as_json:
         tables.write_json(as_json, results)
     if csv == "-":
-        print(tables.image_csv(results), end="")
+        print(tables.image_csv(results).replace("\r\n", "\n"), end="")
     elif csv:
         tables.write_csv(csv, results)
     for remark in remarks:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from nucsam.errors import UserError
-from nucsam.files import expanded
 
 Rule = Callable[[Any], str]  # value -> what was expected instead, "" where the value is fine
 
@@ -400,7 +399,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the file cannot be read, or the configuration is not valid.
     """
-    path = expanded(path)
+    path = Path(path)
     try:
         # Editors on Windows write a mark at the beginning.
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")

@@ -182,10 +182,10 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def shortened(names: list[str], most: int = 5) -> str:
-    """The first `most` names with commas, and how many more there are."""
+def shortened(names: list[str], most: int = 5, between: str = ", ") -> str:
+    """The first `most` names with commas or others `between`, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return between.join(names[:most]) + more
 
 
 # control characters except line end and tab; invisible marks of direction; lone surrogates

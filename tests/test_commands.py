@@ -217,8 +217,11 @@ def test_scores_of_images_are_printed_as_they_are_written(folder, tmp_path, caps
     assert run_command([*score, "--csv=~/s.csv"]) == 0
     capsys.readouterr()
     assert run_command([*score, "--csv", "-"]) == 0
-    assert capsys.readouterr().out == (tmp_path / "s.csv").read_bytes().decode()
-    assert [path.name for path in tmp_path.iterdir()] == ["s.csv"]
+    assert capsys.readouterr().out == (tmp_path / "s.csv").read_text()
+    assert run_command([*score, "--csv", "-", "--json", "-"]) == 2
+    assert "found - for --json and --csv" in capsys.readouterr().err
+    assert run_command([*score, "--organ=~/", "--json=~/s.json"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.csv", "s.json"]
 
 
 def test_settings_name_this_files_differences(capsys):

@@ -273,7 +273,11 @@ def test_a_stem_in_another_organ_is_another_image(tmp_path):
     pairs, missing, extra = find_pairs(tmp_path / "truth", tmp_path / "pred", vague)
     assert [pair.name for pair in pairs] == ["1", "2", "4"]
     assert [pair.vague and pair.vague.stem for pair in pairs] == [None, "2", None]
-    assert (missing, extra) == (["3", "5"], ["3"])
+    assert (missing, extra) == (["5", "liver_3"], ["kidney_3"])
+    write(tmp_path / "pred" / "kidney" / "1.tif", maps(1)[1])  # now two predictions are called 1
+    pairs, missing, _ = find_pairs(tmp_path / "truth", tmp_path / "pred", vague)
+    assert [pair.pred.parent.name for pair in pairs] == ["liver", "liver", "kidney"]
+    (tmp_path / "pred" / "kidney" / "1.tif").unlink()
     (tmp_path / "pred" / "liver").rename(tmp_path / "pred" / "Leber")
     (tmp_path / "pred" / "kidney").rename(tmp_path / "pred" / "Niere")
     pairs, missing, extra = find_pairs(tmp_path / "truth", tmp_path / "pred")
@@ -289,6 +293,10 @@ def test_of_results_of_a_prediction_the_label_maps_are_the_truth(tmp_path):
             (tmp_path / folder / name).write_text("no label map")
     (pair,), *others = find_pairs(tmp_path / "first", tmp_path / "second")
     assert (pair.truth.name, pair.pred.name, others) == ("a.tif", "a.tif", [[], []])
+    for name in ("a.tif", "a.geojson.gz"):
+        (tmp_path / "first" / name).unlink()
+    (pair,), *others = find_pairs(tmp_path / "first", tmp_path / "second")
+    assert (pair.truth.name, pair.pred.name, others) == ("a.geojson", "a.tif", [[], []])
 
 
 def test_an_organ_is_found_in_the_name(folders):

@@ -245,7 +245,7 @@ def test_an_adapter_on_a_base_without_a_name_says_how_to_merge_it(adapter, tmp_p
     weights, metadata = read_tensors(adapter)
     metadata["base"] = {"sha256": "7" * 64, "source": "my_base.safetensors"}
     write_tensors(tmp_path / "a.safetensors", weights, metadata)
-    merges = "a.safetensors --base FILE --out merged.safetensors merges it with its own$"
+    merges = "a.safetensors --base FILE --out merged.safetensors merges it with its base$"
     with pytest.raises(UserError, match=f"7777.*my_base.*found the base.*nucsam export .*{merges}"):
         load(tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=r"found the base \w{12} \([^()]*\)$"):

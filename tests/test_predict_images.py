@@ -36,7 +36,8 @@ from nucsam.errors import UserError
 from nucsam.export.merged import export_run
 from nucsam.files import write_text
 from nucsam.predict import images as predict_images
-from nucsam.predict.devices import autocast_dtype
+from nucsam.predict import results
+from nucsam.predict.results import RESULTS
 from nucsam.run import checkpoint
 from nucsam.run.metadata import known_certainty
 from nucsam.score.runs import (
@@ -222,7 +223,6 @@ def test_a_run_is_scored_as_it_predicts(tiny, tmp_path):
     for name in (*names, "certainty"):
         assert getattr(scores, name) == getattr(predicts, name)
     assert scores.ratio is predicts.ratio is None
-    assert predicts.autocast is autocast_dtype(metadata["precision"], torch.device("cpu"))
     image = np.kron(some_image(20, 40), np.ones((16, 16, 1), np.uint8))
     once = [replace(p, nucleus_area=0.0) for p in (scores, predicts)]
     maps, same = (next(maps_of(p, [image])) for p in once)
@@ -251,7 +251,8 @@ def predict(*arguments) -> int:
 
 
 def names(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != RESULTS]
+    return sorted(str(p.relative_to(folder)) for p in files)
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +409,7 @@ def test_results_are_skipped_or_replaced(anything, tmp_path, colour, capsys):
 
 
 def test_files_of_somebody_else_are_never_taken_or_replaced(tmp_path, colour, capsys):
-    """Beside no predict.json; as the regions to predict in; and edited after the prediction."""
+    """Beside no predict.json; of a new format; as the regions to predict in."""
     Image.fromarray(some_image(200, 300)).save(tmp_path / "a.png")
     region = json.dumps([drawing(polygon(square(0, 0, 60)))])
     mine = tmp_path / "mine" / "a.geojson"
@@ -417,23 +418,57 @@ def test_files_of_somebody_else_are_never_taken_or_replaced(tmp_path, colour, ca
     paths = [tmp_path / "a.png", "--out", mine.parent, "--formats"]
     for formats in ("geojson", "geojson,csv"):
         assert predict(*paths, formats) == 2
-        assert f"{mine}: found a file that predict.json does not know" in capsys.readouterr().err
+        assert f"{mine}: may be yours" in capsys.readouterr().err
+    for formats in ("geojson", "labels"):  # of which the second replaces nothing
         assert predict(*paths, formats, "--roi", mine.parent, "--force") == 2
         assert "roi: " in capsys.readouterr().err
     assert mine.read_text() == region and names(mine.parent) == ["a.geojson"]
-    assert predict(*paths, "geojson,tissue", "--force") == 0
-    predicted = mine.read_text()
-    assert predicted != region
-    mine.write_text(region)
-    tissue = mine.with_name("a.tissue.geojson")
-    tissue.write_text(region)
-    assert predict(*paths, "geojson,csv,tissue") == 1
-    assert f"{mine}: found other content than the results" in capsys.readouterr().err
-    assert mine.read_text() == tissue.read_text() == region
-    assert names(mine.parent) == ["a.geojson", "a.tissue.geojson", "predict.json"]
-    mine.write_text(predicted)
-    assert predict(*paths, "geojson,csv,tissue") == 0 and tissue.read_text() == region
-    assert predict(*paths, "geojson,csv,tissue", "--force") == 0 and tissue.read_text() != region
+    assert predict(*paths, "geojson", "--force") == 0 and mine.read_text() != region
+    notes = mine.with_name("a.csv")
+    notes.write_text("my notes")
+    assert predict(*paths, "geojson,csv") == 2
+    assert f"{notes}: may be yours" in capsys.readouterr().err and notes.read_text() == "my notes"
+    (mine.parent / "predict.json").unlink()  # nobody knows any more with which settings
+    assert predict(*paths, "geojson") == 2 and predict(*paths, "geojson", "--force") == 0
+
+
+def test_results_are_not_replaced_once_somebody_has_edited_them(tmp_path, colour, capsys):
+    for name in ("a", "b"):
+        Image.fromarray(some_image(200, 300)).save(tmp_path / f"{name}.png")
+    out = tmp_path / "out"
+    images, formats = [tmp_path / "a.png", tmp_path / "b.png"], ["--out", out, "--formats"]
+    assert predict(*images, *formats, "geojson,tissue") == 0
+    edited = [out / "a.geojson", out / "b.tissue.geojson"]
+    before = [path.read_text() for path in edited]
+    for path in edited:
+        path.write_text("[]")
+    assert predict(*images, *formats, "geojson,tissue") == 0  # it replaces nothing
+    assert predict(*images, *formats, "geojson,tissue,csv") == 2
+    shown = capsys.readouterr().err
+    assert all(f"{path}: has been edited" in shown for path in edited)
+    assert all(path.read_text() == "[]" for path in edited) and not (out / "a.csv").exists()
+    edited[0].write_text(before[0])
+    assert predict(images[0], *formats, "geojson,tissue,csv") == 0
+    with (out / RESULTS).open("a") as log:
+        log.write('\n{"b.geo')  # a process was killed
+    assert predict(images[1], *formats, "geojson,tissue,csv", "--force") == 0
+    assert [path.read_text() for path in edited] == before
+    assert predict(*images, *formats, "labels,geojson,tissue,csv") == 0
+    (out / RESULTS).unlink()  # as versions left their folders that noted no checksums
+    edited[0].write_text("[]")
+    (out / "b.csv").unlink()
+    assert predict(*images, *formats, "labels,geojson,tissue,csv") == 0
+    assert not (out / RESULTS).exists() and edited[0].read_text() == "[]"
+
+
+def test_force_replaces_results_of_other_settings_with_their_tissue(trained, tmp_path):
+    Image.fromarray(some_image()).save(tmp_path / "a.png")
+    command = ["predict", str(trained[0]), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
+    command += ["--formats", "geojson,tissue"]
+    assert run_command(command) == 0
+    assert run_command([*command, "--tile", "64"]) == 2
+    assert run_command([*command, "--tile", "64", "--force"]) == 0
+    assert names(tmp_path / "out") == ["a.geojson", "a.tissue.geojson", "predict.json"]
 
 
 def test_label_maps_beside_their_images_are_no_images(tmp_path, colour, capsys):
@@ -447,16 +482,18 @@ def test_label_maps_beside_their_images_are_no_images(tmp_path, colour, capsys):
     assert (tmp_path / "out" / "a_mask.tif").is_file()
 
 
-def test_regions_without_an_area_are_named(tmp_path, colour, capsys):
-    Image.fromarray(some_image(64, 64)).save(tmp_path / "a.png")
+def test_regions_without_an_area_fail_their_image_alone(tmp_path, colour, capsys):
     point = drawing({"type": "Point", "coordinates": [3, 3]})
-    for name, features, found in (("none", [], "drew, "), ("point", [point], "drew (1 Point), ")):
-        (tmp_path / f"{name}.geojson").write_text(json.dumps(features))
-        roi = ["--roi", tmp_path / f"{name}.geojson"]
-        assert predict(tmp_path / "a.png", "--out", tmp_path / "out", *roi) == 2
-        expected = f"{name}.geojson: found no area that somebody {found}expected polygons"
-        assert expected in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    detection = drawing(polygon(square(0, 0, 20))) | {"properties": {"objectType": "detection"}}
+    area = drawing(polygon(square(0, 0, 60)))
+    for name, drawn in {"a": [], "b": [point], "c": [detection], "d": [area]}.items():
+        Image.fromarray(some_image(64, 64)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.geojson").write_text(json.dumps(drawn))
+    assert predict(tmp_path, "--out", tmp_path / "out", "--roi", tmp_path) == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    for name, found in {"a": "nothing", "b": "1 Point", "c": "1 detection"}.items():
+        assert f"{name}.geojson: found {found} and no annotation, expected one to" in shown
+    assert "1 image(s)" in shown and (tmp_path / "out" / "d.tif").is_file()
 
 
 def test_results_of_another_image_of_the_same_name_are_not_taken(tmp_path, colour, capsys):
@@ -493,14 +530,14 @@ def test_a_change_anywhere_in_an_image_is_noticed(tmp_path, colour, capsys):
 
 def test_single_processes_side_by_side_keep_each_others_images(tmp_path, monkeypatch):
     """A slow record of many."""
-    read = predict_images.read_json
+    read = results.read_json
 
     def slowly(*arguments):
         document = read(*arguments)
         time.sleep(0.01)
         return document
 
-    monkeypatch.setattr(predict_images, "read_json", slowly)
+    monkeypatch.setattr(results, "read_json", slowly)
     paths = [tmp_path / f"{k}.png" for k in range(12)]
     out = tmp_path / "out"
     for path in paths:
@@ -758,7 +795,7 @@ def test_results_do_not_depend_on_the_processes(trained, slides, tmp_path, capsy
     kinds = [f"{stem}.{suffix}" for stem in stems for suffix in ("geojson", "tif")]
     for out in (tmp_path / "1", tmp_path / "2"):
         assert names(out) == sorted([*kinds, "predict.json"])
-        assert not list(out.rglob(".*"))
+        assert [path.name for path in out.rglob(".*")] == [RESULTS]
     for name in kinds:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 

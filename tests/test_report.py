@@ -80,6 +80,8 @@ def test_outlines_lie_on_the_edge_of_the_nucleus():
     area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
     assert area == pytest.approx(200, rel=0.03)
     assert gallery.outlines(np.zeros((5, 5), int)) == {}
+    (pixel,) = gallery.outlines(np.eye(1, dtype=int))[1]
+    assert np.ptp(pixel, 0).tolist() == [1, 1] and len({*map(tuple, pixel.tolist())}) == 4
 
 
 def test_layers_leave_out_what_is_not_scored():

@@ -10,7 +10,6 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from importlib import import_module
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -268,8 +267,8 @@ def read_mpp(path: str | Path) -> float | None:
         path: an image file.
 
     Returns:
-        Microns per px. None where the file has none, or, like a printer's file, some that are not
-        between FINEST and COARSEST.
+        Microns per px. None where the file has none, or a value outside FINEST to COARSEST, such as
+        a printer's resolution.
     """
     return read_metadata(Path(path))[0]
 
@@ -280,9 +279,12 @@ def check_mpp(mpp: float | None) -> None:
     Raises:
         UserError: they are not between FINEST and COARSEST.
     """
-    if mpp is None or (isinstance(mpp, Real) and FINEST <= mpp <= COARSEST):
-        return
-    found = f"{mpp:g}" if isinstance(mpp, Real) else repr(mpp)
+    try:
+        if mpp is None or FINEST <= mpp <= COARSEST:
+            return
+        found = f"{mpp:g}"
+    except (TypeError, ValueError):  # text, or several numbers
+        found = repr(mpp)
     raise UserError(f"mpp: found {found}, expected {FINEST:g} to {COARSEST:g} microns per px")
 
 

@@ -38,7 +38,7 @@ def training_images(
     """Indices of the images to train on, and of those that choose the epoch.
 
     Raises:
-        UserError: there is none of them.
+        UserError: one of the two is empty.
     """
     on_test = data.select == "test"
     train = split.train + split.inner if on_test else split.train

@@ -28,7 +28,7 @@ from nucsam.config import Config
 from nucsam.console import PlainConsole
 from nucsam.data.folders import Record, raise_problems
 from nucsam.data.samples import read_digest, read_each
-from nucsam.data.splits import find_split, inventory, training_images
+from nucsam.data.splits import find_split, inventory, split_records, training_images
 from nucsam.errors import UserError
 from nucsam.files import expanded, make_folder, printable, write_text
 from nucsam.folds.jobs import Job, child_environment, device_of, plan, variants
@@ -163,9 +163,7 @@ def cross_validate(
     for variant in by_label.values():
         config.check_effect(named, variant)
     jobs = plan(by_label, out)
-    # A split that every fold would refuse is refused before the first one starts.
-    for job in {job.variant: job for job in jobs if job.scores() is None}.values():
-        training_images(job.config.data, *find_split(job.config.data))
+    _check_splits([job for job in jobs if job.scores() is None])
     board = run_jobs(jobs, base, out)
     if not is_first():
         return 0  # the first one reports; a launcher would end the others on any other status
@@ -191,6 +189,21 @@ def cross_validate(
     console.say(f"For your text: {out / 'table.md'}, table.csv and table.tex (LaTeX): the scores")
     console.say(f"{out / 'methods.md'}: the methods, with citations")
     return 1 if failed else 0
+
+
+def _check_splits(jobs: Sequence[Job]) -> None:
+    """Refuse a variant of which every fold would refuse its split, before the first one starts."""
+    for _, folds in itertools.groupby(jobs, lambda job: job.variant):
+        configs = [job.config.data for job in folds]
+        records, _ = find_split(configs[0])
+        errors = []
+        for data in configs:
+            try:
+                training_images(data, records, split_records(records, data))
+            except UserError as error:
+                errors.append(error)
+        if len(errors) == len(configs):
+            raise errors[0]
 
 
 def run_jobs(jobs: Sequence[Job], base: Config, out: Path) -> Board:

@@ -6,23 +6,19 @@ that dies, so that another one takes its images. One image stays with one proces
 on their number.
 """
 
-import hashlib
-import json
-import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
-from itertools import chain, groupby, repeat, takewhile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby, repeat, takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nucsam import __version__
-from nucsam.claims import Claim, folder_of_claims, lock_file, read_note
-from nucsam.config import changes
+from nucsam.claims import Claim, folder_of_claims, read_note
 from nucsam.console import Bar, PlainConsole
 from nucsam.data.folders import (
     PREDICTIONS,
@@ -36,21 +32,19 @@ from nucsam.data.geojson import read_shapes, write_geojson
 from nucsam.data.images import IMAGES, check_mpp, open_image, read_metadata
 from nucsam.data.rois import Outlines
 from nucsam.data.slides import one_file_each
-from nucsam.download import file_checksum
 from nucsam.errors import UserError, check_packages
 from nucsam.files import (
-    check_form,
+    atomic,
     expanded,
     make_folder,
-    read_json,
     shortened,
     stale_partials,
-    write_text,
 )
 from nucsam.names import find_model, is_model_name
 from nucsam.predict import writers
 from nucsam.predict.models import load
 from nucsam.predict.predictor import Predictor
+from nucsam.predict.results import check_files, note_results, record_files, settings_of
 from nucsam.predict.threads import in_threads
 from nucsam.predict.tiles import Tiles, Window
 from nucsam.predict.tissue import Tissue, find_tissue
@@ -58,9 +52,6 @@ from nucsam.processes import exit_on_sigterm, is_first, launch_time, process_cou
 from nucsam.run.directory import RunDirectory
 
 POLL = 0.5  # s between looks at the images that other processes hold
-SAMPLES, SAMPLE = 16, 2**16  # parts of an image file, and bytes of each, by which it is known
-OPTIONS = ("nucleus_area", "tile", "overlap", "tta", "adapt", "certainty")  # of a predictor
-UNRECORDED = ("nucsam", "model")  # entries of predict.json that may differ from run to run
 
 
 def predict_files(
@@ -100,19 +91,18 @@ def predict_files(
     images = find_image_files(list(map(expanded, paths)))
     files = {path: writers.output_files(out, stem_of(path), formats) for path in images}
     regions = _roi_files(expanded(roi), images) if roi else {}
-    _check_files(files, out, regions.values())
+    check_files(files, out, regions.values())
     files = {path: files[path] for path in sorted(images, key=_size, reverse=True)}
-    outlines = {path: _read_roi(file) for path, file in regions.items()}
+    outlines = {path: Outlines(file, *read_shapes(file)) for path, file in regions.items()}
     path, name = find_model(model)
     predictor = load(path, **options)
     if path.is_dir() and is_first():
         _remark_unfinished(RunDirectory(path))
-    settings = _settings(name, predictor, mpp) | {"tissue": tissue}
+    settings = settings_of(name, predictor, mpp) | {"tissue": tissue}
     claims = out / ".claims" if process_count() > 1 else None
     make_folder(out)
     with exit_on_sigterm(), folder_of_claims(claims) if claims else nullcontext():
-        with lock_file(out / f".{PREDICTIONS}.lock"):  # single processes may run side by side, too
-            _record(out / PREDICTIONS, settings, files, outlines, force)
+        record_files(out, settings, files, outlines, force)
         batch = Batch(predictor, files, out, mpp, force, claims, outlines, tissue)
         try:
             return batch.run()
@@ -171,13 +161,13 @@ def find_image_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def _without_labels(images: list[Path]) -> list[Path]:
-    stems = {stem_of(path) for path in images}
-    bare = {path: bare_stem(stem_of(path)) for path in images}
-    labels = [path for path in images if bare[path] != stem_of(path) and bare[path] in stems]
+    stems = {path: stem_of(path) for path in images}
+    others = {*stems.values()}
+    labels = [path for path, stem in stems.items() if bare_stem(stem) in others - {stem}]
     if labels and is_first():
         found = f"{labels[0]}: found {len(labels)} label map(s) beside their images, left out"
         PlainConsole(stderr=True).say(f"{found}; name such a file itself to predict it")
-    return [path for path in images if path not in labels]
+    return sorted({*images} - {*labels})
 
 
 def _inside(folder: Path) -> str:
@@ -210,34 +200,6 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _check_files(
-    files: Mapping[Path, dict[str, Path]], out: Path, regions: Collection[Path]
-) -> None:
-    """Refuse results that would overwrite those of another image, or lie beside the images.
-
-    Also those that would overwrite the files of the regions to predict in.
-    """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: {out} is a file, expected a folder")
-    owners: dict[Path, Path] = {}
-    for path, results in files.items():
-        for result in results.values():
-            owner = owners.setdefault(result, path)
-            if owner is not path:
-                expected = "expected another stem or another out"
-                raise UserError(f"{path}: has the stem of {owner}, {expected}")
-    results = {result.resolve() for result in owners}
-    for path in regions:
-        if path.resolve() in results:
-            found = "the results would replace this file of regions"
-            raise UserError(f"roi: {path}: {found}; expected another out")
-    folders = {out.resolve(), *(result.parent.resolve() for result in owners)}
-    for path in files:
-        if folders & {path.parent.resolve(), Path(os.path.realpath(path)).parent}:
-            found = "lies in a folder of results, which could overwrite it"
-            raise UserError(f"{path}: {found}; expected another out")
-
-
 def _roi_files(roi: Path, images: Sequence[Path]) -> dict[Path, Path]:
     """The file of the regions to predict in, of each image."""
     if roi.is_dir():
@@ -248,114 +210,6 @@ def _roi_files(roi: Path, images: Sequence[Path]) -> dict[Path, Path]:
         return {images[0]: roi}
     expected = "one image, or a folder with a GeoJSON file for each"
     raise UserError(f"roi: found {roi} for {len(images)} images, expected {expected}")
-
-
-def _read_roi(file: Path) -> Outlines:
-    outlines = Outlines(file, *read_shapes(file))
-    if not outlines.areas:
-        others = ", ".join(f"{count} {kind}" for kind, count in outlines.unused.items())
-        found = f"found no area that somebody drew{others and f' ({others})'}"
-        raise UserError(f"roi: {file}: {found}, expected polygons to predict in")
-    return outlines
-
-
-def _settings(model: str, predictor: Predictor, mpp: float | None) -> dict[str, Any]:
-    """What predict.json says about the results beside it."""
-    thresholds = asdict(predictor.instances)
-    del thresholds["lenient"]  # which `certainty` says
-    return {
-        "nucsam": __version__,
-        "model": model,
-        "weights_sha256": predictor.sha256,
-        "scale": predictor.scale / (predictor.ratio or 1.0),
-        "mpp_trained": predictor.mpp,
-        "mpp": mpp,
-        **{name: getattr(predictor, name) for name in OPTIONS},
-        "instances": thresholds,
-    }
-
-
-def _record(
-    record: Path,
-    settings: dict[str, Any],
-    files: Mapping[Path, dict[str, Path]],
-    rois: Mapping[Path, Outlines],
-    force: bool,
-) -> None:
-    """Write predict.json: `settings`, and what each image and its regions are.
-
-    If the old settings differ, `force` removes their results.
-    """
-    inputs = {stem_of(path): _known_by(path, rois.get(path)) for path in files}
-    known: dict[str, list[str]] = {}
-    if record.is_file():
-        absent = {"adapt": 0.0, "nucleus_area": 0.0, "certainty": 0.0}  # of earlier versions
-        before = absent | read_json(record.read_bytes(), str(record))
-        known = check_form(before.get("inputs", {}), {str: [str]}, str(record))
-        changed = changes(before | {name: settings[name] for name in UNRECORDED}, settings)
-        if before.get("roi") and "inputs" not in before:  # by a version without checksums
-            changed["roi"] = f"roi: {before['roi']!r} -> checksums"
-        names = writers.FILES.values() if changed else ()
-        # once each: *.geojson is also *.tissue.geojson
-        results = sorted({path for name in names for path in record.parent.glob(name.format("*"))})
-        if results and not force:
-            found = f"the results beside it have other settings: {'; '.join(changed.values())}"
-            raise UserError(f"{record}: {found}; expected another out, or force")
-        others = _results_of_others(record.parent, known, inputs)
-        if others and not force:
-            found = "found results of another image of this name, or of other regions"
-            lines = [f"{paths[0]}: {found}" for paths in others.values()]
-            raise UserError("\n  ".join([*lines, "expected another out, or force"]))
-        # Before predict.json changes: a run that is cut off must not leave results of both
-        if changed:
-            _remove_results(results, files)
-        for path in chain.from_iterable(others.values()):
-            path.unlink(missing_ok=True)
-        known = {} if changed else known
-    new = chain.from_iterable(files[path].values() for path in files if stem_of(path) not in known)
-    if not force and (unknown := next((file for file in new if file.exists()), None)):
-        found = f"found a file that {record.name} does not know, so that it may be yours"
-        raise UserError(f"{unknown}: {found}; expected another out, or force")
-    inputs = known | inputs
-    write_text(record, json.dumps(settings | {"inputs": inputs}, indent=2) + "\n")
-
-
-def _known_by(image: Path, roi: Outlines | None) -> list[str]:
-    """Checksums of the size and `SAMPLES` of an image file, and of the file of its regions."""
-    regions = [file_checksum(roi.path)] if roi else []
-    digest = hashlib.sha256()
-    with suppress(OSError), image.open("rb") as file:  # reading the image says what is wrong
-        size = file.seek(0, os.SEEK_END)
-        digest.update(str(size).encode())
-        # without a gap in a file that is no larger than all samples
-        for place in np.linspace(0, max(0, size - SAMPLE), SAMPLES).astype(int).tolist():
-            file.seek(place)
-            digest.update(file.read(SAMPLE))
-    return [digest.hexdigest(), *regions]
-
-
-def _results_of_others(
-    out: Path, known: Mapping[str, list[str]], inputs: Mapping[str, list[str]]
-) -> dict[str, list[Path]]:
-    """Stem -> results in every format, where they are of another image or other regions."""
-    others = {}
-    for stem, now in inputs.items():
-        if known.get(stem, now) != now:
-            paths = [out / name.format(stem) for name in writers.FILES.values()]
-            others[stem] = [path for path in paths if path.is_file()]
-    return {stem: paths for stem, paths in others.items() if paths}
-
-
-def _remove_results(results: Sequence[Path], files: Mapping[Path, dict[str, Path]]) -> None:
-    """Remove all results of a folder, if `files` replaces them all."""
-    replaced = {file.resolve() for results in files.values() for file in results.values()}
-    kept = sorted(str(path) for path in results if path.resolve() not in replaced)
-    if kept:
-        found = f"found {len(kept)} result(s) that force would not replace, such as {kept[0]}"
-        expected = "expected their images and formats too, or another out"
-        raise UserError(f"{results[0].parent}: {found}; {expected}")
-    for path in results:
-        path.unlink(missing_ok=True)
 
 
 @dataclass(eq=False)
@@ -391,8 +245,8 @@ class Batch:
         self.skipped = len(self.outcomes)
         self.stale = defaultdict(list)  # result -> what a killed process has left of it
         for folder in {file.parent for results in self.files.values() for file in results.values()}:
-            for partial, result in stale_partials(folder).items():
-                self.stale[result].append(partial)
+            for stale, result in stale_partials(folder).items():
+                self.stale[result].append(stale)
         self.warned = not is_first()  # of images without microns per px
         self.console = PlainConsole(stderr=True)
         self.bar = Bar(self.console, total=len(self.files) - self.skipped, shown=is_first())
@@ -453,8 +307,8 @@ class Batch:
                 continue
             self.held[path] = claim
             for file in self.files[path].values():
-                for partial in self.stale.pop(file, []):
-                    partial.unlink(missing_ok=True)
+                for stale in self.stale.pop(file, []):
+                    stale.unlink(missing_ok=True)
             yield path
 
     def _end(self, path: Path, **outcome: Any) -> None:
@@ -480,6 +334,11 @@ class Batch:
                     if 0 in image.shape:
                         raise UserError(f"{path}: found no pixels")
                     roi = self.rois.get(path)
+                    if roi and not roi.areas:
+                        others = roi.unused | Counter(detection=len(roi.nuclei))
+                        kinds = ", ".join(f"{n} {kind}" for kind, n in others.items() if n)
+                        found = f"{roi.path}: found {kinds or 'nothing'} and no annotation"
+                        raise UserError(f"{found}, expected one to predict in")
                     area = roi and roi.inside
                     mpp, tissue = self._mpp(path), self._tissue(path, image)
                     tiles = self.predictor.grid(image, mpp=mpp, area=area, tissue=tissue)
@@ -506,8 +365,10 @@ class Batch:
         if not (file or self.tissue):
             return None
         tissue = find_tissue(image, whole=file is not None)
-        if file and (self.force or not file.is_file()):
-            write_geojson(file, tissue.features(image.shape[:2]))
+        if file:
+            with atomic(file) as temporary:
+                write_geojson(temporary, tissue.features(image.shape[:2]))
+                note_results(self.out, {file: temporary})
         return tissue if self.tissue else None
 
     def _mpp(self, path: Path) -> float | None:
@@ -534,8 +395,9 @@ class Batch:
 
         try:
             files = {name: file for name, file in self.files[path].items() if name != "tissue"}
+            finished = partial(note_results, self.out)
             mpp = self._mpp(path)
-            nuclei = writers.write_files(files, tiles.image, windows(), mpp, replace=self.force)
+            nuclei = writers.write_files(files, tiles.image, windows(), mpp, finished=finished)
         except (UserError, OSError) as error:
             self._fail(path, error)
         else:

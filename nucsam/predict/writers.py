@@ -5,7 +5,6 @@ import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from filecmp import cmp
 from functools import partial
 from io import StringIO
 from itertools import product
@@ -62,7 +61,7 @@ def write_files(
     windows: Iterable[tuple[Window, Nuclei]],
     mpp: float | None = None,
     *,
-    replace: bool = True,
+    finished: Callable[[Mapping[Path, Path]], None] | None = None,
 ) -> int:
     """Write the files of one image, all or none.
 
@@ -74,23 +73,21 @@ def write_files(
         image: uint8 (H, W, 3), or what slices like it.
         windows: every window of the image, each with the nuclei of its outer place.
         mpp: microns per px; None = not known.
-        replace: also replace files of other content, which somebody may have edited.
+        finished: called with each file's temporary one, before the first of them takes its name.
 
     Returns:
         The number of nuclei.
 
     Raises:
-        UserError: a file cannot be written, or has other content and `replace` is off.
+        UserError: a file cannot be written.
     """
     folder = next(iter(files.values())).parent
     with ExitStack() as stack:
         paths = {name: stack.enter_context(atomic(file)) for name, file in files.items()}
         try:
             count = _write(paths, folder, image, windows, mpp)
-            for name, file in files.items():
-                if not replace and file.is_file() and not cmp(paths[name], file, shallow=False):
-                    found = "found other content than the results: an edit, or another device's"
-                    raise UserError(f"{file}: {found}; expected another out, or force")
+            if finished:
+                finished({file: paths[name] for name, file in files.items()})
             return count
         except OSError as error:  # `atomic` would name the last file, whichever has no room
             raise UserError(f"{folder}: {error}; what was there before is unharmed") from error

@@ -169,7 +169,8 @@ def outlines(label: np.ndarray) -> dict[int, list[np.ndarray]]:
     for number, shape in zip(np.unique(label[label > 0]).tolist(), geojson.geometries(label)):
         pieces = shape["coordinates"] if shape["type"] == "MultiPolygon" else [shape["coordinates"]]
         rings = [np.array(ring, float) for rings in pieces for ring in rings]
-        result[number] = [approximate_polygon(ring, 0.75) for ring in rings]
+        # a single pixel would become a line
+        result[number] = [r if len(r) < 6 else approximate_polygon(r, 0.75) for r in rings]
     return result
 
 

@@ -126,7 +126,9 @@ def open_adapter(path: Path, weights: str = "") -> tuple[Nucsam, Config, Base, d
     except UserError as error:
         if weights or base.sha256 == metadata["base"]["sha256"]:
             raise
-        merges = f"nucsam export {path} --base FILE --out merged.safetensors merges it with its own"
+        merges = (
+            f"nucsam export {path} --base FILE --out merged.safetensors merges it with its base"
+        )
         raise UserError(f"{error}; {merges}") from None
     return net.eval(), config, base, metadata
 

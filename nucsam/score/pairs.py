@@ -54,7 +54,8 @@ def _label_files(folder: Path, suffixes: Sequence[str]) -> dict[str, _File]:
     files: list[_File] = []
     inside = folders.list_folder(folder, folders_only=True)
     for place in (folder, *(path for path in inside if path.name != folders.OVERLAYS)):
-        by_stem = folders.files_by_stem(folders.list_folder(place), suffixes, problems)
+        paths = [path for path in folders.list_folder(place) if not _is_no_label(path)]
+        by_stem = folders.files_by_stem(paths, suffixes, problems)
         organ = "" if place is folder else place.name
         files += [_File(organ, stem, path) for stem, path in by_stem.items()]
     if not files:
@@ -71,6 +72,11 @@ def _label_files(folder: Path, suffixes: Sequence[str]) -> dict[str, _File]:
     return by_name
 
 
+def _is_no_label(path: Path) -> bool:
+    """Whether a file is one of those that nucsam predict writes beside its outlines."""
+    return path.name == folders.PREDICTIONS or path.name.endswith(".tissue.geojson")
+
+
 def _by_any_name(files: dict[str, _File]) -> dict[str, _File]:
     """Files by name, by ORGAN_STEM, which the other folder may use, and without `_masks`."""
     bare = {name: folders.bare_stem(name) for name in files}
@@ -79,29 +85,23 @@ def _by_any_name(files: dict[str, _File]) -> dict[str, _File]:
     return short | {file.long_name: file for file in files.values()} | files
 
 
-def _is_of_another_organ(
-    a: _File, b: _File, of_a: Mapping[str, _File], of_b: Mapping[str, _File]
-) -> bool:
-    """Whether files of one stem belong to two organs.
+def _organs(files: Mapping[str, _File]) -> set[str]:
+    return {file.organ for file in files.values()} - {""}
 
-    They do not where one lies in no organ's folder, or where both folders only have other names
-    for their organs.
 
-    Args:
-        a, b: the files.
-        of_a, of_b: all files beside each.
+def _differ(a: _File, b: _File, organs: set[str]) -> bool:
+    """Whether files of one stem are of two organs.
+
+    False if one lies in no organ's folder, or if neither organ is among `organs`, the names that
+    both trees have: tools may name their folders otherwise.
     """
-    if not (a.organ and b.organ) or a.organ == b.organ:
-        return False
-    common = {file.organ for file in of_a.values()} & {file.organ for file in of_b.values()}
-    return bool(common & {a.organ, b.organ})
+    return bool(a.organ and b.organ and a.organ != b.organ and organs & {a.organ, b.organ})
 
 
 def _truth_files(folder: Path) -> dict[str, _File]:
     """Name -> file, of a data set as `nucsam train` takes it or of a folder of label maps."""
-    if (folder / folders.PREDICTIONS).is_file():  # outlines lie there too, but are no labels
-        return _label_files(folder, LABELS)
-    if folders.is_data_set(folder):
+    predicted = (folder / folders.PREDICTIONS).is_file()  # with outlines of its label maps
+    if not predicted and folders.is_data_set(folder):
         records = folders.find_records(folder)
         return {r.name: _File(r.organ, r.name, r.label, r.vague) for r in records}
     places = (folder, *folders.list_folder(folder, folders_only=True))
@@ -134,12 +134,17 @@ def find_pairs(
     truths, predictions = _truth_files(Path(truth)), _label_files(Path(pred), LABELS)
     masks = _label_files(Path(vague), IMAGES) if vague else {}
     predicted, unsure = _by_any_name(predictions), _by_any_name(masks)
+    organs = _organs(truths) & _organs(predictions)
+    places = _organs(truths) & _organs(masks)
     pairs, missing, problems = [], [], []
     used: dict[_File, Path] = {}
     for name, file in sorted(truths.items()):
         bare = folders.bare_stem(name)
         found = predicted.get(name) or (None if bare in truths else predicted.get(bare))
-        if found is None or _is_of_another_organ(file, found, truths, predictions):
+        if found is None or _differ(file, found, organs):
+            name = file.long_name if found else name
+            found = predicted.get(file.long_name)
+        if found is None:
             missing.append(name)
             continue
         first = used.setdefault(found, file.path)
@@ -147,14 +152,17 @@ def find_pairs(
             problems.append(f"{file.path}: found {first} for {found.path.name} too, expected one")
         place = folders.first_group(pattern, name) or file.organ
         mask = unsure.get(name)
-        own = mask and not _is_of_another_organ(file, mask, truths, masks)
+        own = mask and not _differ(file, mask, places)
         pairs.append(Pair(name, place, file.path, found.path, mask.path if own else file.vague))
     folders.raise_problems(truth, problems)
-    extra = sorted(name for name, file in predictions.items() if file not in used)
+    others = {name: file for name, file in predictions.items() if file not in used}
+    extra = sorted(
+        f.long_name if f.organ and name in truths else name for name, f in others.items()
+    )
     if not pairs:
         names = f"found {shortened(extra)}, expected {shortened(missing)}"
         raise UserError(f"no file of {pred} has the stem of one in {truth}: {names}")
-    return pairs, missing, extra
+    return pairs, sorted(missing), extra
 
 
 def score_pair(

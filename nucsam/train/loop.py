@@ -63,7 +63,7 @@ def fit(
         SystemExit: SIGTERM or Ctrl-C has arrived; a message says what is saved.
     """
     if not isinstance(config, Config):
-        config = load_config(config)
+        config = load_config(expanded(config))
     out = expanded(out)
     threads = torch.get_num_threads()
     try:

@@ -1,0 +1,229 @@
+"""What lies in a folder of results: predict.json, and which files are its own.
+
+A file that nobody has written here, or that somebody has edited since, is never replaced or taken
+for a result, unless `force` says so.
+"""
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nucsam import __version__
+from nucsam.claims import lock_file
+from nucsam.config import changes
+from nucsam.data.folders import PREDICTIONS, stem_of
+from nucsam.data.rois import Outlines
+from nucsam.download import file_checksum
+from nucsam.errors import UserError
+from nucsam.files import check_form, read_json, shortened, write_text
+from nucsam.predict import writers
+from nucsam.predict.predictor import Predictor
+
+RESULTS = ".predict.jsonl"  # for each image that was written, a line of its files' checksums
+SAMPLES, SAMPLE = 16, 2**16  # parts of an image file, and bytes of each, by which it is known
+OPTIONS = ("nucleus_area", "tile", "overlap", "tta", "adapt", "certainty")  # of a predictor
+UNRECORDED = ("nucsam", "model")  # entries of predict.json that may differ from run to run
+LOCK = f".{PREDICTIONS}.lock"
+
+
+def check_files(
+    files: Mapping[Path, dict[str, Path]], out: Path, regions: Collection[Path]
+) -> None:
+    """Refuse results that would overwrite those of another image, or lie beside the images.
+
+    Refuse also results that, in any format, would overwrite a file of regions to predict in.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out: {out} is a file, expected a folder")
+    owners: dict[Path, Path] = {}
+    for path, results in files.items():
+        for result in results.values():
+            owner = owners.setdefault(result, path)
+            if owner is not path:
+                expected = "expected another stem or another out"
+                raise UserError(f"{path}: has the stem of {owner}, {expected}")
+    stems = {stem_of(path) for path in files}
+    every = {out.resolve() / name.format(s) for name in writers.FILES.values() for s in stems}
+    for path in regions:
+        if path.resolve() in every:
+            found = "the results would replace this file of regions"
+            raise UserError(f"roi: {path}: {found}; expected another out")
+    folders = {out.resolve(), *(result.parent.resolve() for result in owners)}
+    for path in files:
+        if folders & {path.parent.resolve(), Path(os.path.realpath(path)).parent}:
+            found = "lies in a folder of results, which could overwrite it"
+            raise UserError(f"{path}: {found}; expected another out")
+
+
+def settings_of(model: str, predictor: Predictor, mpp: float | None) -> dict[str, Any]:
+    """What predict.json says about the results beside it."""
+    thresholds = asdict(predictor.instances)
+    del thresholds["lenient"]  # which `certainty` says
+    return {
+        "nucsam": __version__,
+        "model": model,
+        "weights_sha256": predictor.sha256,
+        "scale": predictor.scale / (predictor.ratio or 1.0),
+        "mpp_trained": predictor.mpp,
+        "mpp": mpp,
+        **{name: getattr(predictor, name) for name in OPTIONS},
+        "instances": thresholds,
+    }
+
+
+def record_files(
+    out: Path,
+    settings: dict[str, Any],
+    files: Mapping[Path, dict[str, Path]],
+    rois: Mapping[Path, Outlines],
+    force: bool,
+) -> None:
+    """Write predict.json: `settings`, and what each image and its regions are.
+
+    If the old settings differ, `force` removes their results.
+
+    Args:
+        out: the folder.
+        settings: of `settings_of`, and others.
+        files: the result files by format, of each image.
+        rois: regions to predict in, by image.
+        force: replace what is there.
+
+    Raises:
+        UserError: the folder has results of other settings or images, or files that are no results,
+            or that have been edited.
+    """
+    with lock_file(out / LOCK):  # processes may run side by side
+        record, log = out / PREDICTIONS, out / RESULTS
+        inputs = {stem_of(path): _known_by(path, rois.get(path)) for path in files}
+        known, changed = {}, {}
+        if record.is_file():
+            absent = {"adapt": 0.0, "nucleus_area": 0.0, "certainty": 0.0}  # of earlier versions
+            before = absent | read_json(record.read_bytes(), str(record))
+            known = check_form(before.get("inputs", {}), {str: [str]}, str(record))
+            changed = changes(before | {name: settings[name] for name in UNRECORDED}, settings)
+            if before.get("roi") and "inputs" not in before:  # by a version without checksums
+                changed["roi"] = f"roi: {before['roi']!r} -> checksums"
+            _replace_others(out, changed, known, inputs, files, force)
+        if not force:
+            _check_own(out, files, read_results(out) if record.is_file() else {})
+        if changed or not record.is_file():
+            known = {}
+            log.write_bytes(b"")
+        write_text(record, json.dumps(settings | {"inputs": known | inputs}, indent=2) + "\n")
+
+
+def _replace_others(
+    out: Path,
+    changed: Mapping[str, str],
+    known: Mapping[str, list[str]],
+    inputs: Mapping[str, list[str]],
+    files: Mapping[Path, dict[str, Path]],
+    force: bool,
+) -> None:
+    """Refuse results of other settings or images, or with `force` remove them.
+
+    That is done before predict.json changes: a run that is cut off must not leave results of both.
+    """
+    names = writers.FILES.values() if changed else ()
+    # once each: *.geojson is also *.tissue.geojson
+    results = sorted({path for name in names for path in out.glob(name.format("*"))})
+    if results and not force:
+        found = f"the results beside it have other settings: {'; '.join(changed.values())}"
+        raise UserError(f"{out / PREDICTIONS}: {found}; expected another out, or force")
+    others = _results_of_others(out, known, inputs)
+    if others and not force:
+        found = "found results of another image of this name, or of other regions"
+        lines = [f"{paths[0]}: {found}" for paths in others.values()]
+        raise UserError("\n  ".join([*lines, "expected another out, or force"]))
+    if changed:
+        _remove_results(results, files)
+    for path in chain.from_iterable(others.values()):
+        path.unlink(missing_ok=True)
+
+
+def note_results(out: Path, partials: Mapping[Path, Path]) -> None:
+    """Note the checksums of result files, which are still temporary files, as those of `out`.
+
+    A folder of a version that noted none gets no notes: its results would seem to be no results.
+    """
+    sums = {file.relative_to(out).as_posix(): file_checksum(p) for file, p in partials.items()}
+    if (out / RESULTS).is_file():
+        with lock_file(out / LOCK), (out / RESULTS).open("a") as log:
+            log.write(f"\n{json.dumps(sums)}")  # a line that was cut off before ends here
+
+
+def read_results(out: Path) -> dict[str, set[str]] | None:
+    """File in `out` -> the checksums that it had; None where a version noted none."""
+    if not (out / RESULTS).is_file():
+        return None
+    known = defaultdict(set)
+    for line in (out / RESULTS).read_bytes().splitlines():
+        with suppress(ValueError):  # of a process that was killed
+            for name, checksum in json.loads(line).items():
+                known[name].add(checksum)
+    return known
+
+
+def _check_own(
+    out: Path, files: Mapping[Path, dict[str, Path]], known: Mapping[str, set[str]] | None
+) -> None:
+    """Refuse files where results belong that are none, or were edited and would be replaced."""
+    problems = []
+    for results in files.values() if known is not None else ():
+        there = {p: p.relative_to(out).as_posix() for p in results.values() if p.exists()}
+        foreign = [path for path, name in there.items() if name not in known]
+        problems += [f"{path}: may be yours: nucsam has not written it" for path in foreign]
+        if not foreign and len(there) < len(results):  # they will be written together
+            edited = [p for p, name in there.items() if file_checksum(p) not in known[name]]
+            problems += [f"{path}: has been edited since nucsam wrote it" for path in edited]
+    if problems:
+        lines = shortened(problems, between="\n  ")
+        raise UserError(f"{lines}\n  expected another out, or force to replace what is there")
+
+
+def _known_by(image: Path, roi: Outlines | None) -> list[str]:
+    """Checksums of the size and `SAMPLES` of an image file, and of the file of its regions."""
+    regions = [file_checksum(roi.path)] if roi else []
+    digest = hashlib.sha256()
+    with suppress(OSError), image.open("rb") as file:  # reading the image says what is wrong
+        size = file.seek(0, os.SEEK_END)
+        digest.update(str(size).encode())
+        # without a gap in a file that is no larger than all samples
+        for place in np.linspace(0, max(0, size - SAMPLE), SAMPLES).astype(int).tolist():
+            file.seek(place)
+            digest.update(file.read(SAMPLE))
+    return [digest.hexdigest(), *regions]
+
+
+def _results_of_others(
+    out: Path, known: Mapping[str, list[str]], inputs: Mapping[str, list[str]]
+) -> dict[str, list[Path]]:
+    """Stem -> results in every format, where they are of another image or other regions."""
+    others = {}
+    for stem, now in inputs.items():
+        if known.get(stem, now) != now:
+            paths = [out / name.format(stem) for name in writers.FILES.values()]
+            others[stem] = [path for path in paths if path.is_file()]
+    return {stem: paths for stem, paths in others.items() if paths}
+
+
+def _remove_results(results: Sequence[Path], files: Mapping[Path, dict[str, Path]]) -> None:
+    """Remove all results of a folder, if `files` replaces them all."""
+    replaced = {file.resolve() for results in files.values() for file in results.values()}
+    kept = sorted(str(path) for path in results if path.resolve() not in replaced)
+    if kept:
+        found = f"found {len(kept)} result(s) that force would not replace, such as {kept[0]}"
+        expected = "expected their images and formats too, or another out"
+        raise UserError(f"{results[0].parent}: {found}; {expected}")
+    for path in results:
+        path.unlink(missing_ok=True)
