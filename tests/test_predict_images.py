@@ -461,13 +461,12 @@ def test_results_are_not_replaced_once_somebody_has_edited_them(tmp_path, colour
     assert not (out / RESULTS).exists() and edited[0].read_text() == "[]"
 
 
-def test_force_replaces_results_of_other_settings_with_their_tissue(trained, tmp_path):
+def test_force_replaces_results_of_other_settings_with_their_tissue(tmp_path, colour):
     Image.fromarray(some_image()).save(tmp_path / "a.png")
-    command = ["predict", str(trained[0]), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
-    command += ["--formats", "geojson,tissue"]
-    assert run_command(command) == 0
-    assert run_command([*command, "--tile", "64"]) == 2
-    assert run_command([*command, "--tile", "64", "--force"]) == 0
+    command = [tmp_path / "a.png", "--out", tmp_path / "out", "--formats", "geojson,tissue"]
+    assert predict(*command) == 0
+    assert predict(*command, "--tta") == 2
+    assert predict(*command, "--tta", "--force") == 0
     assert names(tmp_path / "out") == ["a.geojson", "a.tissue.geojson", "predict.json"]
 
 
