@@ -28,24 +28,6 @@ app = typer.Typer(
 # An unknown option such as `--epochs 3` reaches `configuration`, which explains settings.
 LENIENT = {"ignore_unknown_options": True}
 
-# Options that name a file or a folder.
-PATHS = {
-    f"--{name}"
-    for name in [
-        "out",
-        "truth",
-        "pred",
-        "vague",
-        "overlays",
-        "csv",
-        "json",
-        "roi",
-        "sheet",
-        "data",
-        "figures",
-    ]
-}
-
 # Shared by several commands.
 Settings = Annotated[
     list[str] | None,

@@ -11,13 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import whole_scores
 
 from nucsam.cli import run_command
-from nucsam.config import load_config, to_toml
+from nucsam.config import Config, Data, load_config, to_toml
 from nucsam.data.samples import read_digest
 from nucsam.data.splits import find_split, inventory
 from nucsam.errors import UserError
@@ -504,3 +506,27 @@ def test_slurm_signals_the_tasks_and_requeues(cluster):
     process.terminate()
     assert process.wait(20) == 143
     assert calls().endswith("scancel --signal=TERM 7\nscontrol requeue 7\n")
+
+
+@pytest.mark.parametrize("refused, done, raises", [("01", "", True), ("0", "", False),
+    ("0", "1", False), ("01", "01", False)])  # fmt: skip
+def test_a_split_is_refused_before_training_where_every_fold_refuses_it(
+    monkeypatch, refused, done, raises
+):
+    def images(data, *_):
+        if str(data.fold) in refused:
+            raise UserError(f"fold {data.fold} has no image to train on")
+
+    monkeypatch.setattr(runner, "find_split", lambda data: ([], None))
+    monkeypatch.setattr(runner, "split_records", lambda records, data: None)
+    monkeypatch.setattr(runner, "training_images", images)
+    jobs = [
+        SimpleNamespace(
+            variant="",
+            config=Config(data=Data(fold=fold)),
+            scores=lambda fold=fold: {} if str(fold) in done else None,
+        )
+        for fold in (0, 1)
+    ]
+    with pytest.raises(UserError, match="fold 0") if raises else nullcontext():
+        runner._check_splits(jobs)

@@ -423,6 +423,11 @@ def test_files_of_somebody_else_are_never_taken_or_replaced(tmp_path, colour, ca
         assert predict(*paths, formats, "--roi", mine.parent, "--force") == 2
         assert "roi: " in capsys.readouterr().err
     assert mine.read_text() == region and names(mine.parent) == ["a.geojson"]
+    link = tmp_path / "linked" / "a.geojson"
+    link.parent.mkdir()
+    link.symlink_to(mine)
+    assert predict(*paths[:1], "--out", link.parent, "--roi", link, "--force") == 2
+    assert link.is_symlink()
     assert predict(*paths, "geojson", "--force") == 0 and mine.read_text() != region
     notes = mine.with_name("a.csv")
     notes.write_text("my notes")
@@ -456,9 +461,51 @@ def test_results_are_not_replaced_once_somebody_has_edited_them(tmp_path, colour
     assert predict(*images, *formats, "labels,geojson,tissue,csv") == 0
     (out / RESULTS).unlink()  # as versions left their folders that noted no checksums
     edited[0].write_text("[]")
-    (out / "b.csv").unlink()
-    assert predict(*images, *formats, "labels,geojson,tissue,csv") == 0
+    for name in ("a.csv", "b.csv"):
+        (out / name).unlink()
+    assert predict(*images, *formats, "labels,geojson,tissue,csv") == 1
+    assert f"{edited[0]}: is not what nucsam had written" in capsys.readouterr().err
     assert not (out / RESULTS).exists() and edited[0].read_text() == "[]"
+    assert (out / "b.csv").exists() and not (out / "a.csv").exists()
+
+
+@pytest.mark.parametrize("line", ["[1]", "null", '{"a.tif": ["b"]}', "[" * 200_000, "\0"])
+def test_a_damaged_note_of_results_hides_no_other(tmp_path, colour, line):
+    Image.fromarray(some_image(64, 64)).save(tmp_path / "a.png")
+    command = [tmp_path / "a.png", "--out", tmp_path / "out", "--formats"]
+    assert predict(*command, "labels") == 0
+    with (tmp_path / "out" / RESULTS).open("a") as log:
+        log.write(f"\n{line}")
+    assert predict(*command, "labels,csv") == 0
+
+
+def test_what_appears_or_changes_while_images_are_predicted_is_kept(tmp_path, colour, monkeypatch):
+    """An edit, a drawing, a link to nothing, and the results of another image of the same name."""
+    for name in "abcd":
+        Image.fromarray(some_image(64, 64)).save(tmp_path / f"{name}.png")
+    out = tmp_path / "out"
+    images = [tmp_path / f"{name}.png" for name in "abcd"]
+    assert predict(images[0], "--out", out, "--formats", "geojson") == 0
+    run = predict_images.Batch.run
+
+    def meanwhile(batch):
+        monkeypatch.setattr(predict_images.Batch, "run", run)
+        (out / "a.geojson").write_text("my edit")
+        (out / "b.geojson").write_text("my drawing")
+        (out / "c.geojson").symlink_to("nowhere")
+        (tmp_path / "other").mkdir()
+        Image.fromarray(discs(90)[0]).save(tmp_path / "other" / "d.png")
+        assert predict(tmp_path / "other", "--out", out, "--formats", "geojson,csv") == 0
+        return run(batch)
+
+    monkeypatch.setattr(predict_images.Batch, "run", meanwhile)
+    assert predict(*images, "--out", out, "--formats", "geojson,labels") == 1
+    assert (out / "a.geojson").read_text() == "my edit"
+    assert (out / "b.geojson").read_text() == "my drawing"
+    assert (out / "c.geojson").is_symlink()
+    rows = (out / "d.csv").read_text().splitlines()[1:]
+    assert len(json.loads((out / "d.geojson").read_text())["features"]) == len(rows) > 0
+    assert names(out) == ["a.geojson", "b.geojson", "d.csv", "d.geojson", "predict.json"]
 
 
 def test_force_replaces_results_of_other_settings_with_their_tissue(tmp_path, colour):

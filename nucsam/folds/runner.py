@@ -163,7 +163,7 @@ def cross_validate(
     for variant in by_label.values():
         config.check_effect(named, variant)
     jobs = plan(by_label, out)
-    _check_splits([job for job in jobs if job.scores() is None])
+    _check_splits(jobs)
     board = run_jobs(jobs, base, out)
     if not is_first():
         return 0  # the first one reports; a launcher would end the others on any other status
@@ -194,6 +194,9 @@ def cross_validate(
 def _check_splits(jobs: Sequence[Job]) -> None:
     """Refuse a variant of which every fold would refuse its split, before the first one starts."""
     for _, folds in itertools.groupby(jobs, lambda job: job.variant):
+        folds = list(folds)
+        if all(job.scores() is not None for job in folds):
+            continue
         configs = [job.config.data for job in folds]
         records, _ = find_split(configs[0])
         errors = []

@@ -102,8 +102,9 @@ def predict_files(
     claims = out / ".claims" if process_count() > 1 else None
     make_folder(out)
     with exit_on_sigterm(), folder_of_claims(claims) if claims else nullcontext():
-        record_files(out, settings, files, outlines, force)
-        batch = Batch(predictor, files, out, mpp, force, claims, outlines, tissue)
+        results = record_files(out, settings, files, outlines, force)
+        known = None if force else results
+        batch = Batch(predictor, files, out, mpp, force, claims, outlines, tissue, known)
         try:
             return batch.run()
         except predictor.out_of_memory as error:
@@ -225,6 +226,7 @@ class Batch:
         claims: folder of the claims, one file per image; None where this process is alone.
         rois: regions to predict in, by image; empty = everywhere.
         tissue: skip the tiles that show glass alone.
+        known: as in `note_results`.
     """
 
     predictor: Predictor
@@ -235,6 +237,7 @@ class Batch:
     claims: Path | None = None
     rois: Mapping[Path, Outlines] = field(default_factory=dict)
     tissue: bool = True
+    known: Mapping[str, set[str]] | None = None
 
     def __post_init__(self) -> None:
         self.since = launch_time()
@@ -368,7 +371,7 @@ class Batch:
         if file:
             with atomic(file) as temporary:
                 write_geojson(temporary, tissue.features(image.shape[:2]))
-                note_results(self.out, {file: temporary})
+                note_results(self.out, {file: temporary}, self.known)
         return tissue if self.tissue else None
 
     def _mpp(self, path: Path) -> float | None:
@@ -395,7 +398,7 @@ class Batch:
 
         try:
             files = {name: file for name, file in self.files[path].items() if name != "tissue"}
-            finished = partial(note_results, self.out)
+            finished = partial(note_results, self.out, known=self.known)
             mpp = self._mpp(path)
             nuclei = writers.write_files(files, tiles.image, windows(), mpp, finished=finished)
         except (UserError, OSError) as error:

@@ -1,7 +1,7 @@
 """What lies in a folder of results: predict.json, and which files are its own.
 
-A file that nobody has written here, or that somebody has edited since, is never replaced or taken
-for a result, unless `force` says so.
+A file that nucsam has not written here is never replaced or taken for a result, and one that has
+been edited since is never replaced, unless `force` says so.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from nucsam.data.folders import PREDICTIONS, stem_of
 from nucsam.data.rois import Outlines
 from nucsam.download import file_checksum
 from nucsam.errors import UserError
-from nucsam.files import check_form, read_json, shortened, write_text
+from nucsam.files import TEXT, check_form, read_json, shortened, write_text
 from nucsam.predict import writers
 from nucsam.predict.predictor import Predictor
 
@@ -54,7 +54,7 @@ def check_files(
     stems = {stem_of(path) for path in files}
     every = {out.resolve() / name.format(s) for name in writers.FILES.values() for s in stems}
     for path in regions:
-        if path.resolve() in every:
+        if {path.resolve(), path.parent.resolve() / path.name} & every:
             found = "the results would replace this file of regions"
             raise UserError(f"roi: {path}: {found}; expected another out")
     folders = {out.resolve(), *(result.parent.resolve() for result in owners)}
@@ -86,7 +86,7 @@ def record_files(
     files: Mapping[Path, dict[str, Path]],
     rois: Mapping[Path, Outlines],
     force: bool,
-) -> None:
+) -> dict[str, set[str]]:
     """Write predict.json: `settings`, and what each image and its regions are.
 
     If the old settings differ, `force` removes their results.
@@ -97,6 +97,9 @@ def record_files(
         files: the result files by format, of each image.
         rois: regions to predict in, by image.
         force: replace what is there.
+
+    Returns:
+        File in `out` -> the checksums that it has had.
 
     Raises:
         UserError: the folder has results of other settings or images, or files that are no results,
@@ -114,12 +117,19 @@ def record_files(
             if before.get("roi") and "inputs" not in before:  # by a version without checksums
                 changed["roi"] = f"roi: {before['roi']!r} -> checksums"
             _replace_others(out, changed, known, inputs, files, force)
-        if not force:
-            _check_own(out, files, read_results(out) if record.is_file() else {})
+        results = read_results(out)
+        if not force and not record.is_file():
+            _check_own(out, files, {})
+        elif not force and log.is_file():
+            _check_own(out, files, results)
+        elif not force:  # of a version that noted no checksums, or copied without them
+            new = {path: own for path, own in files.items() if stem_of(path) not in known}
+            _check_own(out, new, {})
         if changed or not record.is_file():
             known = {}
             log.write_bytes(b"")
         write_text(record, json.dumps(settings | {"inputs": known | inputs}, indent=2) + "\n")
+        return results
 
 
 def _replace_others(
@@ -151,40 +161,64 @@ def _replace_others(
         path.unlink(missing_ok=True)
 
 
-def note_results(out: Path, partials: Mapping[Path, Path]) -> None:
-    """Note the checksums of result files, which are still temporary files, as those of `out`.
+def note_results(
+    out: Path, partials: Mapping[Path, Path], known: Mapping[str, set[str]] | None = None
+) -> None:
+    """Note the checksums of files that are about to take their names in `out`.
 
     A folder of a version that noted none gets no notes: its results would seem to be no results.
+
+    Args:
+        out: the folder.
+        partials: file -> its temporary file.
+        known: what `record_files` returned; None = replace whatever is there.
+
+    Raises:
+        UserError: a file of other content is there, which was not known.
     """
-    sums = {file.relative_to(out).as_posix(): file_checksum(p) for file, p in partials.items()}
+    sums = {file: file_checksum(partial) for file, partial in partials.items()}
+    names = {file: file.relative_to(out).as_posix() for file in sums}
+    for file, checksum in sums.items() if known is not None else ():
+        if os.path.lexists(file) and _checksum(file) not in {checksum, *known.get(names[file], ())}:
+            found = "is not what nucsam had written here when this prediction began"
+            raise UserError(f"{file}: {found}; expected another out, or force")
     if (out / RESULTS).is_file():
+        line = json.dumps({names[file]: checksum for file, checksum in sums.items()})
         with lock_file(out / LOCK), (out / RESULTS).open("a") as log:
-            log.write(f"\n{json.dumps(sums)}")  # a line that was cut off before ends here
+            log.write(f"\n{line}")  # a line that was cut off before ends here
 
 
-def read_results(out: Path) -> dict[str, set[str]] | None:
-    """File in `out` -> the checksums that it had; None where a version noted none."""
-    if not (out / RESULTS).is_file():
-        return None
+def read_results(out: Path) -> dict[str, set[str]]:
+    """File in `out` -> the checksums that it has had."""
     known = defaultdict(set)
-    for line in (out / RESULTS).read_bytes().splitlines():
-        with suppress(ValueError):  # of a process that was killed
-            for name, checksum in json.loads(line).items():
+    lines = (out / RESULTS).read_bytes().splitlines() if (out / RESULTS).is_file() else []
+    for line in lines:
+        with suppress(UserError):  # a line of a process that was killed
+            for name, checksum in read_json(line, RESULTS, {str: TEXT}).items():
                 known[name].add(checksum)
     return known
 
 
+def _checksum(file: Path) -> str:
+    """The checksum of a file; "" of a folder, a link to nothing, and what cannot be read."""
+    try:
+        return file_checksum(file)
+    except OSError:
+        return ""
+
+
 def _check_own(
-    out: Path, files: Mapping[Path, dict[str, Path]], known: Mapping[str, set[str]] | None
+    out: Path, files: Mapping[Path, dict[str, Path]], known: Mapping[str, set[str]]
 ) -> None:
     """Refuse files where results belong that are none, or were edited and would be replaced."""
+    why = "" if (out / PREDICTIONS).is_file() else f", or {PREDICTIONS} is missing"
     problems = []
-    for results in files.values() if known is not None else ():
-        there = {p: p.relative_to(out).as_posix() for p in results.values() if p.exists()}
+    for results in files.values():
+        there = {p: p.relative_to(out).as_posix() for p in results.values() if os.path.lexists(p)}
         foreign = [path for path, name in there.items() if name not in known]
-        problems += [f"{path}: may be yours: nucsam has not written it" for path in foreign]
+        problems += [f"{path}: may be yours: nucsam has not written it{why}" for path in foreign]
         if not foreign and len(there) < len(results):  # they will be written together
-            edited = [p for p, name in there.items() if file_checksum(p) not in known[name]]
+            edited = [path for path, name in there.items() if _checksum(path) not in known[name]]
             problems += [f"{path}: has been edited since nucsam wrote it" for path in edited]
     if problems:
         lines = shortened(problems, between="\n  ")
