@@ -328,7 +328,7 @@ class Batch:
         The next image is read and goes through the model while the nuclei of one are extracted and
         written.
         """
-        opened: dict[Tiles, Path] = {}
+        opened: dict[Tiles, tuple[Path, float | None]] = {}  # image file, microns per px
 
         def images() -> Iterator[Tiles]:
             for path in self._take():
@@ -351,15 +351,16 @@ class Batch:
                 except (UserError, OSError) as error:
                     self._fail(path, error)
                     continue
-                opened[tiles] = path
+                opened[tiles] = path, mpp
                 yield tiles
 
         # A thread takes the next windows of the model while this one writes.
         following = in_threads(next, repeat((self.predictor.extract(images()), None)), 1)
         results = takewhile(lambda result: result is not None, following)
         for tiles, labels in groupby(results, key=lambda result: result[0]):
-            self._write(opened.pop(tiles), tiles, ((window, label) for _, window, label in labels))
-        for tiles, path in opened.items():  # not one of its windows could be read
+            windows = ((window, label) for _, window, label in labels)
+            self._write(*opened.pop(tiles), tiles, windows)
+        for tiles, (path, _) in opened.items():  # not one of its windows could be read
             self._fail(path, tiles.failed)
 
     def _tissue(self, path: Path, image: Any) -> Tissue | None:
@@ -388,7 +389,13 @@ class Batch:
             self.warned = True
         return mpp
 
-    def _write(self, path: Path, tiles: Tiles, labels: Iterable[tuple[Window, np.ndarray]]) -> None:
+    def _write(
+        self,
+        path: Path,
+        mpp: float | None,
+        tiles: Tiles,
+        labels: Iterable[tuple[Window, np.ndarray]],
+    ) -> None:
         def windows() -> Iterator[tuple[Window, np.ndarray]]:
             for done, window in enumerate(labels, 1):
                 yield window
@@ -399,7 +406,6 @@ class Batch:
         try:
             files = {name: file for name, file in self.files[path].items() if name != "tissue"}
             finished = partial(note_results, self.out, known=self.known)
-            mpp = self._mpp(path)
             nuclei = writers.write_files(files, tiles.image, windows(), mpp, finished=finished)
         except (UserError, OSError) as error:
             self._fail(path, error)

@@ -118,13 +118,12 @@ def record_files(
                 changed["roi"] = f"roi: {before['roi']!r} -> checksums"
             _replace_others(out, changed, known, inputs, files, force)
         results = read_results(out)
-        if not force and not record.is_file():
-            _check_own(out, files, {})
-        elif not force and log.is_file():
-            _check_own(out, files, results)
-        elif not force:  # of a version that noted no checksums, or copied without them
-            new = {path: own for path, own in files.items() if stem_of(path) not in known}
-            _check_own(out, new, {})
+        if not force:
+            checked = files
+            if record.is_file() and not log.is_file():
+                # of a version that noted no checksums, or copied without them
+                checked = {p: own for p, own in files.items() if stem_of(p) not in known}
+            _check_own(out, checked, results if record.is_file() else {})
         if changed or not record.is_file():
             known = {}
             log.write_bytes(b"")
