@@ -116,7 +116,7 @@ def lock_file(path: Path) -> Iterator[None]:
 def folder_of_claims(folder: Path) -> Iterator[None]:
     """Context that makes a folder for claims; the last process to leave it removes the folder.
 
-    Until then another process may read the notes in it. A process that dies has left. On Windows,
+    Until then another process may read the notes in it. A dead process counts as gone. On Windows,
     which lacks shared claims, the folder stays.
     """
     presence = _enter(folder)

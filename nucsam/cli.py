@@ -124,9 +124,9 @@ def quickstart_command(
 @app.command("train", context_settings=LENIENT)
 def train_command(
     arguments: Settings = None,
-    out: Annotated[Path | None, Option(help="Default: runs/NAME-foldK, of folder or file.")] = None,
+    out: Annotated[Path | None, Option(help="Default: runs/NAME-foldK.")] = None,
     resume: Annotated[bool, Option("--resume", help="Resume the run in --out.")] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what it takes; keep nothing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Estimate the cost; keep nothing.")] = False,
 ) -> None:
     """Train one fold on the images of FOLDER, choose its best epoch and score its test images.
 
@@ -222,15 +222,15 @@ def evaluate_command(
     untrained: Annotated[bool, Option("--untrained", help="Score RUN before training.")] = False,
     data: DataFolder = "",
     overlays: Annotated[Path | None, Option(help="Folder for images with contours.")] = None,
-    truth: Annotated[Path | None, Option(help="Folder of true label maps, not RUN.")] = None,
+    truth: Annotated[Path | None, Option(help="Folder of true label maps, without RUN.")] = None,
     pred: Annotated[Path | None, Option(help="Folder of any tool's predicted label maps.")] = None,
     vague: Annotated[Path | None, Option(help="Folder of masks of vague areas.")] = None,
     protocol: Annotated[str, Option(help="nuinsseg, nuceval or plain.")] = "nuinsseg",
-    iou: Annotated[float | None, Option(help="Matching threshold, not the protocol's.")] = None,
+    iou: Annotated[float | None, Option(help="Threshold; default: the protocol's.")] = None,
     at_least: Annotated[bool, Option("--at-least", help="Match at IoU >= threshold.")] = False,
     zone: Annotated[int | None, Option(help="Ignored ring around true boundaries, px.")] = None,
     connected: Annotated[bool, Option("--connected", help="Label masks' components.")] = False,
-    organ: Annotated[str, Option(help="Regular expression on the stem, gives the organ.")] = "",
+    organ: Annotated[str, Option(help="Regular expression that finds the organ in a stem.")] = "",
     region_class: RegionClass = "",
     workers: Annotated[int | None, Option(help="Processes; by default up to 8.")] = None,
     csv: Annotated[str, Option(help="File with a line per image; - prints them.")] = "",
@@ -238,9 +238,9 @@ def evaluate_command(
 ) -> None:
     """Score a run's test images, or --pred against --truth: label maps with the same stems.
 
-    --untrained of a finished run prints one table, before and after. It, --data and --overlays go
-    with RUN alone. --vague, --connected, --region-class and --workers go with --truth and --pred
-    alone: a run's data set and configuration say how it is scored.
+    --untrained, --data and --overlays need RUN; for a finished run, --untrained prints the scores
+    before and after training. --vague, --connected, --region-class and --workers need --truth and
+    --pred: a run's data set and configuration say how it is scored.
     """
     from nucsam.console import PlainConsole
     from nucsam.score import pairs, tables
@@ -294,7 +294,7 @@ def predict_command(
     scale: Annotated[float | None, Option(help="Model px per image px; default: by mpp.")] = None,
     mpp: Annotated[float | None, Option(help="Microns per image px; default: the file's.")] = None,
     tile: Annotated[
-        int | None, Option(help="Px as trained; default: a crop, at least 256.")
+        int | None, Option(help="Longest side, px as trained; default: a crop, 256 or more.")
     ] = None,
     overlap: Annotated[int | None, Option(help="Px that tiles share; default: tile / 16.")] = None,
     batch: Annotated[int | None, Option(help="Tiles at a time; GPU default: as trained.")] = None,
@@ -311,7 +311,7 @@ def predict_command(
     ] = None,
     roi: Annotated[Path | None, Option(help="GeoJSON, or a folder of STEM.geojson.")] = None,
     tissue: Annotated[
-        bool, Option("--tissue-mask/--no-tissue-mask", help="Skip tiles that show glass alone.")
+        bool, Option("--tissue-mask/--no-tissue-mask", help="Skip tiles that show only glass.")
     ] = True,
     per_device: Annotated[int, Option(help="Launched processes that share a GPU.")] = 1,
     force: Force = False,
@@ -325,11 +325,12 @@ def predict_command(
 
     With --auto-scale, each image is looked at first, in up to 4 windows of 1,024 px. If at least 10
     nuclei are found, it is predicted at the magnification that gives them the median area of those
-    trained on, up to 3 times more or less. Models trained with data.nucleus_area do so anyway. It
-    fails where nuclei have over twice the length of those trained on: they are found in pieces, and
+    trained on, up to 3 times more or less. Models trained with data.nucleus_area always do this. It
+    fails where nuclei are over twice as long as those trained on: they are found in pieces, and
     magnified further. Give --mpp or --scale for such images.
 
-    With --roi, only nuclei inside the regions of a file are predicted, such as QuPath exports.
+    With --roi, only nuclei inside the regions of a file, such as one that QuPath exports, are
+    predicted.
 
     A failed image is named, the others continue, and the exit status is 1.
 
@@ -363,7 +364,7 @@ def predict_command(
 def models_command() -> None:
     """List the models that have a name: the starter, and what lies in the caches.
 
-    Names go to predict and model.weights; those of published weights to model.encoder.
+    predict and model.weights take these names; model.encoder takes those of published weights.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -400,7 +401,7 @@ def download_command(
     name: Annotated[str, Argument(metavar="SET", help="nuinsseg, monuseg, tnbc, ...")],
     folder: Annotated[Path, Argument(metavar="DIR", help="Folder to unpack it into.")],
 ) -> None:
-    """Download a public data set, or say where to click for it."""
+    """Download a public data set, or name the page that has it."""
     from nucsam.data.sources import download_set
 
     print(f"{download_set(name, folder)}: a data set, ready for nucsam inspect")
@@ -410,7 +411,7 @@ def download_command(
 def inspect_command(
     data: Annotated[Path, Argument(metavar="DATA", help="Folder of images and label maps.")],
     layout: Annotated[str, Option(help="auto, or how DATA is arranged.")] = "auto",
-    group: Annotated[str, Option(help="Regular expression on the stem, gives the group.")] = "",
+    group: Annotated[str, Option(help="Regular expression that finds the group in a stem.")] = "",
     connected: Annotated[bool, Option("--connected", help="Label masks' components.")] = False,
     region_class: RegionClass = "",
     sheet: Annotated[

@@ -175,7 +175,7 @@ class Augment:
     blur: float = setting(0.15, "probability of a Gaussian blur", PROBABILITY)
     blur_sigma: float = setting(1.0, "largest Gaussian sigma, model px", at_least(0))
     noise: float = setting(0.15, "probability of Gaussian noise", PROBABILITY)
-    noise_sigma: float = setting(8.0, "largest deviation, grey levels of 255", at_least(0))
+    noise_sigma: float = setting(8.0, "largest standard deviation, grey levels", at_least(0))
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,8 @@ class Model:
         "such as an export",
     )
     head: Literal["instance", "sam"] = setting("instance", "sam: SAM's mask decoder")
-    train: Literal["lora", "full", "head"] = setting("lora", "what trains in the encoder")
-    norms: Literal["pinned", "moving"] = setting("pinned", "of BatchNorm; moving learns a new base")
+    train: Literal["lora", "full", "head"] = setting("lora", "what trains beside the head")
+    norms: Literal["pinned", "moving"] = setting("pinned", "BatchNorm; moving: train = full only")
     rank: int = setting(4, "rank of LoRA's matrices", between(1, 4096))
     alpha: float = setting(4.0, "LoRA's scale is alpha / rank", POSITIVE)
     pattern: str = setting("", "layers that get LoRA; empty: the encoder's own", regular_expression)
@@ -253,7 +253,7 @@ class Train:
 
     epochs: int = setting(100, "passes over the training images", at_least(1))
     presentations: int = setting(
-        0, "images that a run sees, with repeats; sets epochs; 0: epochs holds", at_least(0)
+        0, "images that a run sees, repeats counted; sets epochs; 0: epochs decides", at_least(0)
     )
     batch: int = setting(4, "images per process and forward pass", at_least(1))
     # The instance head's BatchNorms see one forward pass at a time.

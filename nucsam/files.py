@@ -195,10 +195,10 @@ _OBEYED = re.compile(
 
 
 def printable(name: str) -> str:
-    """A text as valid UTF-8 that no terminal obeys: names of files may hold any bytes.
+    """A text as valid UTF-8 that controls no terminal: names of files may hold any bytes.
 
-    Control characters, marks that turn the direction of writing and single surrogates appear as
-    escapes; line ends and tabs stay.
+    Control characters, marks of writing direction and lone surrogates appear as escapes; line ends
+    and tabs stay.
     """
     return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
 

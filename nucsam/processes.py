@@ -1,6 +1,6 @@
 """A process: what its launcher (`accelerate launch`, SLURM) says, its signals, cores and memory.
 
-Windows has no SIGTERM that a process could handle. Its Ctrl-Break takes that place.
+Windows has no SIGTERM that a process could handle. Ctrl-Break takes its place.
 """
 
 import ctypes

@@ -179,7 +179,7 @@ def _best_scan(root: Path, layout: str, group: str) -> "Scan | None":
         scan = Scan(root, name, group)
         if scan.records:
             return scan
-        # Without a record, only these two are so common that their folders alone tell
+        # Without a record, only these two are common enough to be told by their folders
         if scan.found and (layout != "auto" or name in ("nuinsseg", "plain")):
             empty = empty or scan
     return empty

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FEWEST = 10  # nuclei from which an image says how large its nuclei are
+FEWEST = 10  # least nuclei for a median area, or for a certainty
 CLASSES = 32  # a map of more values is no map of classes
 LARGEST = (255, 65535)  # values at which a map of 8 or 16 bits is clipped
 SAMPLE = np.s_[::8, ::8]  # pixels that show the many values of most maps of instances
@@ -25,9 +25,9 @@ def median_area(labels: Sequence[np.ndarray]) -> float:
 def not_instances(label: np.ndarray, high: int | None = None) -> str:
     """What a label map seems to be instead of a map of instances; "" where it looks like one.
 
-    Many separate (8-connected) components with few values are remarked on: a binary mask, a map of
-    classes, and a map that was clipped at the largest value of its type. A nucleus may be in
-    pieces, so that a map of a few nuclei with as many again in pieces is taken as it is.
+    Too many separate (8-connected) components of one value make a binary mask, a map of classes, or
+    a map that was clipped at the largest value of its type. A nucleus may be in pieces, so a map of
+    several values passes with up to two components a value.
 
     Args:
         label: (H, W) integers from 0 or bool, 0 = background.

@@ -326,7 +326,7 @@ def _hold_others(shapes: Sequence[Shape]) -> list[bool]:
     """Which shapes were drawn around others.
 
     Such a shape is an annotation around any other, a cell around its one nucleus, or a shape around
-    two or more. ImageJ's and Aperio's nuclei may lie one over the other.
+    two or more. ImageJ's and Aperio's nuclei may overlap.
     """
     from scipy.spatial import cKDTree
 

@@ -62,7 +62,7 @@ def download_set(name: str, folder: Path) -> Path:
         The folder that `nucsam.data.find_records` takes: `folder` or one below it.
 
     Raises:
-        UserError: no address serves the data set whole, or only to a person; names its page.
+        UserError: no address serves the data set, or only after a click; names its page.
     """
     if name not in PAGES:
         raise UserError(f"name: found {name!r}, expected one of {', '.join(PAGES)}")

@@ -152,7 +152,7 @@ def _cell(value: object) -> str:
 def _widths(columns: dict[str, list[str]]) -> tuple[dict[str, int], int]:
     """Width of each column, by heading, and the gap between two, in characters.
 
-    A column holds its longest word. What is left of WIDTH goes to those that would wrap, organs
+    A column holds its longest word. The rest of WIDTH goes to those that would wrap, organs
     first.
     """
     texts = {heading: [heading, *cells] for heading, cells in columns.items()}

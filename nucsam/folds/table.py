@@ -108,7 +108,7 @@ class TableRow(NamedTuple):
     """One row of table.md, table.csv and table.tex: of a fold, over folds, or published."""
 
     model: str
-    marks: tuple[str, ...]  # what makes its numbers flatter or say little
+    marks: tuple[str, ...]  # why its numbers may be optimistic or not comparable
     protocol: str
     fold: str  # its number, MEAN or PUBLISHED_ROW
     images: str
@@ -157,7 +157,7 @@ def table_latex(rows: Sequence[TableRow]) -> str:
 
 
 def _marks(row: dict[str, Any]) -> tuple[str, ...]:
-    """What makes a variant's numbers flatter or say little."""
+    """Why a variant's numbers may be optimistic or not comparable."""
     marks = []
     if row["epoch_chosen_on_test"]:
         marks.append("EPOCH CHOSEN ON THE TEST IMAGES")

@@ -102,7 +102,7 @@ def build_sam(seed: int = 0, encoder: str = "mobile_sam") -> nn.Module:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Context in which the CPU's random numbers come from `seed`; its state before comes back."""
+    """Context in which the CPU's random numbers come from `seed`; the old state returns after."""
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would seed the accelerators too, which fork_rng leaves alone here.
         torch.default_generator.manual_seed(seed)

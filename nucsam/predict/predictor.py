@@ -65,7 +65,7 @@ class Predictor:
         adapt: share of a tile's own statistics in the head's norms, as the model already has it.
         certainty: usual certainty of the nuclei of a window. Below it the thresholds fall; see
             `nucsam.model.instances.lenient`. 0 = they stay.
-        trained: what training it had, for the message that it finds nothing.
+        trained: how it was trained, for the message when it finds nothing.
         ratio: px of any image per px of those trained on, whatever its mpp; None = by mpp.
         core: longest side of a window's core, px; see `predict.tiles`.
         margin: px around a core.
@@ -346,7 +346,7 @@ def check_ratio(ratio: float) -> None:
 
 
 def _without_hidden(nuclei: Nuclei) -> Nuclei:
-    """Nuclei without those of which the nuclei of another window left no pixel; ids 1, 2, ..."""
+    """Nuclei without those that nuclei of other windows cover whole; ids 1, 2, ..."""
     label, confidence = nuclei
     seen = np.bincount(label.ravel(), minlength=len(confidence) + 1)[1:] > 0
     if seen.all():

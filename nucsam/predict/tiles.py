@@ -49,7 +49,7 @@ def usual_tiles(crop: int, tile: int | None = None, overlap: int | None = None) 
 
     Args:
         crop: side of a crop in training, px.
-        tile, overlap: what the user asks for; None = nothing.
+        tile, overlap: what the user asks for; None = the default.
     """
     tile = max(crop, SMALLEST) if tile is None else tile
     return tile, tile // SHARE if overlap is None else overlap

@@ -119,7 +119,7 @@ def differs(differences: Sequence[float]) -> bool:
 
 
 def _worst_organ(rows: list[Row]) -> Iterator[Finding]:
-    """The organ of the lowest mean, where chance seldom makes any of the organs differ as much.
+    """The organ with the lowest mean, if chance would seldom put any organ that far off.
 
     The deviation of an image is that within organs, pooled. The worst of k organs must lie beyond
     the 1 - 0.025 / k quantile of the normal distribution (Bonferroni), in standard errors.

@@ -81,7 +81,7 @@ def write_report(
 
 
 def finish(folder: Path, figures: Path | None = None) -> str:
-    """Write the page after a training, which an error here never fails; return a line about it.
+    """Write the page after a training, whatever goes wrong with it; return a line about it.
 
     Args:
         folder, figures: as in `write_report`.

@@ -93,7 +93,7 @@ def _differ(a: _File, b: _File, organs: set[str]) -> bool:
     """Whether files of one stem are of two organs.
 
     False if one lies in no organ's folder, or if neither organ is among `organs`, the names that
-    both trees have: tools may name their folders otherwise.
+    both trees have: tools may name their folders differently.
     """
     return bool(a.organ and b.organ and a.organ != b.organ and organs & {a.organ, b.organ})
 

@@ -125,7 +125,7 @@ def epoch(training: Training, bar: Bar, stop: StopSignals) -> None:
         if check:
             training.check_losses()
         due = time.monotonic() - training.saved_at > 60 * t.save_minutes
-        due |= last and validated  # whoever stops a run may not wait for the end of a validation
+        due |= last and validated  # a run may be killed while it validates
         stopped, due = stop.agreed(accelerator, due, check)
         if stopped or due:
             progress.seconds = time.monotonic() - began
@@ -189,7 +189,7 @@ def step(training: Training, micro_batches: Iterator[dict[str, Tensor]]) -> None
 
 
 def validate(training: Training) -> dict[str, float | None]:
-    """Mean Dice, AJI and PQ of the weights to keep on the selecting images, 0 to 1.
+    """Mean Dice, AJI and PQ of the weights to keep on the images that choose the epoch, 0 to 1.
 
     The usual certainty is there too: see `usual_certainty`.
     """

@@ -16,7 +16,7 @@ class StopSignals(ExitStack):
     """Context in which SIGTERM and Ctrl-C only ask to stop; `agreed` says whether they did.
 
     All processes stop after the same step, whichever of them got the signal. A second Ctrl-C stops
-    at once. In another thread than the main one no signal comes.
+    at once. Outside the main thread no signal arrives.
     """
 
     def __enter__(self) -> "StopSignals":
@@ -58,7 +58,7 @@ class StopSignals(ExitStack):
 
 
 def ignore_signals(_: int) -> None:
-    """In a loader worker: ignore what asks to stop; the trainer needs it until it has saved.
+    """In a loader worker: ignore stop signals; the trainer needs the worker until it has saved.
 
     A launcher sends SIGTERM, and a terminal Ctrl-C, to the whole process group.
     """

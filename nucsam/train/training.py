@@ -484,7 +484,7 @@ def _check_spread(mpps: Sequence[float], mpp: float, *, resampled: bool) -> None
 
 
 def make_optimizer(weights: dict[str, Tensor], t: Train) -> torch.optim.Optimizer:
-    """AdamW. Adapter (or encoder) and head have each a peak rate; norms and biases do not decay.
+    """AdamW. Adapter (or encoder) and head each have a peak rate; norms and biases do not decay.
 
     Args:
         weights: `Nucsam.trainable()` of the model.
