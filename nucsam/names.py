@@ -77,6 +77,8 @@ def default_cache() -> Path:
 
 def _fetch(name: str) -> tuple[Path, str]:
     """The model file of a repository, downloaded unless it is in the cache; its permanent name."""
+    if find_spec("huggingface_hub") is None:
+        raise UserError(f"{name}: found no huggingface_hub, expected that package and PyTorch")
     from huggingface_hub import hf_hub_download
 
     repository, at, revision = name.removeprefix(PREFIX).partition("@")

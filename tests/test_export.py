@@ -435,9 +435,10 @@ def test_what_is_no_graph_is_refused_by_name(tmp_path, content):
 
 
 def test_a_graph_runs_on_devices_that_are_there(onnx):
-    for device in ("cuda", "mps", "gpu"):
+    for device in ("cuda", "mps", "gpu", "cpu:0", "auto:1", None):
         with pytest.raises(UserError, match=f"^device: found '{device}'"):
             nucsam.load(onnx[0], device=device)
+    assert nucsam.load(onnx[0], device=torch.device("cpu")).session
 
 
 def test_requirements_without_torch_are_those_of_setup_cfg():

@@ -169,6 +169,8 @@ def test_a_model_comes_once_and_is_named_by_its_commit(hub):
 def test_without_the_hubs_package_there_are_no_models_of_it(monkeypatch):
     monkeypatch.setattr(names, "find_spec", lambda _: None)
     assert names.hub_models() == {}
+    with pytest.raises(UserError, match="^hf:ann/nuclei: found no huggingface_hub, expected"):
+        load("hf:ann/nuclei")
 
 
 def test_a_home_that_is_not_known_is_named(monkeypatch):

@@ -92,7 +92,8 @@ def test_a_gpu_before_ampere_computes_in_fp16_what_was_trained_in_bf16(
 @pytest.mark.parametrize("fast, dtype", [(True, torch.bfloat16), (False, None)])
 def test_a_cpu_is_asked_whether_it_computes_bf16_fast(fast, dtype, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
-    assert half_type(CPU) == dtype
+    assert half_type(CPU) == autocast_dtype("bf16", CPU) == dtype
+    assert autocast_dtype("fp16", CPU) is None
 
 
 # ---- the interface ----

@@ -88,15 +88,15 @@ def allow_tf32() -> None:
 def autocast_dtype(precision: str | None, device: torch.device) -> torch.dtype | None:
     """The type in which a model runs that was trained in a precision; None = its own.
 
-    A CPU has no fp16, and not every GPU of Apple has bf16: there the model keeps its own type. A
-    GPU without fast bf16 takes fp16.
+    For bf16 that is what `half_type` says: fp16 on a GPU without fast bf16, the model's own type on
+    a CPU without it. Only NVIDIA's GPUs take fp16.
 
     Args:
         precision: fp16, bf16 or another name of Accelerate's; None = not known.
         device: where the model is.
     """
-    if precision == "bf16" and device.type != "mps":
-        return half_type(device) if device.type == "cuda" else torch.bfloat16
+    if precision == "bf16":
+        return half_type(device)
     if precision == "fp16" and device.type == "cuda":
         return torch.float16
     return None

@@ -36,9 +36,10 @@ def load(
         label = nucsam.load("starter").predict(image)
 
     On a GPU it runs in the precision of its training, or in fp16 where that is bf16 and the GPU is
-    older than Ampere; on a CPU in bf16 or fp32. An ONNX file runs in fp32, by onnxruntime, and
-    needs no torch. It gives the same nuclei; for an image of another magnification than the
-    training's, nearly the same, because tiles are resized twice.
+    older than Ampere; on a CPU in bf16 if that is fast and was used in training, else in fp32. An
+    ONNX file runs in fp32, by onnxruntime, and needs no torch. It gives the same nuclei as fp32 if
+    `data.scale` is a multiple of 1/16; otherwise, or for another magnification than the training's,
+    nearly the same, because tiles are resized differently.
 
     Batch: tiles of one size go through the model together. A larger batch changes no result beyond
     rounding; it is faster on a GPU, rarely on a CPU.

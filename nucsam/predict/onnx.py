@@ -99,14 +99,15 @@ def open_graph(path: Path, device: str, per_device: int = 1, adapt: float | None
 def _session(path: Path, device: str, per_device: int) -> Any:
     import onnxruntime
 
-    name, _, number = device.partition(":")
+    device = str(device)  # also of a torch.device
     gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not gpu):
+    match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?" if gpu else "auto|cpu", device)
+    if match is None:
         expected = "auto, cpu, cuda or cuda:N" if gpu else "auto or cpu (no CUDA in onnxruntime)"
         raise UserError(f"device: found {device!r}, expected {expected}")
     providers: list[Any] = ["CPUExecutionProvider"]
-    if gpu and name != "cpu":
-        number = number or int(os.environ.get("LOCAL_RANK", "0")) // per_device
+    if gpu and device != "cpu":
+        number = match[1] or int(os.environ.get("LOCAL_RANK", "0")) // per_device
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": number}))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = chosen_threads() or 0  # 0 = all cores

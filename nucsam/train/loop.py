@@ -44,7 +44,7 @@ def fit(
 ) -> dict[str, Any]:
     """Train one fold, keep its best epoch, and score its test images.
 
-        scores = nucsam.fit("configs/quickstart.toml", "runs/first")
+        scores = nucsam.fit("configs/nuinsseg.toml", "runs/first")
         print(scores["headline"])
 
     Args:
