@@ -4,7 +4,7 @@ Train one fold into a run directory, open its model, and predict an image of any
 
     import nucsam
 
-    scores = nucsam.fit("configs/quickstart.toml", "runs/first")
+    scores = nucsam.fit("configs/nuinsseg.toml", "runs/first")
     model = nucsam.load("runs/first")  # or an .onnx file, which needs no PyTorch
     label = model.predict(image)  # uint8 (H, W, 3) -> int32 (H, W), 0 = background
 

@@ -137,16 +137,19 @@ def train_command(
     """
     from nucsam.config import load_config
 
-    own = out / "config.toml" if resume and out else None
-    path, overrides = configuration(arguments or [], own)
-    settings = load_config(path, overrides)
+    path, overrides = configuration(arguments or [])
+    shipped = path == shipped_configuration()
+    if not out:
+        data = load_config(path, overrides).data
+        name = Path(data.root).resolve().name if shipped else path.stem
+        out = Path("runs") / f"{name}-fold{data.fold}"
+    own = out / "config.toml"
+    settings = load_config(own if resume and shipped and own.is_file() else path, overrides)
     if dry_run:
         from nucsam.train.rehearsal import rehearse
 
         rehearse(settings)
         return
-    name = Path(settings.data.root).resolve().name if path == shipped_configuration() else path.stem
-    out = out or Path("runs") / f"{name}-fold{settings.data.fold}"
     from nucsam.train.loop import fit  # after the configuration, because it imports torch
 
     fit(settings, out, resume=resume)
@@ -498,12 +501,10 @@ def report_command(
         print(printable(str(path)))
 
 
-def configuration(arguments: list[str], default: Path | None = None) -> tuple[Path, list[str]]:
-    """Separate the TOML file and the overrides among positional arguments.
+def configuration(arguments: list[str]) -> tuple[Path, list[str]]:
+    """Separate the TOML file, by default nucsam's best, and the overrides among the arguments.
 
-    Args:
-        arguments: of the command line. A folder is data.root.
-        default: the configuration where no file is named; None or not there = nucsam's best.
+    A folder is data.root.
     """
     files = [text for text in arguments if text.endswith(".toml") and "=" not in text]
     folders = [text for text in arguments if text not in files and Path(text).is_dir()]
@@ -524,9 +525,7 @@ def configuration(arguments: list[str], default: Path | None = None) -> tuple[Pa
     if options:
         example = "a setting is table.key=value, such as train.epochs=10"
         raise UserError(f"no such option: {options[0]} (--help lists them); {example}")
-    if not default or not default.is_file():
-        default = shipped_configuration()
-    return (Path(files[0]) if files else default), overrides
+    return (Path(files[0]) if files else shipped_configuration()), overrides
 
 
 def shipped_configuration(name: str = "nuinsseg") -> Path:

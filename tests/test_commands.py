@@ -241,6 +241,9 @@ def test_a_bare_resume_takes_the_runs_own_configuration(newcomer, capsys):
     assert run_command(["train", "--resume", "--out", "run"]) == 0
     assert Path("run/config.toml").read_text() == before and "lr_head = 0.003" in before
     assert Path("run/scores.json").read_text() == scores
+    shutil.copytree("run", "runs/my_folder-fold0")  # where a run is without --out
+    assert run_command(["train", "my_folder", "--resume"]) == 0
+    assert Path("runs/my_folder-fold0/config.toml").read_text() == before
     assert run_command(["train", "--dry-run", *settings, "--out", "new"]) == 0
     assert not Path("new").exists() and "dry run: 3 steps" in capsys.readouterr().out
 

@@ -528,6 +528,14 @@ def test_two_training_images_are_enough_for_an_inner_split(count, inner):
     assert len(split_records(fake_records([""] * count), Data(folds=count)).inner) == inner
 
 
+def test_a_large_group_does_not_take_the_inner_split():
+    groups = ["large"] * 100 + [f"small {number // 10}" for number in range(40)]
+    records = fake_records([""] * 140, groups)
+    for fold in (*range(5), "all"):
+        assert len(split_records(records, Data(fold=fold)).inner) == 10
+    assert len(split_records(records, Data(fold="all", inner=1e-320)).inner) == 10
+
+
 def test_fewer_images_are_part_of_more_and_leave_the_test_fold_alone():
     groups = [f"g{number // 2}" for number in range(60)]
     records = fake_records([""] * 60, groups)

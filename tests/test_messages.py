@@ -282,6 +282,8 @@ $ evaluate moved  # data that has moved
 nowhere: found no data set ...; if the images have moved, name their folder
 $ train --out moved --resume  # data that has moved, to train on
 nowhere: found no data set ...; if the images have moved, data.root=FOLDER says where they are
+$ train --out moved --resume train.presentations=9  # the same, where their number sets the epochs
+nowhere: found no data set ...; if the images have moved, data.root=FOLDER says where they are
 $ evaluate run --data fewer  # other data
 fewer: found other images than run was split on, so that ... removed: mouse_liver_1...
 $ folds data.fold=1 --out f  # a fold for all folds

@@ -78,6 +78,12 @@ def test_images_resampled_to_their_median_are_mentioned(section, monkeypatch, re
     assert (sentence in section()) == (resampled > 0)
 
 
+def test_the_folder_that_is_worked_in_has_a_name(section, tmp_path, monkeypatch):
+    (tmp_path / "my set").mkdir()
+    monkeypatch.chdir(tmp_path / "my set")
+    assert "We used the data set `my set`: 12 images" in section("data.root=.")
+
+
 def test_every_number_is_of_the_runs(section):
     text = section("model.weights=auto", "model.alpha=8", "train.schedule=cosine")
     for sentence in (

@@ -260,6 +260,24 @@ def test_a_path_goes_with_all_its_folders():
         assert without_folders(f"base {path}, kept", places) == f"base {Path(path).name}, kept"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"image_encoder\..*\.(attn\.(qkv|proj)|mlp\.(fc|lin)[12])",
+        r"image_encoder\\..*\\.(attn\\.(qkv|proj)|mlp\\.(fc|lin)[12])",
+        r"^(\w+)-\d+_\d+",
+        r"^(TCGA-\\w\\w-\\w{4})",
+    ],
+)
+def test_a_pattern_is_no_path(text):
+    assert without_folders(f"pattern = '{text}'") == f"pattern = '{text}'"
+
+
+def test_a_path_of_windows_goes_too():
+    for path in (r"C:\Users\ann\a.png", r"C:\\Users\\ann\\a.png", "C:/Users/ann/a.png"):
+        assert without_folders(f"base {path}, kept") == "base a.png, kept"
+
+
 def test_a_page_names_no_folder_of_this_machine(one, folder, tmp_path, no_charts):
     """The data lie in a folder with a space, and a notice names the base weights' file."""
     change_config(one, "data", root="/home/Anna M/slides/set")

@@ -238,6 +238,42 @@ def test_sigterm_to_the_whole_process_group_leaves_the_workers_until_all_is_save
     assert history(run) == history(whole[1])
 
 
+def test_a_run_resumes_only_on_the_same_base(whole, tmp_path):
+    base = shutil.copy(whole[1] / "base.safetensors", tmp_path / "base.safetensors")
+    run = tmp_path / "run"
+    config = replace(whole[0], model=replace(whole[0].model, weights=str(base)))
+    start(dying_in("last.safetensors", 3, 1.0), config, run).join(120)
+    tensors, metadata = checkpoint.read_tensors(base)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    checkpoint.write_tensors(base, tensors | {name: 2 * tensors[name]}, metadata)
+    with pytest.raises(
+        UserError, match=r"last\.safetensors: cannot resume with base_sha256: found"
+    ):
+        fit(config, run, resume=True)
+
+
+def test_without_its_state_a_run_starts_again_from_nothing(whole, tmp_path):
+    config, run = whole[0], tmp_path / "run"
+    start(dying_in("last.safetensors", 12, 1.0), config, run).join(120)
+    assert (run / "adapter.safetensors").exists()
+    shutil.rmtree(run / "state")
+    start(dying_in("last.safetensors", 1, 0.5), config, run).join(120)
+    assert not (run / "adapter.safetensors").exists() and not (run / "metrics.jsonl").exists()
+    fit(config, run, resume=True)
+    assert_equal(run, whole[1])
+
+
+def test_a_finished_run_without_its_state_is_not_trained_again(whole, tmp_path):
+    run = shutil.copytree(whole[1], tmp_path / "run")
+    shutil.rmtree(run / "state")
+    longer = replace(whole[0], train=replace(whole[0].train, epochs=11))
+    for config in (whole[0], longer):
+        with pytest.raises(UserError, match=r"last\.safetensors: found none beside the finished"):
+            fit(config, run, resume=True)
+    assert same(run / "adapter.safetensors", whole[1] / "adapter.safetensors")
+    assert (run / "scores.json").exists()
+
+
 def test_a_run_resumes_only_on_the_same_images(whole, tmp_path):
     config, run = whole[0], tmp_path / "run"
     start(dying_in("last.safetensors", 3, 1.0), config, run).join(120)

@@ -117,8 +117,9 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
     - `fold = "all"` tests on nothing.
     - `images` is how many of the others are used. They are drawn from (seed, fold), spread over the
       groups; a smaller number uses a subset of what a larger one uses.
-    - The inner split is one part of round(1 / inner) of the training images, stratified by organ
-      and drawn from (seed, fold). It is never empty where there are two groups.
+    - The inner split is the first of round(1 / inner) parts of the training images, stratified by
+      organ and drawn from (seed, fold). Where a large group makes that part over twice its share,
+      it is the part nearest to the share. It is never empty where there are two groups.
 
     Args:
         records: the images, in their order.
@@ -157,8 +158,11 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
     rest = [k for k, group in enumerate(groups) if sizes[group]]
     if len(rest) > 1:
         counts = np.array([sizes[groups[k]] for k in rest])
-        parts = _stratified(organs[rest], counts, round(1 / data.inner), (data.seed, number))
-        kind_of |= {groups[k]: INNER for k, part in zip(rest, parts) if part == 0}
+        number_of_parts = round(1 / max(data.inner, 1 / len(rest)))
+        parts = _stratified(organs[rest], counts, number_of_parts, (data.seed, number))
+        held, share = np.bincount(parts, counts), data.inner * counts.sum()
+        inner = 0 if held[0] <= 2 * share else np.argmin(np.abs(held - share))
+        kind_of |= {groups[k]: INNER for k, part in zip(rest, parts) if part == inner}
     kinds = np.array([kind_of[record.group] for record in records])
     kinds[sorted(set(others) - set(used))] = UNUSED
     indices = (np.flatnonzero(kinds == wanted) for wanted in (TRAIN, INNER, TEST))
@@ -223,7 +227,7 @@ def find_split(data: Data, root: str = "") -> tuple[list[Record], Split]:
     return records, split
 
 
-def with_epochs(config: Config, processes: int = 1) -> Config:
+def with_epochs(config: Config, processes: int = 1, split: Split | None = None) -> Config:
     """The configuration with the number of epochs, from 1, nearest to `train.presentations`.
 
     So runs on different numbers of images train equally long. 0 presentations change nothing.
@@ -231,11 +235,12 @@ def with_epochs(config: Config, processes: int = 1) -> Config:
     Args:
         config: of a run.
         processes: that train it together, each with `train.batch` images at a time.
+        split: of its images, if it is known.
     """
     t = config.train
     if not t.presentations:
         return config
-    split = find_split(config.data)[1]
+    split = split or find_split(config.data)[1]
     images = len(split.train) + (len(split.inner) if config.data.select == "test" else 0)
     batch = t.batch * t.accumulate * processes
     filled = batch * math.ceil(images / batch)  # the last batch of an epoch repeats images

@@ -59,7 +59,7 @@ def methods_section(jobs: Sequence[Job], *, nuinsseg: bool) -> str:
         c=config,
         label=jobs[0].variant,
         nuinsseg=nuinsseg,
-        folder=Path(config.data.root).name,
+        folder=Path(config.data.root).resolve().name,
         base=portable_name(environments[0].get("base", config.model.weights)),
         encoder=BASES[config.model.encoder].name,
         pattern=config.model.pattern or BASES[config.model.encoder].pattern,

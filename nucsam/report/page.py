@@ -132,10 +132,11 @@ def without_folders(text: str, places: Iterable[Path] = ()) -> str:
         text: for a person to read; of a path with spaces, the folders before them go.
         places: paths whose folders go wherever they stand, spaces or not.
     """
-    inner = r"([^\s'\"=;,/\\]+[/\\])"
+    inner = r"([^\s'\"=;,/\\]+[/\\]+)"  # TOML escapes a backslash by another
     for folder in sorted({str(path.absolute().parent) for path in places}, key=len, reverse=True):
         text = re.sub(re.escape(folder.rstrip("/\\") + os.sep) + f"{inner}*", "", text)
-    return re.sub(rf"(?<![\w.:/-])(~|[A-Za-z]:)?[/\\]{inner}+", "", text)
+    # a backslash alone begins no path, for patterns are full of them
+    return re.sub(rf"(?<![\w.:/-])(~?/|[A-Za-z]:[/\\]+){inner}+", "", text)
 
 
 def _render(private: Sequence[Path], **values: Any) -> str:

@@ -95,13 +95,16 @@ class RunDirectory:
         """Check that a run of `config` can start here, or resume, perhaps for more epochs.
 
         Raises:
-            UserError: the directory holds files and `resume` is off, or it holds a run of another
-                configuration.
+            UserError: the directory holds files and `resume` is off; or it holds a run of another
+                configuration, or a finished one without its state.
         """
         if resume and self.exists():
             before = load_config(self.config_file)
             longer = config.train.epochs > before.train.epochs
             more = ["train.epochs", "train.presentations"] if longer else []
+            if self.is_finished(before) and not self.state_file.is_file():
+                found = f"found none beside the finished run {self.path}"
+                raise UserError(f"{self.state_file}: {found}; give another out for a new run")
             if changed := conflicts(before, config, *more):
                 found = f"another configuration: {'; '.join(changed.values())} (found -> wanted)"
                 advice = "Give the run's own settings, or another out for a new run"
@@ -113,11 +116,17 @@ class RunDirectory:
             advice = "give another out, or resume to continue the run there"
             raise UserError(f"{self.path}: found files, expected a new or empty folder; {advice}")
 
-    def prepare(self, config: Config, images: Mapping[str, Mapping[str, str]]) -> None:
+    def prepare(
+        self, config: Config, images: Mapping[str, Mapping[str, str]], *, anew: bool = False
+    ) -> None:
         """Clear the directory of partial files, and write the inventory and the configuration.
 
-        The files of a process that still runs stay.
+        The files of a process that still runs stay. With `anew`, for a run that starts from its
+        first step, what an earlier start has left goes.
         """
+        if anew:
+            for file in (self.adapter_file, self.metrics_file, self.scores_file):
+                file.unlink(missing_ok=True)
         for folder in (self.path, self.state_file.parent):
             for partial in stale_partials(folder):
                 partial.unlink(missing_ok=True)

@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 from nucsam import __version__
 from nucsam.config import Config, Data, Train
 from nucsam.data.augment import window
-from nucsam.data.folders import describe_records
+from nucsam.data.folders import Record, describe_records
 from nucsam.data.samples import SAME_SCALE, Crops, EpochBatches, Samples, by_nuclei, is_resampled
-from nucsam.data.splits import find_split, inventory, training_images, with_epochs
+from nucsam.data.splits import Split, find_split, inventory, training_images, with_epochs
 from nucsam.errors import UserError
 from nucsam.files import check_form
 from nucsam.model.network import calibrated
@@ -63,7 +63,7 @@ class Training:
         base, net, ddp: base weights, the model, and the model as the accelerator prepares it.
         weights: trainable tensors of `net`, by name. `average`: their running average; empty where
             EMA is off.
-        facts: JSON values of the adapter's metadata. Resuming needs the same.
+        facts: JSON values of the adapter's metadata.
         progress: how far the run has come. `loss_sums`: of each term over the epoch's images.
     """
 
@@ -75,8 +75,9 @@ class Training:
         Checks everything that a user can get wrong before it writes anything. Arguments and errors
         are those of `nucsam.train.loop.fit`.
         """
-        self.config = config = with_epochs(config, process_count())
         self.run = RunDirectory(out)
+        records, split = self._find_images(config.data, resume)
+        self.config = config = with_epochs(config, process_count(), split)
         self.cores = idle_cores()
         # A thread waits for all others at each step: two on one busy core take longer than one.
         if not chosen_threads():
@@ -85,7 +86,7 @@ class Training:
             keep_freed_memory()
         self.accelerator = _accelerator(config, self.run)
         self.run.check(config, resume=resume)
-        self._load_images(resume)
+        self._load_images(records, split, resume)
         self._load_model(build)
         self.progress = Progress()
         self.loss_sums: dict[str, Tensor] = {}
@@ -98,16 +99,18 @@ class Training:
         self._write_start()
         self.accelerator.init_trackers("nucsam", config.flat())
 
-    def _load_images(self, resume: bool) -> None:
-        """Samples and their split."""
-        d = self.config.data
+    def _find_images(self, d: Data, resume: bool) -> tuple[list[Record], Split]:
         try:
-            records, split = find_split(d)
+            return find_split(d)
         except UserError as error:
             if not (resume and self.run.exists()):
                 raise
             hint = "if the images have moved, data.root=FOLDER says where they are"
             raise UserError(f"{error}; {hint}") from error
+
+    def _load_images(self, records: Sequence[Record], split: Split, resume: bool) -> None:
+        """Samples and their split."""
+        d = self.config.data
         self.train, self.select = training_images(d, records, split)
         self.score = split.test or split.inner
         self.scored_split = "test" if split.test else "inner"
@@ -208,11 +211,12 @@ class Training:
         accelerator.wait_for_everyone()  # a slower one would take the new files for an older run's
         if accelerator.is_main_process:
             epochs = self.config.train.epochs
-            if self.run.exists() and (before := self.run.read_config().train.epochs) != epochs:
+            anew = not self.progress.step and not self.progress.history
+            if not anew and (before := self.run.read_config().train.epochs) != epochs:
                 rate = "the rate follows the new schedule from here on"
                 result = f"so the result is not that of {epochs} epochs in one run"
                 print_warning(f"train.epochs: {before} -> {epochs}; {rate}, {result}")
-            self.run.prepare(self.config, self.images)
+            self.run.prepare(self.config, self.images, anew=anew)
             if self.progress.history:
                 self.run.write_metrics(self.progress.history)  # they may be lost or damaged
             if random_base:
@@ -321,7 +325,7 @@ class Training:
         scaler = self.accelerator.scaler
         metadata = {
             "progress": asdict(self.progress),
-            "about": self.facts,
+            "about": self._needed(),
             "scaler": {} if scaler is None else scaler.state_dict(),
         }
         checkpoint.save_state(
@@ -332,18 +336,18 @@ class Training:
         """Continue where `save` stopped.
 
         Raises:
-            UserError: the state is damaged, of another run, or was saved with other images,
-                processes or precision.
+            UserError: the state is damaged, of another run, or was saved with other images, base
+                weights, processes or precision.
         """
         path = self.run.state_file
         metadata = checkpoint.load_state(path, self.weights, self.average, self.optimizer)
         self.progress = checkpoint.read_progress(path, metadata)
         self.saved_step = self.progress.step
         saved = check_form(metadata.get("about", {}), dict, f"{path}: about")
-        for name, value in self.facts.items():
+        for name, value in self._needed().items():
             if saved.get(name, value) != value:
                 found = f"{name}: found {saved[name]!r}, wanted {value!r}"
-                advice = "resume with the same images, number of processes and precision"
+                advice = "resume with the same images, base weights, processes and precision"
                 raise UserError(f"{path}: cannot resume with {found}; {advice}")
         device = self.accelerator.device
         self.loss_sums = {
@@ -352,6 +356,10 @@ class Training:
         scaler = self.accelerator.scaler
         if scaler is not None and metadata.get("scaler"):  # empty in a state of fp32
             scaler.load_state_dict(metadata["scaler"])
+
+    def _needed(self) -> dict[str, Any]:
+        """What must be the same where the run resumes."""
+        return self.facts | {"base_sha256": self.base.sha256}
 
     def log(self, line: dict[str, Any], *, validated: bool) -> None:
         """Add an epoch's line to metrics.jsonl, keep the weights if it is the best, and save."""
