@@ -1,6 +1,9 @@
 """Shared by the tests: one thread, a tiny data set, and the configuration of a run of seconds."""
 
+import copy
 import os
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -66,6 +69,31 @@ def all_cores_idle():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def stock_built_once(request):
+    """Each stock MobileSAM of a seed is a copy of one, as its construction takes 3 times as long.
+
+    Not in the tests of what is built.
+    """
+    from nucsam.model.bases import BASES
+
+    def build(base=BASES["mobile_sam"]):
+        import torch
+
+        return copy.deepcopy(_stock_model(base.stock, torch.initial_seed()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_weights":
+            patch.setitem(BASES, "mobile_sam", replace(BASES["mobile_sam"], stock=build))
+        yield
+
+
+@lru_cache(4)
+def _stock_model(build, _seed):
+    """The model that `build` makes from random numbers of `_seed`, which has been set."""
+    return build()
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Twelve synthetic images of 96 px in NuInsSeg's layout."""
@@ -92,8 +120,6 @@ def tiny(folder):
 @pytest.fixture(scope="session")
 def base():
     """A random base with no zeros and ones in BatchNorms, their statistics, attention biases."""
-    from dataclasses import replace
-
     import torch
 
     from nucsam.model.weights import load_base, state_sha256
@@ -111,7 +137,6 @@ def base():
 def published(base, tmp_path_factory):
     """Pretends that a file of `base` is MobileSAM's published one, in the cache; its path."""
     import hashlib
-    from dataclasses import replace
 
     import torch
 

@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from conftest import TINY
 from safetensors.torch import load_file
@@ -21,21 +22,18 @@ from nucsam.config import Data, load_config, override, to_toml
 from nucsam.data import folders, splits
 from nucsam.data.samples import Samples
 from nucsam.data.synthetic import write_dataset
+from nucsam.model.heads import Norm
 from nucsam.model.network import build_model
 from nucsam.run.checkpoint import run_base
 from nucsam.run.directory import RunDirectory
 from nucsam.train.loop import fit
 
 
-def torchrun(processes):
-    words = "-m torch.distributed.run --standalone --nproc_per_node"
-    return [sys.executable, *words.split(), str(processes)]
-
-
 def launch(processes, *arguments, cwd, program=("-m", "nucsam.train")):
     """`torchrun` on `processes` CPU processes."""
+    words = "-m torch.distributed.run --standalone --nproc_per_node"
     return subprocess.Popen(
-        [*torchrun(processes), *program, *arguments],
+        [sys.executable, *words.split(), str(processes), *program, *arguments],
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -59,56 +57,64 @@ def config(tmp_path_factory):
     return lambda *overrides: override(tables, list(overrides))
 
 
-NORM = """
-import torch, torch.distributed as dist
-from nucsam.model.heads import Norm
-
-dist.init_process_group("gloo")
-share = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
-generator = torch.Generator().manual_seed(0)
-x, weight = (3 * torch.randn(6, 4, 5, 7, generator=generator) + 1 for _ in range(2))
-for layout in torch.contiguous_format, torch.channels_last:
-    whole, part = (t.clone(memory_format=layout).requires_grad_() for t in (x, x[share]))
-    one, two = torch.nn.BatchNorm2d(4), Norm(4)
-    for norm in one, two:
-        torch.nn.init.uniform_(norm.weight, generator=generator.manual_seed(1))
-    expected, result = one(whole), two(part)
-    (expected * weight).sum().backward()
-    (result * weight[share]).sum().backward()
-    alone = torch.nn.BatchNorm2d(4)(part)  # negative control: one process's statistics
-    assert not torch.allclose(alone, result, atol=1e-2)
-    assert result.is_contiguous(memory_format=layout)
-    torch.testing.assert_close(result, expected[share])
-    torch.testing.assert_close(part.grad, whole.grad[share], atol=1e-5, rtol=1e-5)
-    for name, buffer in two.named_buffers():
-        torch.testing.assert_close(buffer, one.get_buffer(name))
-    for name, p in two.named_parameters():
-        dist.all_reduce(p.grad)
-        torch.testing.assert_close(p.grad, one.get_parameter(name).grad, atol=1e-4, rtol=1e-5)
-    half = part.detach().bfloat16().requires_grad_()
-    (two(half) * weight[share]).sum().backward()
-    torch.testing.assert_close(half.grad.float(), part.grad, atol=0.02, rtol=0.02)
-dist.barrier()  # else gloo sometimes aborts at interpreter exit
-dist.destroy_process_group()
-"""
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
-def test_norm_of_two_processes_equals_batchnorm_over_both(tmp_path):
-    """Values, gradients and statistics."""
-    script = tmp_path / "norm.py"
-    script.write_text(NORM)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*torchrun(2), str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def in_two_processes(function, *arguments):
+    """Call function(*arguments) in two processes of one launch.
+
+    Forked, they have imported everything, and know of earlier runs.
+    """
+    start_processes(_launched, (free_port(), function, *arguments), nprocs=2, start_method="fork")
 
 
-def train(rank, port, *arguments):
-    """One of two processes. Forked, it has imported everything, and knows of earlier runs."""
+def _launched(rank, port, function, *arguments):
     AcceleratorState._reset_state(reset_partial_state=True)
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(number) for name, number in told.items()}
     os.environ["MASTER_ADDR"] = "127.0.0.1"
+    function(*arguments)
+
+
+def check_norm():
+    dist.init_process_group("gloo")
+    share = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (3 * torch.randn(6, 4, 5, 7, generator=generator) + 1 for _ in range(2))
+    for layout in torch.contiguous_format, torch.channels_last:
+        whole, part = (t.clone(memory_format=layout).requires_grad_() for t in (x, x[share]))
+        one, two = torch.nn.BatchNorm2d(4), Norm(4)
+        for norm in one, two:
+            torch.nn.init.uniform_(norm.weight, generator=generator.manual_seed(1))
+        expected, result = one(whole), two(part)
+        (expected * weight).sum().backward()
+        (result * weight[share]).sum().backward()
+        alone = torch.nn.BatchNorm2d(4)(part)  # negative control: one process's statistics
+        assert not torch.allclose(alone, result, atol=1e-2)
+        assert result.is_contiguous(memory_format=layout)
+        torch.testing.assert_close(result, expected[share])
+        torch.testing.assert_close(part.grad, whole.grad[share], atol=1e-5, rtol=1e-5)
+        for name, buffer in two.named_buffers():
+            torch.testing.assert_close(buffer, one.get_buffer(name))
+        for name, p in two.named_parameters():
+            dist.all_reduce(p.grad)
+            torch.testing.assert_close(p.grad, one.get_parameter(name).grad, atol=1e-4, rtol=1e-5)
+        half = part.detach().bfloat16().requires_grad_()
+        (two(half) * weight[share]).sum().backward()
+        torch.testing.assert_close(half.grad.float(), part.grad, atol=0.02, rtol=0.02)
+    dist.barrier()  # else gloo sometimes aborts at interpreter exit
+    dist.destroy_process_group()
+
+
+def test_norm_of_two_processes_equals_batchnorm_over_both():
+    """Values, gradients and statistics."""
+    in_two_processes(check_norm)
+
+
+def train(*arguments):
     assert run_command(["train", *arguments]) == 0
 
 
@@ -125,11 +131,7 @@ def test_two_processes_equal_one_with_twice_the_batch(config, tmp_path, head, ac
     # Adam's first steps move a weight by the whole rate even for a rounding error: warm up.
     schedule += [f"model.head={head}", "train.warmup=0.9"]
     fit(config("train.batch=2", *schedule), one)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (port, str(one / "config.toml"), "train.batch=1", "--out", str(two))
-    start_processes(train, arguments, nprocs=2, start_method="fork")
+    in_two_processes(train, str(one / "config.toml"), "train.batch=1", "--out", str(two))
     lines = [
         [json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()]
         for r in (one, two)
@@ -201,7 +203,7 @@ runpy.run_module("nucsam.train", run_name="__main__")
 """
 
 
-def test_sigterm_ends_all_processes_and_the_run_resumes(config, tmp_path):
+def test_sigterm_ends_all_processes_and_the_run_resumes(config, tmp_path, monkeypatch):
     settings = config("train.epochs=3", "train.validate_every=3", "train.batch=1")
     (tmp_path / "three.toml").write_text(to_toml(settings))
     (tmp_path / "signalled.py").write_text(SIGNALLED)
@@ -209,8 +211,8 @@ def test_sigterm_ends_all_processes_and_the_run_resumes(config, tmp_path):
     assert run.wait(300) != 0
     state = tmp_path / "run" / "state" / "last.safetensors"
     assert state.is_file() and not (tmp_path / "run" / "scores.json").exists()
-    run = launch(2, "three.toml", "--out", "run", "--resume", cwd=tmp_path)
-    assert run.wait(300) == 0, run.stderr.read()
+    monkeypatch.chdir(tmp_path)
+    in_two_processes(train, "three.toml", "--out", "run", "--resume")
     lines = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]

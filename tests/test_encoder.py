@@ -336,9 +336,3 @@ def test_a_calibrated_base_has_the_statistics_of_one_stock_step_in_training_mode
         torch.testing.assert_close(tensor, expected.get(name, before[name]), atol=1e-4, rtol=1e-3)
     moved = base.state["image_encoder.layers.3.blocks.1.local_conv.bn.running_mean"]
     assert (moved.abs() > 0).all()
-
-
-def test_is_one_graph_for_the_compiler(sam):
-    encoder, images = adapted(sam), some_images(1, 64, 96)
-    compiled = torch.compile(encoder, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(images)[-1], encoder(images)[-1], atol=1e-4, rtol=0)

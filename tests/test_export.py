@@ -329,16 +329,20 @@ IMAGE = np.kron(
 UNSURE = Instances(foreground=0.5, confidence=0.0, area=5, seed_rise=0.001)
 
 
-def label_maps(file: Path, image: np.ndarray = IMAGE, **options) -> tuple[np.ndarray, np.ndarray]:
-    """Maps and nuclei of an image, at the median of the foreground."""
-    mpp = options.pop("mpp", None)
+def dense_maps(file: Path, image: np.ndarray = IMAGE, mpp: float | None = None, **options):
+    """A model in small tiles, and its maps of an image."""
     p = nucsam.load(file, device="cpu", tile=64, overlap=8, **options)
     p.autocast = None  # the run's metadata say bf16
     whole = replace(p, core=2**31)
     ((tiles, *part),) = whole._stream([whole.grid(image, mpp=mpp)])
-    maps = tiles.stitch(*part)
+    return p, tiles.stitch(*part)
+
+
+def label_maps(file: Path, image: np.ndarray = IMAGE, **options) -> tuple[np.ndarray, np.ndarray]:
+    """Maps and nuclei of an image, at the median of the foreground."""
+    p, maps = dense_maps(file, image, **options)
     p.instances = replace(UNSURE, foreground=float(np.median(maps[0])))
-    return maps, p.predict(image, mpp=mpp)
+    return maps, p.predict(image)
 
 
 @pytest.mark.parametrize("options", [{"batch": 3}, {"tta": True, "image": IMAGE[:107, :107]}])
@@ -352,9 +356,10 @@ def test_onnx_gives_the_same_tiles_and_nuclei(run, onnx, options):
 
 def test_onnx_has_the_share_that_it_was_exported_with(run, onnx):
     """The run's norms adapt to each image, unless they are told not to. The graph's always do."""
-    (maps, _), (plain, _) = label_maps(run, adapt=MODEL.adapt), label_maps(run, adapt=0.0)
+    part = IMAGE[:107, :107]
+    (_, maps), (_, plain) = (dense_maps(run, part, adapt=share) for share in (MODEL.adapt, 0.0))
     assert np.abs(plain - maps).mean() > 1e-3
-    np.testing.assert_array_equal(label_maps(run)[0], maps)
+    np.testing.assert_array_equal(dense_maps(run, part)[1], maps)
     assert nucsam.load(onnx[0], adapt=MODEL.adapt).adapt == MODEL.adapt
     with pytest.raises(UserError, match=r"^adapt: found 0, but .*nuclei\.onnx has 0\.25"):
         nucsam.load(onnx[0], adapt=0.0)
@@ -374,7 +379,7 @@ def test_onnx_knows_how_certain_a_model_usually_is(onnx):
 
 
 def test_onnx_at_another_magnification_is_near(run, onnx):
-    (maps, _), (near, _) = (label_maps(file, mpp=0.3) for file in (run, onnx[0]))
+    (_, maps), (_, near) = (dense_maps(file, mpp=0.3) for file in (run, onnx[0]))
     assert near.shape == maps.shape
     moved = np.roll(maps, 4, axis=1)
     for k in range(2):

@@ -1,6 +1,7 @@
 """`nucsam predict`: files in, files out; runs and exports; several processes."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -36,7 +37,7 @@ from nucsam.errors import UserError
 from nucsam.export.merged import export_run
 from nucsam.files import write_text
 from nucsam.predict import images as predict_images
-from nucsam.predict import results
+from nucsam.predict import results, writers
 from nucsam.predict.results import RESULTS
 from nucsam.run import checkpoint
 from nucsam.run.metadata import known_certainty
@@ -788,24 +789,26 @@ def start(*arguments, cwd, **environment):
     )
 
 
-STUCK = """
-import runpy, time
-from nucsam.predict import writers
-
-def stay(*_):
-    print("measuring", flush=True)
-    while True:
-        time.sleep(0.01)
-
-writers.LabelBlocks.add = stay
-runpy.run_module("nucsam.predict", run_name="__main__")
-"""
+fork = multiprocessing.get_context("fork")  # a child has everything imported already
 
 
-def start_stuck(*arguments, cwd, **environment):
+def start_stuck(*arguments, **environment):
     """`nucsam predict` in a process that stays where it adds the nuclei of its first window."""
-    process = start("-c", STUCK, *arguments, cwd=cwd, **environment)
-    assert process.stdout.readline() == "measuring\n", process.communicate()[1]
+    stuck = fork.Event()
+
+    def stay(*_):
+        stuck.set()
+        while True:
+            time.sleep(0.01)
+
+    def predict():
+        os.environ |= environment
+        writers.LabelBlocks.add = stay
+        sys.exit(run_command(["predict", *map(str, arguments)]))
+
+    process = fork.Process(target=predict)
+    process.start()
+    assert stuck.wait(120)
     return process
 
 
@@ -853,12 +856,13 @@ def test_another_process_takes_the_images_of_a_dead_one(
     """The first process ends its wait for the second by killing it."""
     out, images = tmp_path / "out", (slides / "z0.tif", slides / "z1.tif")
     arguments = [trained[1], *images, "--out", out, "--formats", "csv", "--device", "cpu"]
-    second = start_stuck(*arguments, cwd=tmp_path, RANK="1", WORLD_SIZE="2")
+    second = start_stuck(*arguments, RANK="1", WORLD_SIZE="2")
     killed = []
 
     def kill(_):
         second.kill()
-        killed.append(second.wait())
+        second.join()
+        killed.append(second.exitcode)
 
     monkeypatch.setattr(predict_images.time, "sleep", kill)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -871,9 +875,10 @@ def test_another_process_takes_the_images_of_a_dead_one(
 
 @one_head
 def test_sigterm_leaves_no_part_of_a_file(trained, slides, tmp_path):
-    arguments = [trained[1], slides / "z0.tif", "--out", "out", "--formats", "labels,csv"]
-    process = start_stuck(*arguments, cwd=tmp_path)
-    assert list(tmp_path.glob("out/.z0.csv.*.partial"))
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(300) == 128 + signal.SIGTERM, process.stderr.read()
-    assert names(tmp_path / "out") == ["predict.json"]
+    out = tmp_path / "out"
+    process = start_stuck(trained[1], slides / "z0.tif", "--out", out, "--formats", "labels,csv")
+    assert list(out.glob(".z0.csv.*.partial"))
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(300)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert names(out) == ["predict.json"]

@@ -8,7 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +17,13 @@ import tifffile
 import torch
 from test_train import history, same
 
+from nucsam.cli import run_command
 from nucsam.config import to_toml
 from nucsam.errors import UserError
 from nucsam.run import checkpoint
 from nucsam.run.directory import RunDirectory
 from nucsam.score.runs import score_run
-from nucsam.train import loop
+from nucsam.train import loop, training
 from nucsam.train.loop import fit
 
 fork = multiprocessing.get_context("fork")  # a child has everything imported already
@@ -33,8 +33,8 @@ torch.ones(1, requires_grad=True).backward()
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
-    """A configuration that saves after each of 30 steps, and its uninterrupted run."""
-    config = tiny("train.epochs=10", "train.validate_every=2", "train.save_minutes=0")
+    """A configuration that saves after each of 18 steps, and its uninterrupted run."""
+    config = tiny("train.epochs=6", "train.validate_every=2", "train.save_minutes=0")
     run = tmp_path_factory.mktemp("whole") / "run"
     fit(config, run)
     return config, run
@@ -165,7 +165,7 @@ def test_a_signal_saves_at_the_next_step_and_says_how_to_resume(whole, tmp_path,
     process.join(120)
     assert process.exitcode == 128 + number
     said = " ".join(capfd.readouterr().out.split())
-    assert "step 3 of 30" in said and f"nucsam train --resume --out {run}" in said
+    assert "step 3 of 18" in said and f"nucsam train --resume --out {run}" in said
     assert checkpoint.read_tensors(run / "state" / "last.safetensors")[1]["progress"]["step"] == 3
     assert not (run / "scores.json").exists()
     fit(config, run, resume=True)
@@ -182,7 +182,7 @@ def test_a_second_ctrl_c_stops_at_once_with_what_is_saved(whole, tmp_path, capfd
     process = start(in_write("last.safetensors", 2, twice), whole[0], run)
     process.join(120)
     assert process.exitcode == 128 + signal.SIGINT
-    assert "last.safetensors holds step 2 of 30" in " ".join(capfd.readouterr().out.split())
+    assert "last.safetensors holds step 2 of 18" in " ".join(capfd.readouterr().out.split())
     fit(whole[0], run, resume=True)
     assert_equal(run, whole[1])
 
@@ -203,38 +203,30 @@ def test_a_full_disk_is_an_error_and_the_last_good_state_is_usable(whole, tmp_pa
     assert_equal(run, whole[1])
 
 
-SIGNALLED = """
-import os, runpy, signal
-from nucsam.train import training
-from test_resume import in_write
-
-training.uses_gpu = lambda: True  # only beside a GPU do processes load images
-in_write("last.safetensors", 2, lambda _: os.killpg(0, signal.SIGTERM))()
-runpy.run_module("nucsam.train", run_name="__main__")
-"""
-
-
-def test_sigterm_to_the_whole_process_group_leaves_the_workers_until_all_is_saved(whole, tmp_path):
+def test_sigterm_to_the_whole_process_group_leaves_the_workers_until_all_is_saved(
+    whole, tmp_path, capfd
+):
     """As a shell, torchrun and SLURM send it; by itself PyTorch's loader makes a crash of it."""
-    (tmp_path / "workers.toml").write_text(to_toml(whole[0]).replace("workers = 0", "workers = 2"))
-    run = tmp_path / "run"
-    arguments = ["workers.toml", "--out", "run", "--resume"]
-    paths = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    settings, run = tmp_path / "workers.toml", tmp_path / "run"
+    settings.write_text(to_toml(whole[0]).replace("workers = 0", "workers = 2"))
+    command = ["train", str(settings), "--out", str(run), "--resume"]
+
+    def signalled():
+        os.setsid()
+        training.uses_gpu = lambda: True  # only beside a GPU do processes load images
+        in_write("last.safetensors", 2, lambda _: os.killpg(0, signal.SIGTERM))()
+        sys.exit(run_command(command))
+
     for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SIGNALLED, *arguments],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": paths},
-            start_new_session=True,
-            stderr=subprocess.PIPE,
-        )
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 128 + signal.SIGTERM, error.decode()
-        assert b"Traceback" not in error
+        process = fork.Process(target=signalled)
+        process.start()
+        process.join(120)
+        error = capfd.readouterr().err
+        assert process.exitcode == 128 + signal.SIGTERM, error
+        assert "Traceback" not in error
     assert RunDirectory(run).read_environment()["loader_processes"] > 0
     assert not (run / "scores.json").exists()
-    rerun = [sys.executable, "-m", "nucsam.train", *arguments]
-    assert subprocess.run(rerun, cwd=tmp_path, timeout=300).returncode == 0
+    assert run_command(command) == 0
     assert history(run) == history(whole[1])
 
 
@@ -305,7 +297,7 @@ def test_a_run_is_scored_only_on_its_own_split_and_kept_only_at_its_end(whole, t
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:2]))
     (run / "scores.json").unlink()
-    assert score_run(run)["unfinished"] == "2 of 10 epochs"
+    assert score_run(run)["unfinished"] == "2 of 6 epochs"
     assert not (run / "scores.json").exists()
     (run / "metrics.jsonl").write_text("".join(lines))
     assert score_run(run)["unfinished"] == "" and (run / "scores.json").exists()

@@ -510,7 +510,7 @@ def test_step_rate_drops_by_gamma_every_step_epochs():
 
 def test_a_compiled_training_is_one_graph_and_takes_the_same_step(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    ways = []
+    ways, losses = [], []
     for compiled in ("false", "true"):
         config = tiny(f"train.compile={compiled}")
         run = Training(config, tmp_path / compiled, resume=False, build=network.build_model)
@@ -520,6 +520,8 @@ def test_a_compiled_training_is_one_graph_and_takes_the_same_step(tiny, tmp_path
         loop.step(run, iter(run.loader))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (compiled == "true")
         ways.append(torch.cat([(run.weights[name] - start[name]).flatten() for name in start]))
+        losses.append({name: float(total) for name, total in run.loss_sums.items()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     # Adam amplifies the rounding errors of gradients near 0.
     assert (ways[0] - ways[1]).norm() < 0.03 * ways[0].norm()
 
