@@ -136,12 +136,13 @@ def train_command(
     Several devices: accelerate launch --config_file launch/ddp.yaml -m nucsam.train ...
     """
     from nucsam.config import load_config
+    from nucsam.files import folder_name
 
     path, overrides = configuration(arguments or [])
     shipped = path == shipped_configuration()
     if not out:
         data = load_config(path, overrides).data
-        name = Path(data.root).resolve().name if shipped else path.stem
+        name = folder_name(data.root) if shipped else path.stem
         out = Path("runs") / f"{name}-fold{data.fold}"
     own = out / "config.toml"
     settings = load_config(own if resume and shipped and own.is_file() else path, overrides)

@@ -69,6 +69,12 @@ def expanded(path: str | Path) -> Path:
         return Path(path)
 
 
+def folder_name(path: str | Path) -> str:
+    """The name of a folder as it was given, that of a link too; also of `.` and `..`."""
+    name = Path(path).name
+    return name if name not in ("", "..") else Path(path).resolve().name
+
+
 def stale_partials(folder: Path) -> dict[Path, Path]:
     """Temporary files of `atomic` whose process no longer runs here, and the file each was to be.
 

@@ -478,14 +478,6 @@ def test_a_run_resumes_without_its_reports(trained, tmp_path, content):
     assert [path.name for path in run.rglob(".*")] == [".lock"]
 
 
-def test_without_its_state_a_run_starts_again(trained, tmp_path):
-    run = run_copy(trained, tmp_path)
-    (run / "state/last.safetensors").unlink()
-    fit(trained.config, run, resume=True)
-    first, second = (json.loads((r / "metrics.jsonl").read_text()) for r in (run, trained.run))
-    assert (first["epoch"], first["loss"]) == (second["epoch"], second["loss"])
-
-
 # ---- nothing is unpickled ----
 
 

@@ -534,6 +534,8 @@ def test_a_large_group_does_not_take_the_inner_split():
     for fold in (*range(5), "all"):
         assert len(split_records(records, Data(fold=fold)).inner) == 10
     assert len(split_records(records, Data(fold="all", inner=1e-320)).inner) == 10
+    three = fake_records(["a"] * 120 + ["b"] * 10, [str(max(k // 40, k - 117)) for k in range(130)])
+    assert len(split_records(three, Data(fold="all")).inner) == 41  # 1 or 2 of b would be worse
 
 
 def test_fewer_images_are_part_of_more_and_leave_the_test_fold_alone():

@@ -78,10 +78,12 @@ def test_images_resampled_to_their_median_are_mentioned(section, monkeypatch, re
     assert (sentence in section()) == (resampled > 0)
 
 
-def test_the_folder_that_is_worked_in_has_a_name(section, tmp_path, monkeypatch):
+@pytest.mark.parametrize("root, name", [(".", "my set"), ("../link", "link")])
+def test_a_data_set_has_the_name_of_its_folder(section, tmp_path, monkeypatch, root, name):
     (tmp_path / "my set").mkdir()
+    (tmp_path / "link").symlink_to("my set")
     monkeypatch.chdir(tmp_path / "my set")
-    assert "We used the data set `my set`: 12 images" in section("data.root=.")
+    assert f"We used the data set `{name}`: 12 images" in section(f"data.root={root}")
 
 
 def test_every_number_is_of_the_runs(section):

@@ -274,7 +274,8 @@ def test_a_pattern_is_no_path(text):
 
 
 def test_a_path_of_windows_goes_too():
-    for path in (r"C:\Users\ann\a.png", r"C:\\Users\\ann\\a.png", "C:/Users/ann/a.png"):
+    escaped = r"C:\\Users\\ann\\a.png"
+    for path in (r"C:\Users\ann\a.png", escaped, "C:/Users/ann/a.png", r"~\ann\a.png"):
         assert without_folders(f"base {path}, kept") == "base a.png, kept"
 
 

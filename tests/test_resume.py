@@ -247,10 +247,12 @@ def test_a_run_resumes_only_on_the_same_base(whole, tmp_path):
 def test_without_its_state_a_run_starts_again_from_nothing(whole, tmp_path):
     config, run = whole[0], tmp_path / "run"
     start(dying_in("last.safetensors", 12, 1.0), config, run).join(120)
-    assert (run / "adapter.safetensors").exists()
+    results = ("adapter.safetensors", "metrics.jsonl", "report.html")
+    (run / "report.html").touch()
+    assert all((run / name).exists() for name in results)
     shutil.rmtree(run / "state")
     start(dying_in("last.safetensors", 1, 0.5), config, run).join(120)
-    assert not (run / "adapter.safetensors").exists() and not (run / "metrics.jsonl").exists()
+    assert not any((run / name).exists() for name in results)
     fit(config, run, resume=True)
     assert_equal(run, whole[1])
 
@@ -260,10 +262,13 @@ def test_a_finished_run_without_its_state_is_not_trained_again(whole, tmp_path):
     shutil.rmtree(run / "state")
     longer = replace(whole[0], train=replace(whole[0].train, epochs=11))
     for config in (whole[0], longer):
-        with pytest.raises(UserError, match=r"last\.safetensors: found none beside the finished"):
+        with pytest.raises(UserError, match=r"last\.safetensors: found none, but .*run is trained"):
             fit(config, run, resume=True)
-    assert same(run / "adapter.safetensors", whole[1] / "adapter.safetensors")
-    assert (run / "scores.json").exists()
+    (run / "scores.json").unlink()  # killed before it was scored
+    with pytest.raises(UserError, match=r"nucsam evaluate .*run scores it, another out starts"):
+        fit(whole[0], run, resume=True)
+    score_run(run)
+    assert (run / "scores.json").read_bytes() == (whole[1] / "scores.json").read_bytes()
 
 
 def test_a_run_resumes_only_on_the_same_images(whole, tmp_path):

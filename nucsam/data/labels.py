@@ -25,9 +25,9 @@ def median_area(labels: Sequence[np.ndarray]) -> float:
 def not_instances(label: np.ndarray, high: int | None = None) -> str:
     """What a label map seems to be instead of a map of instances; "" where it looks like one.
 
-    Too many separate (8-connected) components of one value make a binary mask, a map of classes, or
-    a map that was clipped at the largest value of its type. A nucleus may be in pieces, so a map of
-    several values passes with up to two components a value.
+    Many separate (8-connected) components that share few values make a binary mask, a map of
+    classes, or a map that was clipped at the largest value of its type. A nucleus may be in pieces,
+    so a map of a few nuclei passes if it has about two components for each.
 
     Args:
         label: (H, W) integers from 0 or bool, 0 = background.

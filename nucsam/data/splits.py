@@ -117,9 +117,10 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
     - `fold = "all"` tests on nothing.
     - `images` is how many of the others are used. They are drawn from (seed, fold), spread over the
       groups; a smaller number uses a subset of what a larger one uses.
-    - The inner split is the first of round(1 / inner) parts of the training images, stratified by
-      organ and drawn from (seed, fold). Where a large group makes that part over twice its share,
-      it is the part nearest to the share. It is never empty where there are two groups.
+    - The inner split is the first of round(1 / inner) parts of the training images, at most one for
+      each group, stratified by organ and drawn from (seed, fold). Where a large group makes it over
+      twice its share, it is the part of the nearest ratio to the share. It is never empty where
+      there are two groups.
 
     Args:
         records: the images, in their order.
@@ -161,7 +162,7 @@ def split_records(records: Sequence[Record], data: Data) -> Split:
         number_of_parts = round(1 / max(data.inner, 1 / len(rest)))
         parts = _stratified(organs[rest], counts, number_of_parts, (data.seed, number))
         held, share = np.bincount(parts, counts), data.inner * counts.sum()
-        inner = 0 if held[0] <= 2 * share else np.argmin(np.abs(held - share))
+        inner = 0 if held[0] <= 2 * share else np.argmin(np.abs(np.log(held) - np.log(share)))
         kind_of |= {groups[k]: INNER for k, part in zip(rest, parts) if part == inner}
     kinds = np.array([kind_of[record.group] for record in records])
     kinds[sorted(set(others) - set(used))] = UNUSED

@@ -24,7 +24,7 @@ from nucsam import __version__
 from nucsam.config import SETTINGS, Config
 from nucsam.errors import UserError, check_packages
 from nucsam.export import graph
-from nucsam.files import atomic
+from nucsam.files import atomic, folder_name
 from nucsam.model.bases import BASES
 from nucsam.model.network import Nucsam
 from nucsam.model.weights import Base
@@ -248,7 +248,7 @@ def _write(
 
 def _portable(metadata: dict[str, Any], config: Config) -> dict[str, Any]:
     """An adapter's metadata without the paths of this machine."""
-    root, test = (d and Path(d).resolve().name for d in (config.data.root, config.data.test))
+    root, test = (d and folder_name(d) for d in (config.data.root, config.data.test))
     data = replace(config.data, root=root, test=test)
     model = replace(config.model, weights=portable_name(config.model.weights))
     return metadata | {

@@ -1,10 +1,9 @@
 """The methods section of a report: what the runs of a cross-validation did, with citations."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from nucsam.files import printable
+from nucsam.files import folder_name, printable
 from nucsam.folds.jobs import Job
 from nucsam.model.bases import BASES
 from nucsam.model.instances import CONFIDENCE_POWER, FOREGROUND_POWER
@@ -59,7 +58,7 @@ def methods_section(jobs: Sequence[Job], *, nuinsseg: bool) -> str:
         c=config,
         label=jobs[0].variant,
         nuinsseg=nuinsseg,
-        folder=Path(config.data.root).resolve().name,
+        folder=folder_name(config.data.root),
         base=portable_name(environments[0].get("base", config.model.weights)),
         encoder=BASES[config.model.encoder].name,
         pattern=config.model.pattern or BASES[config.model.encoder].pattern,

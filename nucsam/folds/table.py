@@ -4,10 +4,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from nucsam.files import to_csv
+from nucsam.files import folder_name, to_csv
 from nucsam.folds.jobs import Job
 from nucsam.folds.methods import render
 from nucsam.folds.published import CAVEATS, PUBLISHED, is_nuinsseg
@@ -44,7 +43,7 @@ def cross_validation(jobs: Sequence[Job], name: str) -> dict[str, Any]:
     comparable = is_nuinsseg(images, organs)
     return {
         "name": name,
-        "data": Path(jobs[0].config.data.root).resolve().name,
+        "data": folder_name(jobs[0].config.data.root),
         "variants": variants,
         "published": [list(row) for row in PUBLISHED] if comparable else [],
         "caveats": list(CAVEATS) if comparable else [],

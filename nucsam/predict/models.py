@@ -38,8 +38,8 @@ def load(
     On a GPU it runs in the precision of its training, or in fp16 where that is bf16 and the GPU is
     older than Ampere; on a CPU in bf16 if that is fast and was used in training, else in fp32. An
     ONNX file runs in fp32, by onnxruntime, and needs no torch. It gives the same nuclei as fp32 if
-    `data.scale` is a multiple of 1/16; otherwise, or for another magnification than the training's,
-    nearly the same, because tiles are resized differently.
+    32 / `data.scale` is a whole number; otherwise, or for another magnification than the
+    training's, nearly the same, because tiles are resized differently.
 
     Batch: tiles of one size go through the model together. A larger batch changes no result beyond
     rounding; it is faster on a GPU, rarely on a CPU.

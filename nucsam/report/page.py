@@ -15,7 +15,7 @@ from typing import Any
 from nucsam.config import Config, differences
 from nucsam.data.draw import overlay, write_png
 from nucsam.errors import UserError, check_packages
-from nucsam.files import make_folder, printable, write_text
+from nucsam.files import folder_name, make_folder, printable, write_text
 from nucsam.report import facts
 from nucsam.report.charts import Chart, grid_chart, run_charts, svg, write_chart
 from nucsam.report.gallery import SHAPES, make_gallery, picks, scaled
@@ -109,7 +109,7 @@ def _contents(
     rows = _rows(runs)
     places = {picture["row"]["name"]: picture["id"] for picture in pictures}
     return {
-        "title": folder.resolve().name,
+        "title": folder_name(folder),
         "cross": all_runs[0].folder != folder,
         "best": facts.summary(runs),
         "runs": runs,
@@ -136,7 +136,7 @@ def without_folders(text: str, places: Iterable[Path] = ()) -> str:
     for folder in sorted({str(path.absolute().parent) for path in places}, key=len, reverse=True):
         text = re.sub(re.escape(folder.rstrip("/\\") + os.sep) + f"{inner}*", "", text)
     # a backslash alone begins no path, for patterns are full of them
-    return re.sub(rf"(?<![\w.:/-])(~?/|[A-Za-z]:[/\\]+){inner}+", "", text)
+    return re.sub(rf"(?<![\w.:/-])(/|~[/\\]+|[A-Za-z]:[/\\]+){inner}+", "", text)
 
 
 def _render(private: Sequence[Path], **values: Any) -> str:

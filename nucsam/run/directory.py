@@ -96,15 +96,16 @@ class RunDirectory:
 
         Raises:
             UserError: the directory holds files and `resume` is off; or it holds a run of another
-                configuration, or a finished one without its state.
+                configuration, or a trained one without its state.
         """
         if resume and self.exists():
             before = load_config(self.config_file)
             longer = config.train.epochs > before.train.epochs
             more = ["train.epochs", "train.presentations"] if longer else []
-            if self.is_finished(before) and not self.state_file.is_file():
-                found = f"found none beside the finished run {self.path}"
-                raise UserError(f"{self.state_file}: {found}; give another out for a new run")
+            if not self.state_file.is_file() and self.is_trained(before):
+                found = f"found none, but {self.path} is trained"
+                advice = f"nucsam evaluate {self.path} scores it, another out starts a new run"
+                raise UserError(f"{self.state_file}: {found}; {advice}")
             if changed := conflicts(before, config, *more):
                 found = f"another configuration: {'; '.join(changed.values())} (found -> wanted)"
                 advice = "Give the run's own settings, or another out for a new run"
@@ -117,15 +118,16 @@ class RunDirectory:
             raise UserError(f"{self.path}: found files, expected a new or empty folder; {advice}")
 
     def prepare(
-        self, config: Config, images: Mapping[str, Mapping[str, str]], *, anew: bool = False
+        self, config: Config, images: Mapping[str, Mapping[str, str]], *, fresh: bool = False
     ) -> None:
         """Clear the directory of partial files, and write the inventory and the configuration.
 
-        The files of a process that still runs stay. With `anew`, for a run that starts from its
-        first step, what an earlier start has left goes.
+        The files of a process that still runs stay. With `fresh`, for a run that has not begun, it
+        also removes the results of an earlier start.
         """
-        if anew:
-            for file in (self.adapter_file, self.metrics_file, self.scores_file):
+        if fresh:
+            results = (self.adapter_file, self.metrics_file, self.scores_file, self.report_file)
+            for file in results:
                 file.unlink(missing_ok=True)
         for folder in (self.path, self.state_file.parent):
             for partial in stale_partials(folder):

@@ -224,7 +224,7 @@ def scores_sentence(scores: dict[str, Any]) -> str:
 
 
 def scoring_accelerator(metadata: dict[str, Any]) -> Accelerator:
-    """An accelerator in the precision of a run's training, as `autocast_dtype` says."""
+    """An accelerator in the precision of a run's training, if the device computes it fast."""
     dtype = autocast_dtype(metadata.get("precision"), find_device("auto"))
     return make_accelerator(PRECISIONS[dtype])
 

@@ -211,12 +211,12 @@ class Training:
         accelerator.wait_for_everyone()  # a slower one would take the new files for an older run's
         if accelerator.is_main_process:
             epochs = self.config.train.epochs
-            anew = not self.progress.step and not self.progress.history
-            if not anew and (before := self.run.read_config().train.epochs) != epochs:
+            fresh = not self.progress.step and not self.progress.history
+            if not fresh and (before := self.run.read_config().train.epochs) != epochs:
                 rate = "the rate follows the new schedule from here on"
                 result = f"so the result is not that of {epochs} epochs in one run"
                 print_warning(f"train.epochs: {before} -> {epochs}; {rate}, {result}")
-            self.run.prepare(self.config, self.images, anew=anew)
+            self.run.prepare(self.config, self.images, fresh=fresh)
             if self.progress.history:
                 self.run.write_metrics(self.progress.history)  # they may be lost or damaged
             if random_base:
