@@ -9,7 +9,7 @@ environment() {
     echo "$python: found $("$python" --version 2>&1), expected Python 3.11 or newer; set PYTHON to one" >&2
     exit 2
   }
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  [ -x .venv/bin/pip ] || "$python" -m venv .venv # pip comes last
   if [ ! "$stamp" -nt setup.cfg ]; then
     echo "installing nucsam$extra into .venv (once; PyTorch is a large download)"
     {

@@ -73,8 +73,11 @@ esac
 
 srun "${step[@]}" bash -c "$task" "$command" "$@" &
 srun=$! stopped=
+# Of an array this element alone: the job ID of one element is that of the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 # Each task saves and ends. A signal to srun would kill them at once instead.
-trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM INT
+trap 'stopped=1; scancel --signal=TERM "$job"' TERM INT
 status=0
 wait "$srun" || status=$?
 while kill -0 "$srun" 2>/dev/null; do # the signal ended the wait, but not srun
@@ -82,6 +85,6 @@ while kill -0 "$srun" 2>/dev/null; do # the signal ended the wait, but not srun
   wait "$srun" || status=$?
 done
 if [ "$stopped" ] && [ "$status" -ne 0 ]; then
-  scontrol requeue "$SLURM_JOB_ID" || echo "not requeued; submit the same line again to resume" >&2
+  scontrol requeue "$job" || echo "not requeued; submit the same line again to resume" >&2
 fi
 exit "$status"

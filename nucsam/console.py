@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from nucsam.files import printable
@@ -19,6 +20,13 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's, but a table has 80 columns at least: a terminal wraps it and hides nothing."""
+        if self.width < 80 and any(isinstance(thing, Table) for thing in objects):
+            PlainConsole(width=80, file=self.file).print(*objects, **options)
+        else:
+            super().print(*objects, **options)
 
     def say(self, text: str, style: str = "") -> None:
         """Print a text whose lines end only where the text says so."""

@@ -57,6 +57,8 @@ def test_charts_of_one_run():
     }
     drawn = charts.svg(charts.run_charts([run])["validation"], "v")
     assert ">kept<" in drawn
+    run.scores["epoch"] = 0  # training has made the model worse
+    assert ">kept<" in charts.svg(charts.run_charts([run])["validation"], "v")
     unscored = record([], epochs[:1])
     assert list(charts.run_charts([unscored])) == ["validation"]
     assert charts.run_charts([record()]) == {}

@@ -23,6 +23,19 @@ def test_a_name_is_shown_and_never_obeyed():
     assert printable(f"{name}\n\t\udcffé") == f"{shown}\n\t\\udcffé"
 
 
+def test_a_table_keeps_its_columns_in_a_narrow_terminal():
+    tables = []
+    for width in (30, 80):
+        console = PlainConsole(file=io.StringIO(), width=width)
+        table = Table()
+        for heading in ("name of a row", *(f"column {k}" for k in range(6))):
+            table.add_column(heading)
+        table.add_row("mean", *["12.34"] * 6)
+        console.print(table)
+        tables.append(console.file.getvalue())
+    assert tables[0] == tables[1] and tables[0].count("12.34") == 6
+
+
 @pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\t=1"])
 def test_no_name_is_a_formula(name):
     assert csv_text(name) == f"'{name}"

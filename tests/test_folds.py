@@ -499,13 +499,17 @@ def test_slurm_predicts_with_the_tasks_of_an_array(cluster):
     assert tasks == [f"{command} {rank}" for rank in ranks]
 
 
-def test_slurm_signals_the_tasks_and_requeues(cluster):
-    process = cluster("folds", "--out", "runs", HANG="1")
+@pytest.mark.parametrize(
+    "array, job",
+    [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "7_3")],
+)
+def test_slurm_signals_the_tasks_and_requeues(cluster, array, job):
+    process = cluster("folds", "--out", "runs", HANG="1", **array)
     wait_for("ready0")
     wait_for("ready1")
     process.terminate()
     assert process.wait(20) == 143
-    assert calls().endswith("scancel --signal=TERM 7\nscontrol requeue 7\n")
+    assert calls().endswith(f"scancel --signal=TERM {job}\nscontrol requeue {job}\n")
 
 
 @pytest.mark.parametrize("refused, done, raises", [("01", "", True), ("0", "", False),

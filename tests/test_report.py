@@ -22,6 +22,7 @@ pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
 from nucsam.cli import run_command
 from nucsam.config import load_config, to_toml
 from nucsam.data import find_records
+from nucsam.errors import UserError
 from nucsam.report import facts, gallery
 from nucsam.report.page import finish, without_folders, write_report
 from nucsam.score.metrics import protocol_named, score_maps
@@ -107,9 +108,13 @@ def test_layers_leave_out_what_is_not_scored():
 )
 def test_picks(n, expected):
     order = np.random.default_rng(0).permutation(n)
-    picked = gallery.picks([{"name": f"{k:02}", "aji": k // 2} for k in order])
+    rows = [{"name": f"{k:02}", "aji": k // 2, "n_truth": 1, "n_pred": 1} for k in order]
+    picked = gallery.picks(rows)
     assert {rank: kind for kind, rank, _ in picked} == expected
     assert [row["name"] for *_, row in picked] == [f"{rank - 1:02}" for rank in expected]
+    blank = {"name": "", "aji": 0, "n_truth": 0, "n_pred": 0}
+    assert gallery.picks([blank, *rows]) == (picked if n else [("worst", 1, blank)])
+    assert gallery.picks([blank, *rows], every=True)[-1][2] is blank
 
 
 def test_a_picture_is_predicted_at_the_magnification_of_its_image(tmp_path):
@@ -395,6 +400,8 @@ def test_the_worst_organ_differs_by_more_than_chance():
     worse = alike + [image_of("fat", aji) for aji in (0.3, 0.35, 0.4, 0.3)]
     (text,) = texts(facts._worst_organ, worse)
     assert text.startswith("The worst organ is fat with a mean AJI of 33.8 (4 images); ")
+    blank = [row | {"organ": "blank", "aji": 0.0, "n_truth": 0, "n_pred": 0} for row in alike[:4]]
+    assert texts(facts._worst_organ, alike + blank) == []
     few = [image_of("fat", 0.1), image_of("fat", 0.1), image_of("liver", 0.9)]
     assert texts(facts._worst_organ, few) == []
 
@@ -436,7 +443,11 @@ def test_moved_images(one, folder, tmp_path, no_charts):
     other = shutil.copytree(folder, tmp_path / "other")
     for path in [p for p in other.rglob("*") if p.is_file()]:
         path.rename(path.with_stem("x" + path.stem))
-    assert "no pictures: other: " in written(one, root=str(other)).text
+    before = (one / "report.html").read_text()
+    for asked in ({"root": str(other)}, {"every_image": True}):
+        with pytest.raises(UserError, match=f"If the images have moved, run nucsam report {one}"):
+            write_report(one, **asked)
+        assert (one / "report.html").read_text() == before
 
 
 def test_weights_that_are_not_those_scored_are_marked(one, no_charts):

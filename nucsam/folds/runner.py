@@ -181,8 +181,10 @@ def cross_validate(
     console = board.console
     if len(methods) == 1:
         console.print(Markdown(methods[0]))
+    # rich cuts a long word in a table off, such as the name of a variant
+    wide = max(console.width, 60 + max(len(job.variant) for job in jobs))
     for section in reversed(sections):
-        console.print(Markdown(printable(section)))
+        PlainConsole(width=wide, file=console.file).print(Markdown(printable(section)))
     failed = [job for job in jobs if job not in board.done]
     for job in failed:
         console.say(f"not done: {job.name}, see {job.log}", "red")

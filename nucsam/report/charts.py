@@ -93,7 +93,7 @@ def training_charts(runs: Sequence[RunRecord]) -> dict[str, Chart]:
         return {}
     first = runs[0]
     validation = f"{first.config.data.select} split"
-    mark = 0
+    mark = None
     if len(runs) == 1:
         terms = ["loss", *sorted(key for key in first.epochs[-1] if key.startswith("loss_"))]
         # "loss" is the total, "loss_cross_entropy" is labelled "cross entropy".
@@ -180,7 +180,7 @@ def _axes(width: float, height: float, title: str, y: str = "") -> tuple["Figure
 
 @_style()
 def curves(
-    series: Mapping[str, Points], title: str, y: str, form: str, mark: int = 0
+    series: Mapping[str, Points], title: str, y: str, form: str, mark: int | None = None
 ) -> Chart | None:
     """Lines by epoch, or None without a point.
 
@@ -189,7 +189,7 @@ def curves(
         title: of the chart.
         y: label of the vertical axis.
         form: format of values in the chart's text.
-        mark: epoch whose weights are kept; 0 = none.
+        mark: epoch whose weights are kept.
     """
     series = {label: points for label, points in series.items() if points[0]}
     if not series:
@@ -203,7 +203,7 @@ def curves(
     last = max(max(epochs) for epochs, _ in series.values())
     axes.set_xlim(0, last + max(1, 0.05 * last))  # one epoch needs an axis too
     axes.locator_params(axis="x", integer=True)
-    if mark:
+    if mark is not None:
         axes.axvline(mark, color=COLOURS["ink"], linewidth=0.8, linestyle=":")
         late = mark > np.mean(axes.get_xlim())
         inside = {"xycoords": ("data", "axes fraction"), "ha": "right" if late else "left"}

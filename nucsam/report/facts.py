@@ -97,6 +97,7 @@ def findings(runs: Sequence[RunRecord], places: dict[str, str]) -> list[Finding]
     if rows:
         for describe in (_worst_organ, _matches, _touching):
             sentences += describe(rows)
+        rows = told_apart(rows)
         worst = min(rows, key=lambda row: row["aji"])
         middle = median(row["aji"] for row in rows)
         if worst["aji"] < middle - POINT:
@@ -106,6 +107,16 @@ def findings(runs: Sequence[RunRecord], places: dict[str, str]) -> list[Finding]
             )
             sentences.append(Finding(text, places.get(worst["name"], "images")))
     return sentences
+
+
+def is_blank(row: Row) -> bool:
+    """Whether neither map of an image has a nucleus: then its scores are those of the protocol."""
+    return not row["n_truth"] and not row["n_pred"]
+
+
+def told_apart(rows: Sequence[Row]) -> list[Row]:
+    """The images that scores can tell apart, which are not blank; all, if all are blank."""
+    return [row for row in rows if not is_blank(row)] or list(rows)
 
 
 def _share(count: int, total: int) -> str:
@@ -124,6 +135,7 @@ def _worst_organ(rows: list[Row]) -> Iterator[Finding]:
     The deviation of an image is that within organs, pooled. The worst of k organs must lie beyond
     the 1 - 0.025 / k quantile of the normal distribution (Bonferroni), in standard errors.
     """
+    rows = told_apart(rows)
     values = {organ: [row["aji"] for row in group] for organ, group in by_organ(rows).items()}
     freedom = len(rows) - len(values)
     if len(values) == 1 or freedom < FEWEST:

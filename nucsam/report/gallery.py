@@ -19,6 +19,7 @@ from nucsam.data.splits import find_split
 from nucsam.errors import UserError
 from nucsam.predict.models import load
 from nucsam.predict.predictor import Predictor
+from nucsam.report.facts import is_blank, told_apart
 from nucsam.run.directory import RunRecord
 from nucsam.score.metrics import OUTCOMES, Protocol, score_maps
 
@@ -43,13 +44,14 @@ def picks(
 
     Returns:
         (kind, rank, row) by rank; rank 1 has the lowest AJI. Two images have no median, and a
-        single image is the worst.
+        single image is the worst. Images without a nucleus in either map come last.
     """
-    ranked = sorted(rows, key=lambda row: (row["aji"], row["name"]))
+    ranked = sorted(rows, key=lambda row: (is_blank(row), row["aji"], row["name"]))
     if not ranked:
         return []
-    size = 2 if len(ranked) >= 9 else 1
-    firsts = {"median": (len(ranked) - size) // 2, "best": len(ranked) - size, "worst": 0}
+    count = len(told_apart(ranked))
+    size = 2 if count >= 9 else 1
+    firsts = {"median": (count - size) // 2, "best": count - size, "worst": 0}
     kinds = {first + k: kind for kind, first in firsts.items() for k in range(size)}
     shown = range(len(ranked)) if every else sorted(kinds)
     return [(kinds.get(index, ""), index + 1, ranked[index]) for index in shown]

@@ -45,7 +45,8 @@ def write_report(
         The paths written, the page first.
 
     Raises:
-        UserError: a package is missing, `folder` holds no run, or a file of a run is damaged.
+        UserError: a package is missing, `folder` holds no run, or a file of a run is damaged; with
+            `root` or `every_image` also where there can be no gallery.
     """
     check_packages("report", "matplotlib")
     all_runs = read_runs(folder)
@@ -59,6 +60,8 @@ def write_report(
         pictures = make_gallery(picks(_rows(runs), every_image), runs, root)
     except (UserError, OSError) as error:
         no_pictures = f"{error}. If the images have moved, run nucsam report {folder} --data FOLDER"
+        if root or every_image:  # who asks for pictures may have a page that shows some
+            raise UserError(no_pictures) from error
     words = [Path(word) for run in runs for word in run.environment.get("command", [])]
     commands = filter(Path.is_absolute, words)
     text = _render(
