@@ -450,6 +450,13 @@ def test_moved_images(one, folder, tmp_path, no_charts):
         assert (one / "report.html").read_text() == before
 
 
+def test_images_without_a_nucleus_are_counted(one, no_charts):
+    scores = json.loads((one / "scores.json").read_text())
+    scores["scores"][0]["images"][0] |= {"n_truth": 0, "n_pred": 0}
+    (one / "scores.json").write_text(json.dumps(scores))
+    assert "In 1 of 4 images neither map has a nucleus." in written(one).text
+
+
 def test_weights_that_are_not_those_scored_are_marked(one, no_charts):
     text = (one / "scores.json").read_text()
     (one / "scores.json").write_text(re.sub(r'"aji": 0\.\d+', '"aji": 0.87654', text))
