@@ -96,7 +96,8 @@ def _objects(
     else:
         row = ids.astype(np.intp)
         known = np.arange(row.max(initial=0) + 1)
-    area = np.bincount(row, length, len(known)).astype(np.int64)
+    area = np.zeros(len(known), np.int64)
+    np.add.at(area, row, length)
     real = area >= min_area
     real[0] = False
     return known[real], area[real], np.where(real, np.cumsum(real) - 1, -1)[row]
