@@ -148,10 +148,10 @@ def ours(base: Base, samples: Samples, config: Config, device: torch.device) -> 
     def loss(maps: Tensor, labels: Tensor, counted: Tensor, n: int) -> dict[str, Tensor]:
         return net.loss(maps, labels, counted, n, config.loss)
 
-    def make_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    def make_targets(labels: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
         labels = labels.to(device).long()
         classes = targets.classes(labels)
-        return classes, targets.depth(labels, classes, int(labels.max()))
+        return classes, targets.depth(labels, classes, int(labels.max()), counted)
 
     data = Crops(samples, window=window(d.crop, config.augment), seed=0)
     averaged = [tensor.detach() for tensor in net.trainable().values()] if t.ema else ()
@@ -193,8 +193,9 @@ def plain(
             "distance": w.distance * distance,
         }
 
-    def loop_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
-        classes, depths = zip(*map(plain_targets, labels.numpy()))
+    def loop_targets(labels: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        counted = torch.ones_like(labels) if counted is None else counted.cpu()
+        classes, depths = zip(*map(plain_targets, labels.numpy(), counted.numpy() > 0))
         return torch.from_numpy(np.stack(classes)), torch.from_numpy(np.stack(depths))
 
     data, move = PlainCrops(samples, config), mover(device, "image", "counted", "classes", "depth")
@@ -274,7 +275,7 @@ class PlainCrops(Crops):
             image = image + rng.normal(0, a.noise_sigma * rng.random(), image.shape)
         image = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
         image = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
-        classes, depth = plain_targets(label)
+        classes, depth = plain_targets(label, counted > 0)
         arrays = {
             "image": image.transpose(2, 0, 1),
             "counted": counted > 0,
@@ -284,7 +285,7 @@ class PlainCrops(Crops):
         return {n: torch.from_numpy(np.array(array, order="C")) for n, array in arrays.items()}
 
 
-def plain_targets(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def plain_targets(label: np.ndarray, counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The maps of `nucsam.model.targets` for one label map, nucleus by nucleus."""
     classes = (label > 0).astype(np.uint8)
     classes[find_boundaries(label, connectivity=2, mode="inner")] = targets.BOUNDARY
@@ -295,7 +296,7 @@ def plain_targets(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mask = label[box] == number
         deep = distance_transform_edt(mask & (classes[box] == targets.INSIDE))[mask]
         deep = 1 + np.minimum(deep, targets.REACH)
-        depth[box][mask] = deep / deep.max()
+        depth[box][mask] = deep / deep[counted[box][mask]].max(initial=1)
     return classes, depth
 
 
@@ -364,7 +365,9 @@ def report(base: Base, samples: Samples, config: Config, device: torch.device) -
 
     data, move = ReportCrops(samples, config), mover(device, "image", "mask")
     encoder = ReportEncoder(sam).to(device)
-    return Way(encoder, head.to(device), data, move, as_loaded, loss, lambda labels: (labels > 0,))
+    return Way(
+        encoder, head.to(device), data, move, as_loaded, loss, lambda labels, _=None: (labels > 0,)
+    )
 
 
 # ---- steps and their cost ----
@@ -556,9 +559,9 @@ def check(run: Bench, nucsam: Way, peer: Way, images: Tensor, labels: Tensor) ->
     run.dtype, torch.backends.cudnn.allow_tf32 = torch.float32, False
     features = [run.encode(way, images) for way in (nucsam, peer)]
     run.dtype, torch.backends.cudnn.allow_tf32 = dtype, tf32
-    vectorised, looped = (way.targets(labels) for way in (nucsam, peer))
     maps = torch.randn(len(labels), nucsam.head.channels, run.crop, run.crop).to(run.device)
     counted = (torch.rand(labels.shape) < 0.9).to(run.device)
+    vectorised, looped = (way.targets(labels, counted) for way in (nucsam, peer))
     labels, *truth = (t.to(run.device) for t in (labels.long(), *looped))
     terms = nucsam.loss(maps, labels, counted, int(labels.max())), peer.loss(maps, *truth, counted)
 

@@ -132,9 +132,11 @@ def test_the_plain_way_has_the_targets_of_nucsam():
     labels = instances.scene(96, 12)
     batch = torch.from_numpy(labels)[None].long()
     classes = targets.classes(batch)
-    plain_classes, plain_depth = train_step.plain_targets(labels)
+    counted = np.random.default_rng(0).random(labels.shape) < 0.9
+    plain_classes, plain_depth = train_step.plain_targets(labels, counted)
     assert np.array_equal(plain_classes, classes[0])
-    depth = targets.depth(batch, classes, int(labels.max()))[0]
+    counted = torch.from_numpy(counted)[None]
+    depth = targets.depth(batch, classes, int(labels.max()), counted)[0]
     assert np.allclose(plain_depth, depth, atol=1e-4)
 
 
