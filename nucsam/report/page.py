@@ -117,6 +117,7 @@ def _contents(
         "best": facts.summary(runs),
         "runs": runs,
         "all_runs": all_runs,
+        "blank": [row for row in rows if facts.is_blank(row)],
         "findings": facts.findings(runs, places),
         "organs": facts.organ_table(rows),
         "rows": rows,
