@@ -215,6 +215,10 @@ class Unet(nn.Module):
             return instances.from_foreground(foreground, config)
         return instances.from_foreground(foreground, config, maps[1], sigma=SIGMA, reach=REACH)
 
+    def fold(self) -> "Unet":
+        """For prediction only: nothing is merged or folded."""
+        return self.requires_grad_(False)
+
     def trainable(self) -> dict[str, Tensor]:
         """All that training changes, by name: the parameters, and the statistics of BatchNorms.
 

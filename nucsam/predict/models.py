@@ -12,7 +12,7 @@ from nucsam.model.bases import BASES
 from nucsam.names import STARTER, STARTER_FILE, default_cache, find_model, hub_models
 from nucsam.predict.onnx import open_graph
 from nucsam.predict.predictor import Predictor, check_ratio
-from nucsam.predict.tiles import usual_tiles
+from nucsam.predict.tiles import usual_batch, usual_tiles
 from nucsam.run.learning import advice
 from nucsam.run.metadata import known_certainty
 
@@ -86,7 +86,7 @@ def load(
     make, config, metadata, on_cpu = open_file(path, device, per_device, adapt)
     tile, overlap = usual_tiles(config.data.crop, tile, overlap)
     if batch is None:
-        batch = 1 if on_cpu else config.train.batch
+        batch = usual_batch(config.train.batch, on_cpu=on_cpu)
     sizes = {"tile": tile, "overlap": overlap, "batch": batch}
     _check_numbers(scale, **sizes)
     ratio = config.data.scale / scale if scale else None

@@ -55,6 +55,14 @@ def usual_tiles(crop: int, tile: int | None = None, overlap: int | None = None) 
     return tile, tile // SHARE if overlap is None else overlap
 
 
+def usual_batch(trained: int, *, on_cpu: bool) -> int:
+    """Tiles that go through the model together: as many as in training, on a CPU 1.
+
+    As in `usual_tiles`, scoring takes as many: another number rounds otherwise.
+    """
+    return 1 if on_cpu else trained
+
+
 def windows(size: tuple[int, int], core: int, margin: int) -> list[Window]:
     """The windows of an image, in strips of `STRIP` columns.
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from nucsam.errors import UserError
 from nucsam.model.network import build_model
 from nucsam.predict.devices import PRECISIONS, autocast_dtype, find_device, make_accelerator
 from nucsam.predict.pytorch import TorchPredictor
-from nucsam.predict.tiles import usual_tiles
+from nucsam.predict.tiles import usual_batch, usual_tiles
 from nucsam.run.checkpoint import open_run
 from nucsam.run.directory import RunDirectory
 from nucsam.run.metadata import known_certainty
@@ -65,8 +66,6 @@ def score_images(
     share = np.array_split(indices, accelerator.num_processes)[accelerator.process_index].tolist()
     vague = any(samples.records[i].vague for i in indices)
     protocols = protocols_for(**rules, vague=vague)
-    was_training = net.training
-    net.eval()
     rows = []
     predictor = scoring_predictor(net, config, mpp=mpp, certainty=certainty, tta=tta)
     images = (samples[i].image for i in share)
@@ -81,7 +80,6 @@ def score_images(
         if overlays is not None:
             picture = overlay(sample.image, sample.label, nuclei.label)
             write_png(overlays / f"{record.name}.png", picture)
-    net.train(was_training)
     rows = gather_object(rows)  # process by process, so in the order of the images
     return [scored(rows[k :: len(protocols)], protocol) for k, protocol in enumerate(protocols)]
 
@@ -237,17 +235,26 @@ def scoring_predictor(
     certainty: float = 0.0,
     tta: bool = False,
 ) -> TorchPredictor:
-    """The predictor that scores a run, in the tiles of `nucsam predict`. Args as in `Predictor`."""
+    """The predictor that scores a run as `nucsam predict` works: in its tiles, weights folded.
+
+    The other arguments are those of `Predictor`.
+
+    Args:
+        net: the model, on the accelerator's device. It stays as it is; a copy is folded.
+        config: its configuration.
+    """
     tile, overlap = usual_tiles(config.data.crop)
+    folded = deepcopy(net).eval().fold()
+    on_cpu = next(folded.parameters()).device.type == "cpu"
     return TorchPredictor(
-        net,
+        folded,
         scale=config.data.scale,
         instances=config.instances,
         mpp=mpp,
         nucleus_area=config.data.nucleus_area,
         tile=tile,
         overlap=overlap,
-        batch=config.train.batch,
+        batch=usual_batch(config.train.batch, on_cpu=on_cpu),
         certainty=certainty,
         tta=tta,
     )

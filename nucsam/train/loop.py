@@ -197,7 +197,6 @@ def validate(training: Training) -> dict[str, float | None]:
     put_weights(training.net, training.average or current, training.run.path)
     scored = training.score_samples(training.select)
     put_weights(training.net, current, training.run.path)
-    training.net.train()
     return headline(scored) | {"certainty": usual_certainty(scored)}
 
 
