@@ -427,6 +427,8 @@ def inspect_command(
     from nucsam.console import PlainConsole
     from nucsam.data.summary import draw_examples, inspect_folder, summary_table
 
+    if sheet and sheet.suffix.lower() != ".png":
+        raise UserError(f"sheet: found {sheet}, expected a name that ends in .png")
     summary, examples = inspect_folder(
         data, layout=layout, group=group, connected=connected, region_class=region_class
     )

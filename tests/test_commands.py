@@ -251,6 +251,9 @@ def test_inspect_counts_and_draws(folder, tmp_path, capsys):
     assert total["organ"] == "all" and total["images"] == 12
     drawn = np.asarray(Image.open(sheet))
     assert (drawn == (0, 200, 80)).all(-1).any()  # the contours of nuclei
+    assert run_command(["inspect", str(folder), "--sheet", str(tmp_path / "sheet.jpg")]) == 2
+    assert "sheet.jpg, expected a name that ends in .png" in capsys.readouterr().err
+    assert not (tmp_path / "sheet.jpg").exists()
 
 
 def test_inspect_names_every_bad_file_and_fails(folder, tmp_path, capsys):

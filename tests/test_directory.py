@@ -28,12 +28,16 @@ def write_run(path, settings: Config, epochs: int = 0, scores: dict | None = Non
 
 def test_what_is_written_is_read(tmp_path):
     run = write_run(tmp_path / "run", config(), 5, SCORES)
-    run.write_environment({"device": "CPU"})
+    facts = {"nucsam": "1", "python": "3", "platform": "x", "device": "CPU", "precision": "no"}
+    facts |= {"base": "x", "base_sha256": "0", "processes": 1, "parameters": 2}
+    facts |= {"parameters_trainable": 1, "packages": {}, "images": {"train": 1}, "command": ["x"]}
+    run.write_environment(facts)
     assert run.read_config() == config()
     assert run.read_metrics()[:2] == [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 0.5}]
-    assert run.read_environment() == {"device": "CPU"}
+    assert run.read_environment() == facts
     assert run.read_scores(config()) == SCORES
     record = RunRecord.read(run.path)
+    assert record.environment == facts
     assert record.rows == [{**SCORES["scores"][0]["images"][0], "fold": 0, "run": record}]
 
 

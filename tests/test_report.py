@@ -24,7 +24,7 @@ from nucsam.config import load_config, to_toml
 from nucsam.data import find_records
 from nucsam.errors import UserError
 from nucsam.report import facts, gallery
-from nucsam.report.page import finish, without_folders, write_report
+from nucsam.report.page import command_line, finish, without_folders, write_report
 from nucsam.score.metrics import protocol_named, score_maps
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -282,6 +282,30 @@ def test_a_path_of_windows_goes_too():
     escaped = r"C:\\Users\\ann\\a.png"
     for path in (r"C:\Users\ann\a.png", escaped, "C:/Users/ann/a.png", r"~\ann\a.png"):
         assert without_folders(f"base {path}, kept") == "base a.png, kept"
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["/opt/Anna M/bin/nucsam", "train", "data.group=^(.*)_1$"], None),
+        (["/opt/nucsam/nucsam/train/__main__.py", "a b"], "python -m nucsam.train 'a b'"),
+        (["C:\\lib\\nucsam\\__main__.py", "train"], "python -m nucsam train"),
+        (["/opt/other/__main__.py"], "__main__.py"),
+    ],
+)
+def test_the_command_is_that_of_a_shell(words, line):
+    assert command_line(words) == (line or "nucsam train 'data.group=^(.*)_1$'")
+
+
+def test_an_environment_without_what_the_page_needs_is_named(one, no_charts):
+    file = one / "environment.json"
+    facts = json.loads(file.read_text())
+    for wrong in ({k: v for k, v in facts.items() if k != "device"}, facts | {"device": 3}):
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=r"environment\.json.* device.*remove it"):
+            write_report(one)
+    file.unlink()
+    assert "How it was made" in written(one).text
 
 
 def test_a_page_names_no_folder_of_this_machine(one, folder, tmp_path, no_charts):

@@ -6,8 +6,9 @@ the extra `report` (matplotlib).
 
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,15 @@ def without_folders(text: str, places: Iterable[Path] = ()) -> str:
     return re.sub(rf"(?<![\w.:/-])(/|~[/\\]+|[A-Za-z]:[/\\]+){inner}+", "", text)
 
 
+def command_line(words: Sequence[str]) -> str:
+    """The words of `sys.argv` as a shell takes them, without the folder of the program."""
+    *folders, program = re.split(r"[/\\]", words[0])
+    if program == "__main__.py" and "nucsam" in folders:  # python -m nucsam, or of its packages
+        above = takewhile(lambda name: name != "nucsam", reversed(folders))
+        program = f"python -m {'.'.join(['nucsam', *reversed([*above])])}"
+    return " ".join([program, *map(shlex.quote, words[1:])])
+
+
 def _render(private: Sequence[Path], **values: Any) -> str:
     """The page, without the folders of `private` and of other absolute paths."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -155,6 +165,7 @@ def _render(private: Sequence[Path], **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
+    environment.filters["command_line"] = command_line
     environment.filters["local"] = lambda text: without_folders(str(text), private)
     shapes = {name: scaled(shape, SWATCH) for name, shape in SHAPES.items()}
     template = environment.get_template("report.html")

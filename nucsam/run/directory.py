@@ -24,7 +24,7 @@ from nucsam.files import (
     to_json,
     write_text,
 )
-from nucsam.run.metadata import EPOCH, IMAGES, SCORES
+from nucsam.run.metadata import ENVIRONMENT, EPOCH, IMAGES, SCORES
 
 
 class RunDirectory:
@@ -172,14 +172,17 @@ class RunDirectory:
     def write_environment(self, facts: dict[str, Any]) -> None:
         write_text(self.environment_file, json.dumps(facts, indent=2) + "\n")
 
-    def read_environment(self) -> dict[str, Any]:
+    def read_environment(self, form: Any = dict) -> dict[str, Any]:
         """The facts of `write_environment`; empty where the run has not written them yet.
 
+        Args:
+            form: as in `check_form`.
+
         Raises:
-            UserError: the file is damaged.
+            UserError: the file is damaged, or of another form.
         """
         try:
-            return _read_document(self.environment_file, dict) or {}
+            return _read_document(self.environment_file, form) or {}
         except UserError as error:
             raise UserError(f"{error}; remove it, and resuming the run writes it again") from None
 
@@ -262,7 +265,7 @@ class RunRecord:
         config = run.read_config()
         scores = run.read_scores(config)
         digests = tuple(sorted(image["sha256"] for image in run.read_images().values()))
-        epochs, environment = run.read_metrics(), run.read_environment()
+        epochs, environment = run.read_metrics(), run.read_environment(ENVIRONMENT)
         return cls(folder, config, epochs, environment, scores, digests=digests)
 
     @property

@@ -36,6 +36,21 @@ SCORES = {
     ],
 }
 EPOCH = {"epoch": COUNT}
+ENVIRONMENT = {
+    "nucsam": TEXT,
+    "python": TEXT,
+    "packages": {str: TEXT},
+    "platform": TEXT,
+    "device": TEXT,
+    "processes": COUNT,
+    "precision": TEXT,
+    "command": [TEXT],
+    "parameters": COUNT,
+    "parameters_trainable": COUNT,
+    "base": TEXT,
+    "base_sha256": TEXT,
+    "images": {str: COUNT},
+}
 IMAGES = {str: {"organ": TEXT, "group": TEXT, "part": TEXT, "sha256": TEXT}}
 
 
