@@ -493,7 +493,7 @@ def open_finished(
     net = build(settings.model, base, seed=settings.train.seed)
     metadata = checkpoint.load_adapter(run.adapter_file, net, base)
     accelerator = scoring_accelerator(metadata)
-    net = accelerator.prepare_model(net.eval(), evaluation_mode=True)  # as training scores it
+    net.to(accelerator.device)
     records, split = splits.find_split(settings.data)
     test = [records[i] for i in split.test or split.inner]
     samples = Samples(test, memory_gib=settings.data.memory)
@@ -504,8 +504,8 @@ def inference_seconds(
     run: RunDirectory, settings: Config, build: Callable[..., nn.Module], *, tta: bool = False
 ) -> float:
     """Median wall time from an image in memory to its label map, one image at a time."""
-    net, samples, *_ = open_finished(run, settings, build)
-    predictor = scoring_predictor(net, settings, tta=tta)
+    net, samples, accelerator, _ = open_finished(run, settings, build)
+    predictor = scoring_predictor(net, settings, accelerator.mixed_precision, tta=tta)
     predictor.predict(samples[0].image)  # warms up
     seconds = []
     for k in range(min(TIMED, len(samples))):

@@ -95,7 +95,7 @@ def scores_of(model: str, records: Sequence[Record], adapt: float | None = None)
     if adapt is not None:
         net.adapt(adapt)
     accelerator = scoring_accelerator(metadata)
-    net = accelerator.prepare_model(net, evaluation_mode=True)
+    net.to(accelerator.device)
     samples = Samples(records, memory_gib=settings.data.memory)
     certainty = known_certainty(settings, metadata)
     every = range(len(records))

@@ -38,6 +38,7 @@ from nucsam.export.merged import export_run
 from nucsam.files import write_text
 from nucsam.predict import images as predict_images
 from nucsam.predict import results, writers
+from nucsam.predict.devices import half_type, make_accelerator
 from nucsam.predict.results import RESULTS
 from nucsam.run import checkpoint
 from nucsam.run.metadata import known_certainty
@@ -216,7 +217,7 @@ def test_a_run_is_scored_as_it_predicts(tiny, tmp_path):
     fit(tiny("train.epochs=1", "data.nucleus_area=300", "model.adapt=0.5"), tmp_path / "run")
     net, config, _, metadata = checkpoint.open_run(tmp_path / "run")
     known = {"mpp": metadata.get("mpp"), "certainty": known_certainty(config, metadata)}
-    scores = scoring_predictor(net, config, **known)
+    scores = scoring_predictor(net, config, "no", **known)
     predicts = nucsam.load(tmp_path / "run", device="cpu")
     document = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert document["tile"] == predicts.tile
@@ -236,7 +237,13 @@ def test_scoring_folds_a_copy(trained):
     net, config = checkpoint.open_run(trained[0])[:2]
     net.train()
     names = list(net.state_dict())
-    scores = scoring_predictor(net, config)
+    prepared = make_accelerator("bf16").prepare_model(net)
+    scores = scoring_predictor(prepared, config, "bf16")
+    x = torch.zeros(1, 3, 64, 64)
+    assert scores.autocast == half_type(x.device)
+    assert scores.model(x, (64, 64)).dtype == torch.float32 == prepared(x, (64, 64)).dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert scores.model(x, (64, 64)).dtype == torch.bfloat16
     assert not any(".lora_" in name for name in scores.model.state_dict())
     assert list(net.state_dict()) == names and net.training and net.trainable()
 

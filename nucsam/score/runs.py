@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import extract_model_from_parallel, gather_object
 from torch import nn
 
 from nucsam.config import SPLIT, Config, compiled
@@ -48,7 +48,7 @@ def score_images(
     The processes share the images; each image is scored once.
 
     Args:
-        net: the model, on the accelerator's device.
+        net: the model, on the accelerator's device, which may have prepared it.
         config: its configuration.
         samples: images with labels.
         indices: of the samples to score.
@@ -67,7 +67,8 @@ def score_images(
     vague = any(samples.records[i].vague for i in indices)
     protocols = protocols_for(**rules, vague=vague)
     rows = []
-    predictor = scoring_predictor(net, config, mpp=mpp, certainty=certainty, tta=tta)
+    known = {"mpp": mpp, "certainty": certainty, "tta": tta}
+    predictor = scoring_predictor(net, config, accelerator.mixed_precision, **known)
     images = (samples[i].image for i in share)
     found = predictor.nuclei_many(images, [samples.mpps[i] for i in share])
     for index, nuclei in zip(share, found):
@@ -141,7 +142,7 @@ def score_run(
         places = [first_group(pattern, r.name) or r.organ for r in samples.records]
         samples.records = [replace(r, organ=place) for r, place in zip(samples.records, places)]
     accelerator = scoring_accelerator(metadata)
-    net = accelerator.prepare_model(net, evaluation_mode=True)  # as training scores it
+    net.to(accelerator.device)
     certainty = 0.0 if untrained else known_certainty(config, metadata)
     rules |= {"mpp": metadata.get("mpp"), "certainty": certainty, "overlays": overlays}
     results = score_images(net, config, samples, split.test or split.inner, accelerator, **rules)
@@ -230,31 +231,35 @@ def scoring_accelerator(metadata: dict[str, Any]) -> Accelerator:
 def scoring_predictor(
     net: nn.Module,
     config: Config,
+    precision: str,
     *,
     mpp: float | None = None,
     certainty: float = 0.0,
     tta: bool = False,
 ) -> TorchPredictor:
-    """The predictor that scores a run as `nucsam predict` works: in its tiles, weights folded.
+    """The predictor that scores a run as `nucsam predict` works: tiles, precision, folded weights.
 
     The other arguments are those of `Predictor`.
 
     Args:
-        net: the model, on the accelerator's device. It stays as it is; a copy is folded.
+        net: the model, as in `score_images`. It stays as it is; a copy is folded.
         config: its configuration.
+        precision: of its training, one of PRECISIONS.
     """
     tile, overlap = usual_tiles(config.data.crop)
-    folded = deepcopy(net).eval().fold()
-    on_cpu = next(folded.parameters()).device.type == "cpu"
+    # Without Accelerate's autocast, for the predictor has one of its own.
+    copy = extract_model_from_parallel(deepcopy(net), keep_fp32_wrapper=False)
+    device = next(copy.parameters()).device
     return TorchPredictor(
-        folded,
+        copy.eval().fold(),
+        autocast=autocast_dtype(precision, device),
         scale=config.data.scale,
         instances=config.instances,
         mpp=mpp,
         nucleus_area=config.data.nucleus_area,
         tile=tile,
         overlap=overlap,
-        batch=usual_batch(config.train.batch, on_cpu=on_cpu),
+        batch=usual_batch(config.train.batch, on_cpu=device.type == "cpu"),
         certainty=certainty,
         tta=tta,
     )
