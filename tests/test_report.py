@@ -297,6 +297,12 @@ def test_the_command_is_that_of_a_shell(words, line):
     assert command_line(words) == (line or "nucsam train 'data.group=^(.*)_1$'")
 
 
+def test_a_page_says_that_training_bettered_nothing(one, no_charts):
+    assert "kept epoch 0" not in written(one).text
+    (one / "scores.json").write_text(json.dumps(read_scores(one) | {"epoch": 0}))
+    assert "This run kept epoch 0: on the inner split no epoch scored better" in written(one).text
+
+
 def test_an_environment_without_what_the_page_needs_is_named(one, no_charts):
     file = one / "environment.json"
     facts = json.loads(file.read_text())

@@ -97,6 +97,14 @@ def test_table_in_markdown(table):
     assert "| brain | 1 | 1 | 80.00 | 40.00 | 20.00 |\n" in organs[0]
 
 
+def test_folds_that_training_did_not_better_are_marked(tmp_path, tiny):
+    jobs = plan(variants(tiny("model.weights=auto"), []), tmp_path)
+    for job, epoch in zip(jobs, (0, 2, 0)):
+        finish(job, 0.5, epoch=epoch)
+    (row, *_) = table_rows(cross_validation(jobs, "tiny"))
+    assert row.marks == ("WEIGHTS BEFORE TRAINING KEPT: fold 0, 2",)
+
+
 def test_published_results_stand_beside_those_on_nuinsseg_alone(tmp_path, tiny):
     def published(place, organs, images):
         jobs = plan(variants(tiny(), []), tmp_path / place)

@@ -17,6 +17,8 @@ from conftest import same_tensors
 from safetensors.torch import load_file
 
 from nucsam.config import Data, Train, load_config, to_toml
+from nucsam.data.draw import write_png
+from nucsam.data.images import read_image
 from nucsam.data.samples import by_nuclei, is_resampled
 from nucsam.data.splits import find_split
 from nucsam.data.synthetic import write_dataset
@@ -506,6 +508,28 @@ def test_step_rate_drops_by_gamma_every_step_epochs():
     assert [rate(step, 60, 10, t) for step in (0, 19, 20, 39, 40)] == pytest.approx(
         [1, 1, 0.1, 0.1, 0.01]
     )
+
+
+def test_images_without_a_nucleus_neither_train_nor_choose(tiny, folder, tmp_path):
+    """They have AJI 0 whatever is predicted, so the first epoch would be kept."""
+    copy = tmp_path / "set"
+    shutil.copytree(folder, copy)
+    config = tiny(f"data.root={copy}")
+    records, split = find_split(config.data)
+    masks = []
+    for image in (records[i].image for i in split.train):
+        masks.append(image.parents[1] / "vague areas" / "mask binary" / f"{image.stem}.png")
+        masks[-1].parent.mkdir(parents=True, exist_ok=True)
+        write_png(masks[-1], np.full_like(read_image(image)[..., 0], 255))
+    with pytest.raises(UserError, match=r"no nucleus outside the vague areas .* to train on"):
+        fit(config, tmp_path / "run")
+    for mask in masks:
+        mask.unlink()
+    for i in split.inner:
+        tifffile.imwrite(records[i].label, 0 * tifffile.imread(records[i].label))
+    with pytest.raises(UserError, match=r"no nucleus in the \d+ images .* to choose the epoch by"):
+        fit(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_compiled_training_is_one_graph_and_takes_the_same_step(tiny, tmp_path, monkeypatch):

@@ -162,6 +162,8 @@ def _marks(row: dict[str, Any]) -> tuple[str, ...]:
         marks.append("EPOCH CHOSEN ON THE TEST IMAGES")
     if row["random_base"]:
         marks.append("RANDOM BASE WEIGHTS")
+    if kept := [str(fold) for fold, epoch in row["best_epochs"].items() if epoch == 0]:
+        marks.append(f"WEIGHTS BEFORE TRAINING KEPT: fold {', '.join(kept)}")
     if row["tiles_differ"]:
         again = "nucsam evaluate RUN scores a fold again, then nucsam folds writes the table"
         marks.append(f"SCORED IN DIFFERENT TILES: {again}")

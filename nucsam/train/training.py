@@ -121,14 +121,28 @@ class Training:
         self._check_test_images(split.test)
         mpps, areas = self.samples.mpps, self.samples.areas
         self.mpp, self.ratios = magnification(d, mpps, areas, self.train)
-        if not any(self.samples[i].label.any() for i in self.train):
-            found = f"found no nucleus in the {len(self.train)} images of {d.root} to train on"
-            expected = "expected label maps with an id per nucleus"
-            raise UserError(f"data.root: {found}, {expected}; nucsam inspect {d.root} counts them")
+        self._check_nuclei(d)
         side = max(min(size) for size in self.samples.sizes)
         if self.accelerator.is_main_process and d.crop > side:
             found = f"found {d.crop} px, but no image with a shorter side over {side} px"
             print_warning(f"data.crop: {found}; a smaller crop is faster")
+
+    def _check_nuclei(self, d: Data) -> None:
+        """Refuse to train on images without a nucleus that is not vague, or to choose by them."""
+        for images, use in ((self.train, "train on"), (self.select, "choose the epoch by")):
+            if any(self._has_nucleus(i) for i in images) or not images:
+                continue
+            vague = any(self.samples[i].label.any() for i in images)
+            outside = " outside the vague areas" if vague else ""
+            found = f"found no nucleus{outside} in the {len(images)} images of {d.root} to {use}"
+            expected = "expected label maps with an id per nucleus"
+            others = "; another data.seed draws others" if use != "train on" else ""
+            counts = f"nucsam inspect {d.root} counts them{others}"
+            raise UserError(f"data.root: {found}, {expected}; {counts}")
+
+    def _has_nucleus(self, index: int) -> bool:
+        sample = self.samples[index]
+        return bool((sample.label if sample.vague is None else sample.label[~sample.vague]).any())
 
     def _nucleus_area(self) -> float | None:
         """The median of the `median_area` of the images trained on, px of the run; None = none."""
