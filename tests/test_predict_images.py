@@ -455,6 +455,23 @@ def test_files_of_somebody_else_are_never_taken_or_replaced(tmp_path, colour, ca
     assert predict(*paths, "geojson") == 2 and predict(*paths, "geojson", "--force") == 0
 
 
+def test_force_removes_no_file_of_somebody_else_beside_a_changed_image(tmp_path, colour, capsys):
+    image, out = tmp_path / "a.png", tmp_path / "out"
+    formats = ["--out", out, "--formats"]
+    Image.fromarray(some_image(200, 300)).save(image)
+    assert predict(image, *formats, "labels,csv") == 0
+    Image.fromarray(some_image(300, 200)).save(image)
+    mine = {out / "a.geojson": "{}", out / "a.csv": "my notes"}
+    for path, text in mine.items():
+        path.write_text(text)
+    assert predict(image, *formats, "labels", "--force") == 2
+    shown = capsys.readouterr().err.replace("\n", "")
+    assert all(str(path) in shown and path.read_text() == text for path, text in mine.items())
+    for path in mine:
+        path.unlink()
+    assert predict(image, *formats, "labels", "--force") == 0
+
+
 def test_results_are_not_replaced_once_somebody_has_edited_them(tmp_path, colour, capsys):
     for name in ("a", "b"):
         Image.fromarray(some_image(200, 300)).save(tmp_path / f"{name}.png")

@@ -283,7 +283,8 @@ class Batch:
                 f"QuPath: open an image, then drag its .geojson from {self.out} onto it"
             )
         if len(outcomes) > failed and not nuclei:
-            why = "another magnification (try auto_scale or mpp) or another stain (try adapt)"
+            number = "mpp" if self.predictor.mpp else "scale"
+            why = f"another magnification (try auto_scale or {number}) or stain (try adapt)"
             text = (
                 f"no nucleus in any image; they may have {why}. {self.predictor.trained}".rstrip()
             )

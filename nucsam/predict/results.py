@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +155,20 @@ def _replace_others(
         raise UserError("\n  ".join([*lines, "expected another out, or force"]))
     if changed:
         _remove_results(results, files)
-    for path in chain.from_iterable(others.values()):
+    replaced = {file.resolve() for results in files.values() for file in results.values()}
+    stale = [path for paths in others.values() for path in paths if path.is_file()]
+    written = read_results(out)
+    kept = [
+        str(path)
+        for path in stale
+        if path.resolve() not in replaced
+        and _checksum(path) not in written.get(path.relative_to(out).as_posix(), ())
+    ]
+    if kept:
+        found = "found files of images that have changed, not written by nucsam or edited since"
+        lines = shortened(kept, between="\n  ")
+        raise UserError(f"{out}: {found}: {lines}\n  expected another out, or these moved away")
+    for path in stale:
         path.unlink(missing_ok=True)
 
 
