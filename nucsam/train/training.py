@@ -128,17 +128,20 @@ class Training:
             print_warning(f"data.crop: {found}; a smaller crop is faster")
 
     def _check_nuclei(self, d: Data) -> None:
-        """Refuse to train on images without a nucleus that is not vague, or to choose by them."""
+        """Refuse to train on images whose nuclei are none or vague; warn of choosing by them."""
         for images, use in ((self.train, "train on"), (self.select, "choose the epoch by")):
             if any(self._has_nucleus(i) for i in images) or not images:
                 continue
             vague = any(self.samples[i].label.any() for i in images)
             outside = " outside the vague areas" if vague else ""
             found = f"found no nucleus{outside} in the {len(images)} images of {d.root} to {use}"
-            expected = "expected label maps with an id per nucleus"
-            others = "; another data.seed draws others" if use != "train on" else ""
-            counts = f"nucsam inspect {d.root} counts them{others}"
-            raise UserError(f"data.root: {found}, {expected}; {counts}")
+            if images is self.train:
+                expected = "expected label maps with an id per nucleus"
+                counts = f"nucsam inspect {d.root} counts them"
+                raise UserError(f"data.root: {found}, {expected}; {counts}")
+            if self.accelerator.is_main_process:
+                why = "AJI is 0 there, so the first epoch that is validated is kept"
+                print_warning(f"data.root: {found}. {why}; another data.seed draws others")
 
     def _has_nucleus(self, index: int) -> bool:
         sample = self.samples[index]
