@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -153,23 +154,10 @@ def _replace_others(
         found = "found results of another image of this name, or of other regions"
         lines = [f"{paths[0]}: {found}" for paths in others.values()]
         raise UserError("\n  ".join([*lines, "expected another out, or force"]))
-    if changed:
+    if changed:  # all results go, those of others among them
         _remove_results(results, files)
-    replaced = {file.resolve() for results in files.values() for file in results.values()}
-    stale = [path for paths in others.values() for path in paths if path.is_file()]
-    written = read_results(out)
-    kept = [
-        str(path)
-        for path in stale
-        if path.resolve() not in replaced
-        and _checksum(path) not in written.get(path.relative_to(out).as_posix(), ())
-    ]
-    if kept:
-        found = "found files of images that have changed, not written by nucsam or edited since"
-        lines = shortened(kept, between="\n  ")
-        raise UserError(f"{out}: {found}: {lines}\n  expected another out, or these moved away")
-    for path in stale:
-        path.unlink(missing_ok=True)
+    else:
+        _remove_others(out, list(chain.from_iterable(others.values())), files)
 
 
 def note_results(
@@ -262,11 +250,33 @@ def _results_of_others(
     return {stem: paths for stem, paths in others.items() if paths}
 
 
+def _not_replaced(results: Sequence[Path], files: Mapping[Path, dict[str, Path]]) -> list[Path]:
+    """The results that are not among `files`, sorted."""
+    replaced = {file.resolve() for own in files.values() for file in own.values()}
+    return sorted(path for path in results if path.resolve() not in replaced)
+
+
+def _remove_others(
+    out: Path, others: Sequence[Path], files: Mapping[Path, dict[str, Path]]
+) -> None:
+    """Remove the results of other images, if nucsam wrote them or `files` replaces them."""
+    written = read_results(out)
+    kept = [
+        str(path)
+        for path in _not_replaced(others, files)
+        if _checksum(path) not in written.get(path.relative_to(out).as_posix(), ())
+    ]
+    if kept:
+        found = "found files of images that have changed, not written by nucsam or edited since"
+        lines = shortened(kept, between="\n  ")
+        raise UserError(f"{out}: {found}: {lines}\n  expected another out, or these moved away")
+    for path in others:
+        path.unlink(missing_ok=True)
+
+
 def _remove_results(results: Sequence[Path], files: Mapping[Path, dict[str, Path]]) -> None:
     """Remove all results of a folder, if `files` replaces them all."""
-    replaced = {file.resolve() for results in files.values() for file in results.values()}
-    kept = sorted(str(path) for path in results if path.resolve() not in replaced)
-    if kept:
+    if kept := _not_replaced(results, files):
         found = f"found {len(kept)} result(s) that force would not replace, such as {kept[0]}"
         expected = "expected their images and formats too, or another out"
         raise UserError(f"{results[0].parent}: {found}; {expected}")
